@@ -1,0 +1,41 @@
+"""The frozen values that travel between the stages of the flow."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Chunks:
+    """Consecutive spans of one row's host tokens, each as at most `chunk_length` crouter tokens.
+
+    Attributes:
+        input_ids: crouter token ids `[N, T]`, int64, right-padded with 0.
+        attention_mask: `[N, T]`, int64; 1 where `input_ids` holds a token.
+        spans: for each chunk its half-open span `(start, end)` of host tokens in the row.
+    """
+
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+    spans: tuple[tuple[int, int], ...]
+
+    def __len__(self) -> int:
+        """Number of chunks N."""
+        return len(self.spans)
+
+
+@dataclass(frozen=True)
+class Residuals:
+    """How far chunks can be rebuilt from their latents.
+
+    Attributes:
+        nats: mean negative log-likelihood of the rebuilt chunk, `[N]`, nats/token.
+        accuracy: token reconstruction accuracy (TRA), exact token at exact position, `[N]`, 0 to 1.
+        token_nats: the same per position, `[N, T]`, nats; 0 at padding.
+    """
+
+    nats: torch.Tensor
+    accuracy: torch.Tensor
+    token_nats: torch.Tensor
