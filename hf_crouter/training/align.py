@@ -1,0 +1,250 @@
+"""Stage 2: trains a projector so that a frozen host reads a crouter's latents as soft prompts.
+
+Loss: next-token cross-entropy plus the KL divergence to the same host with full raw history. Tokens are not weighted
+by how much history helped on them: such a weight depends on the target and the objective is no longer proper.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
+
+from ..chunking import make_chunker
+from ..compressor import CRouterModel
+from ..data.tokens import TokenArray
+from ..errors import InputError
+from ..host.projector import Projector, new_projector
+from .loop import Batch, LoopArguments, make_accelerator, run_loop
+
+
+@dataclass
+class AlignArguments(LoopArguments):
+    """Arguments of `hf-crouter align`."""
+
+    host: str = field(default="", metadata={"help": "known name, folder or hub name of the frozen host"})
+    crouter: str = field(default="", metadata={"help": "folder of the crouter; the projector is written into it"})
+    data: str = field(default="", metadata={"help": "folder prepared with the host's tokenizer"})
+    chunks: list[int] = field(default_factory=lambda: [1, 2, 4, 8], metadata={"help": "chunk counts to train on"})
+    window: int = field(default=512, metadata={"help": "raw tokens before the predicted ones"})
+    target: int = field(default=512, metadata={"help": "predicted tokens"})
+    keep_first: int = field(default=4, metadata={"help": "raw tokens kept at the start (attention sinks)"})
+    kl_weight: float = field(default=1.0, metadata={"help": "weight of the KL to the full-history host"})
+    hidden_size: int = field(default=576, metadata={"help": "width of the projector's hidden layer"})
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One document window cut for alignment; all ids are the host's but `chunks`.
+
+    Attributes:
+        history: `[S]`, everything before the target that a full-history host reads.
+        prefix: `[P]`, the raw tokens kept at the start.
+        chunks: `[N, T]` crouter ids of what lies between prefix and window.
+        chunk_mask: `[N, T]`.
+        window: `[W]`, raw tokens right before the target.
+        target: `[G]`, tokens to predict.
+    """
+
+    history: np.ndarray
+    prefix: np.ndarray
+    chunks: torch.Tensor
+    chunk_mask: torch.Tensor
+    window: np.ndarray
+    target: np.ndarray
+
+
+def cut_sample(ids: np.ndarray, chunker: Any, chunks: int, arguments: AlignArguments) -> Sample | None:
+    """Cuts a document window `[L]` into prefix, `chunks` chunks, window and target; none if it is too short."""
+    start = arguments.keep_first
+    pieces = chunker.chunk(ids.tolist(), start=start, limit=chunks)
+    if len(pieces) < chunks:
+        return None
+    end = pieces.spans[-1][1]
+    split, stop = end + arguments.window, end + arguments.window + arguments.target
+    if len(ids) < stop:
+        return None
+    return Sample(ids[:split], ids[:start], pieces.input_ids, pieces.attention_mask, ids[end:split], ids[split:stop])
+
+
+def compressed_logits(
+    host: PreTrainedModel, soft: torch.Tensor, prefix: torch.Tensor, raw: torch.Tensor, keep: int
+) -> torch.Tensor:
+    """Logits of a host that reads `[prefix | soft prompts | raw]` with compact positions.
+
+    Args:
+        host: a decoder.
+        soft: `[B, S, H]` soft prompts, in order.
+        prefix: `[B, P]` token ids.
+        raw: `[B, R]` token ids.
+        keep: logits wanted, the last ones.
+
+    Returns:
+        `[B, keep, V]`.
+    """
+    embed = host.get_input_embeddings()
+    inputs = torch.cat([embed(prefix), soft.to(embed.weight.dtype), embed(raw)], dim=1)
+    return host(inputs_embeds=inputs, logits_to_keep=keep, use_cache=False).logits
+
+
+class AlignmentLoss(nn.Module):
+    """The trainable projector between a frozen crouter and a frozen host."""
+
+    def __init__(self, host: PreTrainedModel, crouter: CRouterModel, projector: Projector, kl_weight: float):
+        super().__init__()
+        self.host, self.crouter = host.requires_grad_(False), crouter.requires_grad_(False)
+        self.projector, self.kl_weight = projector, kl_weight
+
+    def train(self, mode: bool = True) -> AlignmentLoss:
+        """Only the projector has a training mode."""
+        super().train(mode)
+        self.host.eval()
+        self.crouter.eval()
+        return self
+
+    def soft_prompts(self, chunks: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Chunks `[B, N, T]` to soft prompts `[B, N·M, H]`."""
+        batch, count = chunks.shape[:2]
+        with torch.no_grad():
+            latents = self.crouter.encode(chunks.flatten(0, 1), mask.flatten(0, 1))
+        latents = latents.float().unflatten(0, (batch, count))
+        return self.projector(latents).flatten(1, 2)
+
+    def forward(
+        self,
+        history: torch.Tensor,
+        history_mask: torch.Tensor,
+        prefix: torch.Tensor,
+        chunks: torch.Tensor,
+        chunk_mask: torch.Tensor,
+        window: torch.Tensor,
+        target: torch.Tensor,
+    ) -> dict[str, torch.Tensor]:
+        """Scalars `loss`, `nll` and `kl`, nats/token; shapes as in `Sample` with a leading batch axis."""
+        keep = target.shape[1]
+        raw = torch.cat([window, target[:, :-1]], dim=1)
+        logits = compressed_logits(self.host, self.soft_prompts(chunks, chunk_mask), prefix, raw, keep)
+        student = logits.float().log_softmax(-1)
+        nll = F.nll_loss(student.flatten(0, 1), target.flatten())
+        if not self.kl_weight:
+            return {"loss": nll, "nll": nll.detach()}
+        with torch.no_grad():
+            full = torch.cat([history, target[:, :-1]], dim=1)
+            mask = F.pad(history_mask, (0, keep - 1), value=1)
+            positions = (mask.long().cumsum(1) - 1).clamp(min=0)
+            teacher = self.host(
+                full, attention_mask=mask, position_ids=positions, logits_to_keep=keep, use_cache=False
+            ).logits.float()
+            teacher = teacher.log_softmax(-1)
+        kl = F.kl_div(student.flatten(0, 1), teacher.flatten(0, 1), log_target=True, reduction="batchmean")
+        return {"loss": nll + self.kl_weight * kl, "nll": nll.detach(), "kl": kl.detach()}
+
+
+class AlignmentData:
+    """Random document windows, the same for the same batch number."""
+
+    def __init__(self, tokens: TokenArray, chunker: Any, arguments: AlignArguments, chunk_length: int, separator: int):
+        self.tokens, self.chunker, self.arguments, self.separator = tokens, chunker, arguments, separator
+        # a host token holds about as much text as a crouter token; the slack covers tokenizers that differ
+        slack = 1.0 if chunker.same_tokenizer else 2.0
+        self.length = {
+            n: int(arguments.keep_first + slack * n * chunk_length + arguments.window + arguments.target)
+            for n in arguments.chunks
+        }
+        sizes = np.diff(tokens.starts, append=len(tokens.ids))
+        self.eligible = {n: np.flatnonzero(sizes >= length) for n, length in self.length.items()}
+        for n, found in self.eligible.items():
+            if not len(found):
+                raise InputError(f"expected documents of {self.length[n]} tokens for {n} chunks, got none")
+        self.sizes = sizes
+
+    def batch(self, index: int) -> Batch:
+        """Batch number `index`; its rows share one chunk count."""
+        generator = np.random.Generator(np.random.Philox(key=[self.arguments.seed, index]))
+        chunks = int(generator.choice(self.arguments.chunks))
+        samples: list[Sample] = []
+        while len(samples) < self.arguments.batch_size:
+            document = int(generator.choice(self.eligible[chunks]))
+            start = int(generator.integers(0, self.sizes[document] - self.length[chunks] + 1))
+            first = int(self.tokens.starts[document]) + start
+            ids = np.asarray(self.tokens.ids[first : first + self.length[chunks]], dtype=np.int64)
+            sample = cut_sample(ids, self.chunker, chunks, self.arguments)
+            if sample is not None:
+                samples.append(sample)
+        return Batch(collate(samples, self.separator), sum(len(s.history) + len(s.target) for s in samples))
+
+
+def collate(samples: list[Sample], pad_id: int) -> tuple[torch.Tensor, ...]:
+    """Stacks samples of one chunk count; `history` is left-padded with `pad_id` and comes with its mask."""
+    longest = max(len(s.history) for s in samples)
+    history = np.stack([np.pad(s.history, (longest - len(s.history), 0), constant_values=pad_id) for s in samples])
+    mask = np.stack([np.arange(longest) >= longest - len(s.history) for s in samples]).astype(np.int64)
+    width = max(s.chunks.shape[1] for s in samples)
+
+    def widen(tensor: torch.Tensor) -> torch.Tensor:
+        return F.pad(tensor, (0, width - tensor.shape[1]))
+
+    return (
+        torch.from_numpy(history),
+        torch.from_numpy(mask),
+        torch.from_numpy(np.stack([s.prefix for s in samples])),
+        torch.stack([widen(s.chunks) for s in samples]),
+        torch.stack([widen(s.chunk_mask) for s in samples]),
+        torch.from_numpy(np.stack([s.window for s in samples])),
+        torch.from_numpy(np.stack([s.target for s in samples])),
+    )
+
+
+def train_alignment(arguments: AlignArguments, host_tokenizer: Any, crouter_tokenizer: Any) -> dict[str, Any]:
+    """Trains the projector, writes it to the crouter's `projectors/` folder and returns the record.
+
+    Args:
+        arguments: host and crouter are folders or hub names.
+        host_tokenizer: of the host; the data is encoded with it.
+        crouter_tokenizer: of the crouter; equal tokenizers are recognised.
+
+    Raises:
+        InputError: no document is long enough, or parts that do not fit.
+    """
+    accelerator = make_accelerator(arguments)
+    dtype = torch.bfloat16 if arguments.bf16 else torch.float32
+    host = AutoModelForCausalLM.from_pretrained(arguments.host, dtype=dtype)
+    crouter = AutoModel.from_pretrained(arguments.crouter, dtype=torch.float32)
+    chunker = make_chunker(crouter.config.chunk_length, host_tokenizer, crouter_tokenizer)
+    tokens = TokenArray.load(Path(arguments.data) / "train")
+    projector = new_projector(
+        host,
+        crouter,
+        host_tokenizer=host_tokenizer,
+        crouter_tokenizer=crouter_tokenizer,
+        hidden_size=arguments.hidden_size,
+    )
+    separator = host_tokenizer.eos_token_id or 0
+    data = AlignmentData(tokens, chunker, arguments, crouter.config.chunk_length, separator)
+    module = AlignmentLoss(host, crouter, projector, arguments.kl_weight)
+    result = run_loop(module, data.batch, arguments, accelerator,
+                      positions_per_sequence=max(data.length.values()), title="align")  # fmt: skip
+    record = {
+        "stage": "align",
+        "arguments": {k: v for k, v in asdict(arguments).items() if k not in ("data", "output", "host", "crouter")},
+        "processes": result.processes,
+        "steps": result.steps,
+        "tokens": result.tokens,
+        "seconds": round(result.seconds, 1),
+        "final": result.final,
+        "torch": torch.__version__,
+        "device": torch.cuda.get_device_name() if accelerator.device.type == "cuda" else "cpu",
+    }
+    if accelerator.is_main_process:
+        name = projector.config.host_name
+        projector.save(Path(arguments.crouter) / "projectors" / name, training=json.loads(json.dumps(record)))
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+    return record

@@ -1,0 +1,160 @@
+"""Stage 1: trains a `CRouterModel` to rebuild chunks of a prepared corpus."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import AutoTokenizer
+
+from ..compressor import CRouterConfig, CRouterModel
+from ..data.tokens import TokenArray
+from ..errors import InputError
+from .checkpointing import atomic_folder
+from .flops import matrix_flops_per_token, measured_matrix_rate
+from .loop import Batch, LoopArguments, LoopResult, make_accelerator, run_loop
+
+
+@dataclass
+class ReconstructArguments(LoopArguments):
+    """Arguments of `hf-crouter train`."""
+
+    data: str = field(default="", metadata={"help": "folder that hf_crouter.data.prepare wrote"})
+    tokenizer: str = field(default="", metadata={"help": "folder or hub name of the crouter's tokenizer"})
+    init: str | None = field(default=None, metadata={"help": "weights to go on from; the optimiser starts anew"})
+    config: list[str] = field(
+        default_factory=list, metadata={"help": "settings of CRouterConfig, such as hidden_size=384 num_latents=8"}
+    )
+    ragged_share: float = field(default=0.2, metadata={"help": "share of chunks with a random length"})
+    shard_size: str = field(default="15MB", metadata={"help": "largest file of the saved weights"})
+
+
+class ReconstructionLoss(nn.Module):
+    """The crouter with nothing but scalars coming out, so that autocast never copies its logits to float32."""
+
+    def __init__(self, crouter: CRouterModel):
+        super().__init__()
+        self.crouter = crouter
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> dict[str, torch.Tensor]:
+        """`[B, T]` ids and mask to `loss` (nats/token) and `tra` (mean over chunks, 0 to 1)."""
+        out = self.crouter(input_ids, attention_mask)
+        return {"loss": out.loss, "tra": out.reconstruction_accuracy.mean()}
+
+
+def ragged_lengths(count: int, length: int, share: float, seed: int, index: int) -> np.ndarray:
+    """Lengths of a batch of chunks: full, but for a share that is cut, half of it anywhere, half by less than 32.
+
+    Returns:
+        `[count]`, int64, 1 to `length`.
+    """
+    generator = np.random.Generator(np.random.Philox(key=[seed + 0x5EED, index]))
+    kind = generator.random(count)
+    anywhere = generator.integers(1, length + 1, count)
+    nearly_full = generator.integers(max(1, length - 32), length + 1, count)
+    return np.where(kind < share / 2, anywhere, np.where(kind < share, nearly_full, length))
+
+
+def reconstruction_batch(tokens: TokenArray, arguments: ReconstructArguments, length: int, index: int) -> Batch:
+    """Batch number `index`: random windows of the corpus, some of them ragged."""
+    ids = tokens.windows(length, arguments.seed, index, arguments.batch_size)
+    lengths = ragged_lengths(len(ids), length, arguments.ragged_share, arguments.seed, index)
+    mask = np.arange(length) < lengths[:, None]
+    return Batch((torch.from_numpy(ids), torch.from_numpy(mask)), int(lengths.sum()))
+
+
+def read_config(settings: list[str], vocab_size: int) -> CRouterConfig:
+    """`CRouterConfig` from `name=value` settings.
+
+    Raises:
+        InputError: an unknown name or a value that does not fit.
+    """
+    values: dict[str, Any] = {"vocab_size": vocab_size}
+    for setting in settings:
+        name, _, value = setting.partition("=")
+        if name not in CRouterConfig.__annotations__:
+            raise InputError(f"expected a setting of CRouterConfig, got {name!r}")
+        try:
+            values[name] = json.loads(value)
+        except ValueError as error:
+            raise InputError(f"expected a number or true/false for {name}, got {value!r}") from error
+    try:
+        return CRouterConfig(**values)
+    except ValueError as error:
+        raise InputError(f"expected a valid configuration, got: {' '.join(str(error).split())}") from error
+
+
+def train_reconstruction(arguments: ReconstructArguments) -> dict[str, Any]:
+    """Trains, saves the crouter with its tokenizer, split and record, and returns the record.
+
+    The record (`training.json` in the output's `crouter/` folder) holds arguments, tokens, seconds, throughput and
+    MFU; those of an `init` crouter are kept in it, oldest first.
+
+    Raises:
+        InputError: no data, a tokenizer of another size than the weights, or a damaged checkpoint.
+    """
+    data, output = Path(arguments.data), Path(arguments.output)
+    tokens = TokenArray.load(data / "train")
+    tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer)
+    accelerator = make_accelerator(arguments)
+    if arguments.init:
+        crouter = CRouterModel.from_pretrained(arguments.init, dtype=torch.float32)
+    else:
+        crouter = CRouterModel(read_config(arguments.config, len(tokenizer)))
+    config: CRouterConfig = crouter.config  # type: ignore[assignment]
+    if config.vocab_size != len(tokenizer):
+        raise InputError(f"expected a tokenizer of {config.vocab_size} entries, got {len(tokenizer)}")
+    result = run_loop(
+        ReconstructionLoss(crouter),
+        lambda index: reconstruction_batch(tokens, arguments, config.chunk_length, index),
+        arguments,
+        accelerator,
+        positions_per_sequence=config.chunk_length,
+        title="train",
+    )
+    record = _record(arguments, result, config, crouter, accelerator.device)
+    if accelerator.is_main_process:
+        earlier = Path(arguments.init or "", "training.json")
+        history = json.loads(earlier.read_text()) if arguments.init and earlier.exists() else []
+        with atomic_folder(output / "crouter") as folder:
+            crouter.to(torch.bfloat16).save_pretrained(folder, max_shard_size=arguments.shard_size)
+            tokenizer.save_pretrained(folder)
+            if (data / "split.json").exists():
+                shutil.copy(data / "split.json", folder / "split.json")
+            (folder / "training.json").write_text(json.dumps([*history, record], indent=1) + "\n")
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+    return record
+
+
+def _record(
+    arguments: ReconstructArguments,
+    result: LoopResult,
+    config: CRouterConfig,
+    crouter: CRouterModel,
+    device: torch.device,
+) -> dict[str, Any]:
+    record: dict[str, Any] = {
+        "stage": "reconstruct",
+        "arguments": {k: v for k, v in asdict(arguments).items() if k not in ("data", "tokenizer", "output", "init")},
+        "parameters": sum(p.numel() for p in crouter.parameters()),
+        "processes": result.processes,
+        "steps": result.steps,
+        "tokens": result.tokens,
+        "seconds": round(result.seconds, 1),
+        "tokens_per_second": round(result.tokens_per_second),
+        "final": result.final,
+        "torch": torch.__version__,
+        "device": "cpu",
+    }
+    if device.type == "cuda":
+        rate = measured_matrix_rate(device)
+        flops = matrix_flops_per_token(config) * result.tokens_per_second / result.processes
+        record |= {"device": torch.cuda.get_device_name(device), "matrix_flops_per_second": rate, "mfu": flops / rate}
+    return record
