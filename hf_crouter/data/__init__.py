@@ -1,0 +1,1 @@
+"""Corpora by name, without duplicates, split once, as token arrays."""

@@ -1,0 +1,51 @@
+"""Corpora by name: `installed-python`, `wheels:…`, `text-files:…`, `hub:…`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from ..errors import InputError
+from .documents import Document
+from .installed import installed_python
+from .progress import Meter
+from .text_files import text_files
+from .wheels import wheels
+
+__all__ = ["Document", "load_corpus", "register_corpus"]
+
+Reader = Callable[[str, Meter], Iterator[Document]]
+
+
+def load_corpus(spec: str, *, progress: Meter | None = None) -> Iterator[Document]:
+    """Yields the documents of a corpus, in an order that is the same in every run.
+
+    Args:
+        spec: `name` or `name:argument`: `installed-python`, `wheels:numpy==2.1.0,flask`, `text-files:PATH,PATH`,
+            `hub:NAME,config=…,split=train,field=content`.
+        progress: shows files and MB as they are read.
+
+    Raises:
+        InputError: if there is no such corpus, or its argument is wrong.
+    """
+    name, _, argument = spec.partition(":")
+    if name not in _READERS:
+        raise InputError(f"no corpus is called {name!r}; there are {', '.join(sorted(_READERS))}")
+    return _READERS[name](argument.strip(), progress or Meter(enabled=False))
+
+
+def register_corpus(name: str, reader: Reader) -> None:
+    """Makes `reader(argument, meter) -> documents` a corpus called `name`."""
+    _READERS[name] = reader
+
+
+def _hub(argument: str, meter: Meter) -> Iterator[Document]:
+    from .hub import hub  # only when asked for: `datasets` belongs to an extra
+
+    return hub(argument, meter)
+
+
+_READERS: dict[str, Reader] = {}
+register_corpus("installed-python", installed_python)
+register_corpus("wheels", wheels)
+register_corpus("text-files", text_files)
+register_corpus("hub", _hub)
