@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from .documents import Document
-from .shingles import gram_hashes, map_texts, sorted_unique, token_hashes
+from .parallel import map_texts
+from .shingles import gram_hashes, sorted_unique, token_hashes
 
 SHINGLE = 5  # tokens in the grams whose sets are compared
 GRAM = 13  # tokens in the grams of an overlap, as usual in contamination reports

@@ -72,7 +72,9 @@ def prepare(
         paths: dict[str, Path] = {}
         tokens: dict[str, int] = {}
         for name in PARTS:
-            array = encode_documents(parts[name], tokenizer, separator_id=separator, advance=meter.advance)
+            array = encode_documents(
+                parts[name], tokenizer, separator_id=separator, workers=workers, advance=meter.advance
+            )
             paths[name], tokens[name] = folder / f"{name}.safetensors", len(array)
             array.save(paths[name])
         meter.finish(f"{sum(tokens.values()):,} tokens")

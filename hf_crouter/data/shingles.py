@@ -7,19 +7,12 @@ and is dropped. This is no model's tokenizer: it makes duplicates and overlaps i
 from __future__ import annotations
 
 import functools
-import multiprocessing
-import os
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from typing import Any
 
 import numpy as np
 
 _WORD, _SPACE = 1, 0
 _MULTIPLIER = 0x9E3779B97F4A7C15 | 1
 _INVERSE = pow(_MULTIPLIER, -1, 1 << 64)
-_POOL_FLOOR = 8_000_000  # characters: below this, processes cost more than they save
 
 
 def _byte_classes() -> np.ndarray:
@@ -89,41 +82,3 @@ def sorted_unique(values: np.ndarray) -> np.ndarray:
     # np.unique may build a hash table, which is many times slower on large input.
     values = np.sort(values)
     return values[np.concatenate(([True], values[1:] != values[:-1]))] if len(values) else values
-
-
-def map_texts(
-    function: Callable[[list[str]], Any], texts: Sequence[str], workers: int | None = None
-) -> Iterator[tuple[int, Any]]:
-    """Applies `function` to batches of texts over processes, in order.
-
-    Args:
-        function: a module-level function of a list of texts, so that every start method can send it.
-        texts: the texts.
-        workers: processes; by default one for each core that this process may use, none for small inputs.
-
-    Yields:
-        Index of the batch's first text, and the function's result.
-    """
-    batches: list[tuple[int, list[str]]] = []
-    size = 0
-    for index, text in enumerate(texts):
-        if not batches or size > 1_000_000:
-            batches.append((index, []))
-            size = 0
-        batches[-1][1].append(text)
-        size += len(text)
-    workers = workers or cores()
-    if workers < 2 or sum(map(len, texts)) < _POOL_FLOOR:
-        for first, batch in batches:
-            yield first, function(batch)
-        return
-    # Workers only run numpy. Forking spares each of them the import of torch; where it is not safe, they are spawned.
-    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    with ProcessPoolExecutor(workers, mp_context=context) as pool:
-        firsts = [first for first, _ in batches]
-        yield from zip(firsts, pool.map(function, [batch for _, batch in batches]), strict=True)
-
-
-def cores() -> int:
-    """Processor cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +18,7 @@ from tokenizers import Tokenizer
 from ..errors import InputError
 from ..storage import replaced_file
 from .documents import Document
+from .parallel import map_texts
 
 _FORMAT = "hf_crouter.tokens.1"
 
@@ -180,6 +183,7 @@ def encode_documents(
     tokenizer: Any,
     *,
     separator_id: int,
+    workers: int | None = None,
     advance: Callable[[int, int], None] | None = None,
 ) -> TokenArray:
     """Encodes documents on all cores.
@@ -188,6 +192,7 @@ def encode_documents(
         documents: the documents, in the order that the array keeps.
         tokenizer: a fast tokenizer of transformers, or one of `tokenizers`.
         separator_id: the token put behind every document.
+        workers: processes; by default one for each core.
         advance: called with (files, characters) as they are encoded.
 
     Raises:
@@ -199,27 +204,47 @@ def encode_documents(
         raise InputError(f"the separator must be one of the tokenizer's {vocab} ids, not {separator_id}")
     kind = np.uint16 if vocab <= 1 << 16 else np.uint32
     pieces: list[np.ndarray] = []
-    starts = [0]
-    for batch in _batches(documents):
-        for encoding in plain.encode_batch_fast([d.text for d in batch], add_special_tokens=False):
-            pieces.append(np.array([*encoding.ids, separator_id], dtype=kind))
-            starts.append(starts[-1] + len(pieces[-1]))
+    sizes: list[np.ndarray] = []
+    # Processes, not the tokenizer's own threads: those share one cache of words, and their lists become arrays here.
+    results = map_texts(
+        _encode_batch,
+        [document.text for document in documents],
+        workers,
+        prepare=_prepare_worker,
+        arguments=(plain.to_str(), separator_id, kind),
+    )
+    for first, (ids, lengths) in results:
+        pieces.append(ids)
+        sizes.append(lengths)
         if advance is not None:
-            advance(len(batch), sum(len(document.text) for document in batch))
+            done = documents[first : first + len(lengths)]
+            advance(len(done), sum(len(document.text) for document in done))
     ids = np.concatenate(pieces) if pieces else np.empty(0, dtype=kind)
+    starts = np.concatenate([np.zeros(1, dtype=np.int64), *sizes]).cumsum()
     names, groups = tuple(d.id for d in documents), tuple(d.group for d in documents)
-    return TokenArray(ids, np.array(starts, dtype=np.int64), names, groups, separator_id, vocab)
+    return TokenArray(ids, starts, names, groups, separator_id, vocab)
 
 
-def _batches(documents: Sequence[Document], size: int = 8_000_000) -> Iterator[list[Document]]:
-    # By characters: encodings are many times larger than their texts while they live.
-    batch: list[Document] = []
-    held = 0
-    for document in documents:
-        batch.append(document)
-        held += len(document.text)
-        if held >= size:
-            yield batch
-            batch, held = [], 0
-    if batch:
-        yield batch
+@dataclass
+class _Worker:
+    tokenizer: Tokenizer
+    separator_id: int
+    kind: type
+
+
+_worker: list[_Worker] = []  # one a process, so that the tokenizer is sent once and not with every batch
+
+
+def _prepare_worker(tokenizer: str, separator_id: int, kind: type) -> None:
+    if multiprocessing.parent_process() is not None:
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a thread pool in each process would only get in the way
+    plain = Tokenizer.from_str(tokenizer)
+    plain.encode_special_tokens = True  # not part of the tokenizer's JSON
+    _worker[:] = [_Worker(plain, separator_id, kind)]
+
+
+def _encode_batch(texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    worker = _worker[0]
+    encodings = worker.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+    pieces = [np.array([*encoding.ids, worker.separator_id], worker.kind) for encoding in encodings]
+    return np.concatenate(pieces), np.array([len(piece) for piece in pieces], dtype=np.int64)
