@@ -1,0 +1,1 @@
+"""The host's side: fingerprints, projector, compressed cache, generation and report."""

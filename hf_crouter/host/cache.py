@@ -1,0 +1,221 @@
+"""A KV cache that knows what stands in each of its slots.
+
+A row reads `[padding | raw prefix | soft prompts of chunks 1..n | raw window]`; `layout [B, S]` (int64, on the CPU)
+holds one code a slot: `PAD`, a token's position in the row (>= 0), or a soft prompt (`< PAD`). What `generate` does to
+the cache (reorder beams, repeat, select, roll back drafts) is mirrored on that state, so the cache carries all of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import Cache, DynamicCache, StaticCache
+from transformers.cache_utils import DynamicLayer
+
+PAD = -1
+STALE = torch.iinfo(torch.int64).min  # a slot whose token was edited since: equal to no code
+
+
+@dataclass(frozen=True, eq=False)
+class CompressedChunk:
+    """A compressed span of one row.
+
+    Attributes:
+        start: first host token of the span, counted from the row's first real token.
+        end: host token after the span.
+        ids: its crouter ids, int64 on the CPU, `[tokens]`.
+        soft: soft prompts `[M, H]` on the host's device; None where the chunk is dropped (or not encoded yet).
+    """
+
+    start: int
+    end: int
+    ids: torch.Tensor
+    soft: torch.Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Row:
+    """What the cache knows of one row; all counts in host tokens.
+
+    Attributes:
+        pad: padding columns before the row's first token in `input_ids`.
+        prefix: tokens kept raw at the start; None until known.
+        chunks: the compressed spans, contiguous, from `prefix` on.
+        pending: the next chunk, already cut but still in the raw window.
+        probed: tokens after the last chunk up to which a next chunk was looked for.
+    """
+
+    pad: int
+    prefix: int | None = None
+    chunks: tuple[CompressedChunk, ...] = ()
+    pending: CompressedChunk | None = None
+    probed: int = 0
+
+    @property
+    def raw_start(self) -> int:
+        """First host token of the raw window."""
+        return self.chunks[-1].end if self.chunks else self.prefix or 0
+
+
+def row_layout(length: int, prefix: int, spans: Sequence[tuple[int, int]], num_latents: int) -> torch.Tensor:
+    """Codes of one row's slots, `[slots]`.
+
+    Args:
+        length: tokens of the row.
+        prefix: tokens kept raw at the start.
+        spans: compressed spans `(start, end)`, contiguous from `prefix` on.
+        num_latents: slots a compressed chunk takes, M; 0 drops them.
+    """
+    if not spans:
+        return torch.arange(length)
+    soft = PAD - 1 - torch.arange(len(spans) * num_latents)
+    return torch.cat([torch.arange(prefix), soft, torch.arange(spans[-1][1], length)])
+
+
+def soft_index(codes: torch.Tensor) -> torch.Tensor:
+    """Chunk times M plus latent for codes of soft prompts."""
+    return PAD - 1 - codes
+
+
+def stack_rows(rows: Sequence[torch.Tensor], width: int = 0) -> torch.Tensor:
+    """Left-pads rows of codes to `[B, S]`, S the longest row or `width` if that is more."""
+    width = max(width, *(len(row) for row in rows))
+    return torch.stack([torch.nn.functional.pad(row, (width - len(row), 0), value=PAD) for row in rows])
+
+
+def common_columns(cached: torch.Tensor, wanted: torch.Tensor) -> int:
+    """Number of leading columns in which two layouts agree in every row."""
+    if cached.shape[0] != wanted.shape[0]:
+        return 0
+    width = min(cached.shape[1], wanted.shape[1])
+    return int((cached[:, :width] == wanted[:, :width]).all(0).cumprod(0).sum())
+
+
+class CompressedCache(Cache):
+    """State and its mirror; mixed in front of a cache class of transformers.
+
+    Attributes:
+        rows: one `Row` for each row of the batch.
+        layout: what stands in each slot, `[B, S]`.
+        ids: the `input_ids [B, width]` that the slots were made from; the last column may not be forwarded yet.
+        peak: most slots that ever stood in the cache.
+    """
+
+    rows: tuple[Row, ...] = ()
+    layout: torch.Tensor = torch.empty(0, 0, dtype=torch.long)
+    ids: torch.Tensor = torch.empty(0, 0, dtype=torch.long)
+    peak: int = 0
+
+    @property
+    def width(self) -> int:
+        """Columns of `input_ids` that the slots stand for."""
+        return self.ids.shape[1]
+
+    @property
+    def compressed(self) -> bool:
+        """Whether any row holds a compressed chunk."""
+        return any(row.chunks for row in self.rows)
+
+    def keep_columns(self, columns: int) -> int:
+        """Drops the slots after the first `columns`, or all where that cannot be done; returns how many stay."""
+        if columns == self.layout.shape[1]:
+            return columns
+        if columns and all(type(layer) is DynamicLayer for layer in self.layers):
+            super().crop(columns - self.layout.shape[1])
+        else:
+            self.clear()
+            columns = 0
+        self.layout = self.layout[:, :columns]
+        return columns
+
+    def clear(self) -> None:
+        """Empties every slot."""
+        raise NotImplementedError
+
+    def heal(self) -> None:
+        """Empties the cache if an earlier call broke off in the middle: its layers do not hold what `layout` says."""
+        if any(int(layer.get_seq_length()) != self.layout.shape[1] for layer in self.layers):
+            self.clear()
+            self.layout = self.layout[:, :0]
+
+    def rebase(self, input_ids: torch.Tensor, pads: Sequence[int], lengths: Sequence[int], lookahead: int) -> None:
+        """Fits the state to the ids of a new call: what was cached of tokens that have changed becomes stale.
+
+        Args:
+            input_ids: `[B, T]`.
+            pads: padding columns of each row.
+            lengths: host tokens of each row in which chunks may stay compressed; later chunks are given up.
+            lookahead: tokens after a chunk that may have decided where it ends.
+        """
+        rows, layout = [], self.layout.clone()
+        for i, (row, pad) in enumerate(zip(self.rows, pads, strict=True)):
+            old, new = self.ids[i, row.pad :], input_ids[i, pad:].to(self.ids.device)
+            shared = min(len(old), len(new))
+            shared = int((old[:shared] == new[:shared]).cumprod(0).sum())
+            chunks = tuple(chunk for chunk in row.chunks if chunk.end <= min(shared - lookahead, lengths[i]))
+            latents = next((len(chunk.soft) for chunk in row.chunks if chunk.soft is not None), 0)
+            layout[i, layout[i] >= shared] = STALE
+            layout[i, (layout[i] < PAD) & (soft_index(layout[i]) >= len(chunks) * latents)] = STALE
+            rows.append(Row(pad, row.prefix if chunks else None, chunks))
+        self.rows, self.layout = tuple(rows), layout
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Reorders the rows, as beam search asks."""
+        super().reorder_cache(beam_idx)
+        self._select(beam_idx)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keeps only some rows."""
+        super().batch_select_indices(indices)
+        self._select(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeats every row."""
+        super().batch_repeat_interleave(repeats)
+        self._select(torch.arange(len(self.rows)).repeat_interleave(repeats))
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Drops the last `-tokens_to_remove` slots, which are drafted tokens."""
+        super().crop(tokens_to_remove)
+        if tokens_to_remove:
+            self.layout = self.layout[:, :tokens_to_remove]
+            self.ids = self.ids[:, :tokens_to_remove]
+
+    def _select(self, indices: torch.Tensor) -> None:
+        picked = torch.arange(len(self.rows))[indices.cpu()]
+        self.rows = tuple(self.rows[i] for i in picked.tolist())
+        self.layout, self.ids = self.layout[picked], self.ids[picked.to(self.ids.device)]
+
+    def slot_bytes(self, slots: int) -> int:
+        """Bytes of keys and values that `slots` slots of one row take in this cache's layers and dtype."""
+        total = 0
+        for layer in self.layers:
+            if layer.is_initialized and layer.keys is not None and layer.keys.numel():
+                widths = sum(kv.shape[1] * kv.shape[3] * kv.element_size() for kv in (layer.keys, layer.values))
+                total += widths * min(slots, getattr(layer, "sliding_window", None) or slots)
+        return total
+
+
+class CompressedDynamicCache(CompressedCache, DynamicCache):
+    """Grows with its slots; the usual cache."""
+
+    def __init__(self, *args, config=None, **kwargs):
+        super().__init__(*args, config=config, **kwargs)
+        self._config = config
+
+    def clear(self) -> None:
+        """Empties every slot (the layers' own `reset` kept zeroed slots before transformers 5.2x)."""
+        recording = any(self.is_recording_past(i) for i in range(len(self.layers)))
+        self.layers = DynamicCache(config=self._config).layers
+        if recording:
+            self.activate_past_recording()
+
+
+class CompressedStaticCache(CompressedCache, StaticCache):
+    """Buffers of a fixed size, whose addresses stay: for compiled decoding."""
+
+    def clear(self) -> None:
+        """Empties every slot, in place."""
+        self.reset()

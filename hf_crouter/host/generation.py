@@ -1,0 +1,352 @@
+"""The class mixed in front of a host's own: `generate` with a compressed past, for the calls that ask for it.
+
+A call asks for it by a `HistoryProcessor` among its `logits_processor`, or by an always-on one (`attach`). Everything
+else goes to the host's own methods unchanged.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from transformers import LogitsProcessor, PreTrainedModel, StaticCache
+
+from ..errors import CapacityError, InputError
+from .cache import (
+    PAD,
+    CompressedCache,
+    CompressedDynamicCache,
+    CompressedStaticCache,
+    Row,
+    common_columns,
+    row_layout,
+    soft_index,
+    stack_rows,
+)
+from .reader import Reader
+
+DRAFTS = 64  # slots of a static cache kept free for drafted tokens
+ALWAYS_ON = "_hf_crouter_always_on"
+
+
+class HistoryProcessor(LogitsProcessor):
+    """What a `generate` call is recognised by.
+
+    Attributes:
+        host: the plain host that it belongs to.
+        reader: how the host reads its past.
+    """
+
+    host: PreTrainedModel
+    reader: Reader
+
+    def finished(self, cache: CompressedCache) -> None:
+        """Called with the cache of a `generate` call that ended well."""
+
+
+@dataclass
+class Call:
+    """One running `generate` call of one host.
+
+    Attributes:
+        processor: the history that it was called with.
+        prompt: columns of its `input_ids` at the start; all that comes later in the first step is drafted.
+        cache: the compressed cache, once there is one.
+        started: the first step was prepared.
+    """
+
+    processor: HistoryProcessor
+    prompt: int | None
+    cache: CompressedCache | None = None
+    started: bool = False
+
+
+_CALLS: ContextVar[Mapping[int, Call | None]] = ContextVar("hf_crouter_calls", default=MappingProxyType({}))
+
+
+def is_active(host: PreTrainedModel) -> bool:
+    """Whether a `generate` call of this host is running in this context with a compressed past."""
+    return _CALLS.get().get(id(host)) is not None
+
+
+class CompressedGenerationMixin:
+    """Overrides of `generate` and `prepare_inputs_for_generation`, both public."""
+
+    def generate(self, inputs=None, generation_config=None, logits_processor=None, *args, **kwargs):
+        """See the host's own `generate`; with a `HistoryProcessor` for this host the past is compressed."""
+        processor = next(
+            (p for p in logits_processor or () if isinstance(p, HistoryProcessor) and p.host is self),
+            self.__dict__.get(ALWAYS_ON),
+        )
+        call = None
+        if processor is not None:
+            configs = (generation_config, self.generation_config)  # pyright: ignore[reportAttributeAccessIssue]
+            if kwargs.get("prefill_chunk_size") or any(getattr(c, "prefill_chunk_size", None) for c in configs):
+                raise InputError(
+                    "prefill_chunk_size: expected none, got one; a compressed past is prefilled in chunks"
+                )
+            ids, mask = inputs if inputs is not None else kwargs.get("input_ids"), kwargs.get("attention_mask")
+            if ids is not None and mask is not None and mask.shape != ids.shape:
+                raise InputError(
+                    f"input_ids: expected the whole conversation, as long as its mask {list(mask.shape)}, "
+                    f"got {list(ids.shape)}"
+                )
+            call = Call(processor, ids.shape[1] if ids is not None else None)
+        token = _CALLS.set(MappingProxyType({**_CALLS.get(), id(self): call}))
+        try:
+            result = super().generate(inputs, generation_config, logits_processor, *args, **kwargs)  # pyright: ignore
+        finally:
+            _CALLS.reset(token)
+        if call is not None:
+            sequences = result if isinstance(result, torch.Tensor) else result.sequences
+            if not call.started and sequences.shape[1] > call.processor.reader.fewest:
+                raise InputError(
+                    "compression was skipped: this way to generate does not prepare its inputs by the host"
+                )
+            if call.cache is not None:
+                call.processor.finished(call.cache)
+        return result
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids,
+        next_sequence_length=None,
+        past_key_values=None,
+        attention_mask=None,
+        inputs_embeds=None,
+        is_first_iteration=False,
+        **kwargs,
+    ):
+        """See the host's own; swaps in a compressed cache and the slots, mask and positions that go with it."""
+
+        def host_inputs(
+            ids=input_ids, length=next_sequence_length, cache=past_key_values, mask=attention_mask, **more
+        ):
+            return super(CompressedGenerationMixin, self).prepare_inputs_for_generation(  # pyright: ignore
+                ids,
+                next_sequence_length=length,
+                past_key_values=cache,
+                attention_mask=mask,
+                inputs_embeds=inputs_embeds,
+                is_first_iteration=is_first_iteration,
+                **{**kwargs, **more},
+            )
+
+        call = _CALLS.get().get(id(self))
+        if call is None:
+            if isinstance(past_key_values, CompressedCache) and past_key_values.compressed:
+                raise InputError("past_key_values: holds a compressed past; pass its CompressedHistory as well")
+            return host_inputs()
+        if inputs_embeds is not None or past_key_values is None or kwargs.get("use_cache") is False:
+            raise InputError("a compressed past: expected input_ids and use_cache=True, got inputs_embeds or no cache")
+        reader, first, cache = call.processor.reader, not call.started, past_key_values
+        width = input_ids.shape[1]
+        verified = min(width, call.prompt or width)
+        call.started = True
+        if first:
+            pads = row_pads(attention_mask, input_ids)
+            cache = open_cache(self, reader, past_key_values, input_ids, pads, verified)
+        if not isinstance(cache, CompressedCache):
+            return host_inputs()  # a static cache too small ever to need compression
+        call.cache = cache
+        main = None if first else width - cache.width
+        if not first:
+            verified = cache.width + 1  # of the new tokens the first is decided, the others are drafts
+        held = cache.layout.shape[1]
+        main, kept = advance(self, reader, cache, input_ids, verified, main)
+        if not cache.compressed and kept == held:
+            return host_inputs(cache=cache)
+        mask, positions = mask_and_positions(cache, main, input_ids.device)
+        if "position_ids" in kwargs:
+            kwargs["position_ids"] = positions
+        return host_inputs(input_ids[:, -main:], None, cache, mask)
+
+
+def mount(host: PreTrainedModel) -> None:
+    """Puts the mixin in front of the host's class; counted, so every `mount` needs its `unmount`."""
+    if not isinstance(host, CompressedGenerationMixin):
+        host.__class__ = _mixed(type(host))
+    host.__dict__["_hf_crouter_mounts"] = host.__dict__.get("_hf_crouter_mounts", 0) + 1
+
+
+@functools.cache  # one class a host class: compiled graphs are guarded by it
+def _mixed(cls: type) -> type:
+    names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "_hf_crouter_plain": cls}
+    return type(cls.__name__, (CompressedGenerationMixin, cls), names)
+
+
+def unmount(host: PreTrainedModel) -> None:
+    """Undoes one `mount`; the last one gives the host its own class back."""
+    mounts = host.__dict__.pop("_hf_crouter_mounts", 0) - 1
+    if mounts > 0:
+        host.__dict__["_hf_crouter_mounts"] = mounts
+    elif isinstance(host, CompressedGenerationMixin):
+        host.__class__ = type(host)._hf_crouter_plain  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def row_pads(attention_mask: torch.Tensor | None, input_ids: torch.Tensor) -> list[int]:
+    """Padding columns at the left of each row.
+
+    Raises:
+        InputError: a mask that is not the ids' shape, is padded at the right, has holes or an empty row.
+    """
+    if attention_mask is None:
+        return [0] * len(input_ids)
+    if attention_mask.shape != input_ids.shape:
+        raise InputError(
+            f"attention_mask: expected the shape of input_ids {list(input_ids.shape)} (the whole conversation), "
+            f"got {list(attention_mask.shape)}"
+        )
+    mask = attention_mask.bool().cpu()
+    if not mask[:, -1].all():
+        raise InputError("attention_mask: expected padding at the left, got padding at the right or an empty row")
+    if (mask[:, :-1] & ~mask[:, 1:]).any():
+        raise InputError("attention_mask: expected one run of ones a row, got holes")
+    return (~mask).sum(1).tolist()
+
+
+def open_cache(host: Any, reader: Reader, given: Any, input_ids: torch.Tensor, pads: list[int], verified: int) -> Any:
+    """The cache that a call starts on: the compressed one of an earlier turn, or a new one in place of `given`.
+
+    Raises:
+        InputError: a cache that already holds uncompressed history, or one of another batch.
+    """
+    width = input_ids.shape[1]
+    if isinstance(given, CompressedCache):
+        if len(given.rows) != len(pads):
+            raise InputError(f"past_key_values: expected {len(pads)} rows, got {len(given.rows)}")
+        given.rebase(input_ids, pads, [verified - pad - reader.window for pad in pads], reader.lookahead)
+        given.heal()
+        return given
+    if int(given.get_seq_length()):
+        raise InputError("past_key_values: expected an empty or a compressed cache, got one with uncompressed history")
+    config = host.config.get_text_config(decoder=True)
+    if isinstance(given, StaticCache):
+        full = int(given.get_max_length())
+        longest = full - min(pads)
+        if longest < reader.fewest:
+            return given
+        room = full
+        if reader.chunker.same_tokenizer:
+            chunks = (longest - reader.window) // reader.chunker.chunk_length
+            # the prefix is at most what the prompt holds beside its chunks
+            prefix = max(
+                (reader.prefix(row[pad:].tolist()) or width for row, pad in zip(input_ids, pads, strict=True))
+            )
+            room = (
+                min(pads) + prefix + chunks * reader.num_latents + reader.window + reader.chunker.chunk_length + DRAFTS
+            )
+        cache = CompressedStaticCache(config=config, max_cache_len=min(full, room))
+    else:
+        cache = CompressedDynamicCache(config=config)
+        if any(given.is_recording_past(i) for i in range(len(given.layers))):
+            cache.activate_past_recording()  # assisted decoding armed the cache that this one replaces
+    cache.rows = tuple(Row(pad) for pad in pads)
+    cache.layout = torch.empty(len(pads), 0, dtype=torch.long)
+    cache.ids = input_ids[:, :0]
+    return cache
+
+
+@torch.no_grad()
+def advance(
+    host: Any, reader: Reader, cache: CompressedCache, input_ids: torch.Tensor, verified: int, main: int | None
+) -> tuple[int, int]:
+    """Brings the cache to the layout that `input_ids` call for, short of the last `main` columns.
+
+    Args:
+        host: the plain host.
+        reader: its rule.
+        cache: whose state is behind `input_ids`.
+        input_ids: `[B, T]`, left-padded, the whole conversation.
+        verified: columns that are decided; later ones are drafts and are compressed by no chunk.
+        main: columns left to the forward of the caller; by default the raw columns that all rows share.
+
+    Returns:
+        Columns left to the caller, and the slots that were kept from before.
+
+    Raises:
+        CapacityError: more slots than the positions that the host was trained on.
+        InputError: latents that are not finite.
+    """
+    width = input_ids.shape[1]
+    rows = [reader.extend(row, input_ids[i, row.pad : verified]) for i, row in enumerate(cache.rows)]
+    compressed = any(row.chunks for row in rows)
+    codes = [
+        row_layout(width - row.pad, row.prefix or 0, [(c.start, c.end) for c in row.chunks], reader.num_latents)
+        for row in rows
+    ]
+    check_capacity(host, reader, max(row.prefix or 0 for row in rows), max(len(code) for code in codes))
+    layout = stack_rows(codes, 0 if compressed else width)
+    slots = layout.shape[1]
+    if main is None:
+        raw = min((width - row.pad - row.raw_start for row in rows if row.chunks), default=slots)
+        kept = min(common_columns(cache.layout, layout), slots - (width - verified) - 1)
+        main = min(raw, slots - kept)
+    else:
+        kept = min(common_columns(cache.layout, layout), slots - main)
+    embedding = host.get_input_embeddings()
+    filled = reader.fill(rows, embedding.weight.device, embedding.weight.dtype)
+    kept = cache.keep_columns(kept)
+    cache.rows = filled
+    if kept < slots - main:
+        cache.layout = layout[:, : slots - main]
+        embeddings = embed(host, cache, input_ids, kept)
+        mask, positions = mask_and_positions(cache, slots - main - kept, embeddings.device)
+        host.base_model(
+            inputs_embeds=embeddings,
+            past_key_values=cache,
+            attention_mask=mask,
+            position_ids=positions,
+            use_cache=True,
+        )
+    cache.layout, cache.ids, cache.peak = layout, input_ids, max(cache.peak, slots)
+    return main, kept
+
+
+def embed(host: Any, cache: CompressedCache, input_ids: torch.Tensor, first: int) -> torch.Tensor:
+    """Input embeddings of the cache's slots from column `first` on, `[B, slots, H]`; padding gets token 0's."""
+    table = host.get_input_embeddings()
+    codes = cache.layout[:, first:]
+    pads = torch.tensor([row.pad for row in cache.rows])[:, None]
+    columns = torch.where(codes >= 0, codes + pads, 0).to(input_ids.device)
+    embeddings = table(input_ids.gather(1, columns).to(table.weight.device))
+    for i, row in enumerate(cache.rows):
+        where = (codes[i] < PAD).nonzero()[:, 0]
+        if len(where):
+            soft = torch.cat([chunk.soft for chunk in row.chunks])  # pyright: ignore
+            embeddings[i, where.to(embeddings.device)] = soft[soft_index(codes[i, where]).to(soft.device)]
+    return embeddings
+
+
+def mask_and_positions(
+    cache: CompressedCache, columns: int, device: torch.device
+) -> tuple[torch.Tensor | None, torch.Tensor]:
+    """Mask of all slots `[B, S]` (None without padding) and compact positions of the last `columns`."""
+    mask = cache.layout != PAD
+    positions = (mask.long().cumsum(1) - 1).clamp(min=0)[:, mask.shape[1] - columns :]
+    positions = positions.clone(memory_format=torch.contiguous_format)  # a changing stride would recompile every step
+    return None if bool(mask.all()) else mask.long().to(device), positions.to(device)
+
+
+def check_capacity(host: Any, reader: Reader, prefix: int, slots: int) -> None:
+    """Refuses more slots than the positions that the host was trained on.
+
+    Raises:
+        CapacityError: names the capacity in host tokens.
+    """
+    positions = getattr(host.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if not positions or slots <= positions:
+        return
+    chunk = reader.chunker.chunk_length
+    raw = prefix + reader.window + chunk - 1
+    chunks = max(0, positions - raw) // reader.num_latents if reader.num_latents else 0
+    raise CapacityError(
+        f"history: expected at most {'' if reader.chunker.same_tokenizer else 'about '}"
+        f"{min(positions, raw) + chunks * chunk} tokens a row (the host's {positions} positions, {prefix} of them raw "
+        f"prefix, window {reader.window}), got a history of {slots} slots"
+    )

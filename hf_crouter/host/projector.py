@@ -1,0 +1,232 @@
+"""From a crouter's latents to soft prompts that one host can read."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import torch
+import torch.nn.functional as F
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load as load_safetensors
+from safetensors.torch import save as save_safetensors
+from torch import nn
+
+from ..chunking import tokenizer_fingerprint
+from ..compressor import CRouterModel
+from ..errors import InputError, MismatchError
+from ..storage import replaced_file
+from .fingerprint import crouter_fingerprint, host_fingerprint
+from .unwrap import unwrap
+
+WEIGHTS, CONFIG = "projector.safetensors", "projector.json"
+
+
+@dataclass(frozen=True)
+class ProjectorConfig:
+    """What a projector fits and how it was trained.
+
+    Attributes:
+        latent_size: width of a latent.
+        num_latents: latents a chunk, M.
+        host_hidden_size: width of the host's input embeddings, H.
+        hidden_size: width of the hidden layer.
+        host_name: name for people and for the folder.
+        host_fingerprint: of the host's weights.
+        crouter_fingerprint: of the crouter's encoder.
+        host_tokenizer: fingerprint; empty where none was known.
+        crouter_tokenizer: fingerprint; equal to `host_tokenizer` where both share their ids.
+        training: record of the run that made it.
+    """
+
+    latent_size: int
+    num_latents: int
+    host_hidden_size: int
+    hidden_size: int
+    host_name: str
+    host_fingerprint: str
+    crouter_fingerprint: str
+    host_tokenizer: str = ""
+    crouter_tokenizer: str = ""
+    training: dict[str, Any] = field(default_factory=dict)
+
+
+class Projector(nn.Module):
+    """Two layers, one offset per latent, and the size of the host's own input embeddings.
+
+    Args:
+        config: shapes and origin.
+        scale: root mean square of a soft prompt at the start; that of the host's embeddings.
+    """
+
+    def __init__(self, config: ProjectorConfig, scale: float = 1.0):
+        super().__init__()
+        self.config = config
+        self.up = nn.Linear(config.latent_size, config.hidden_size)
+        self.down = nn.Linear(config.hidden_size, config.host_hidden_size)
+        self.offset = nn.Parameter(0.1 * torch.randn(config.num_latents, config.host_hidden_size))
+        self.scale = nn.Parameter(torch.tensor(float(scale)))
+
+    def forward(self, latents: torch.Tensor) -> torch.Tensor:
+        """Latents `[..., M, latent_size]` to soft prompts `[..., M, H]`."""
+        hidden = self.down(F.gelu(self.up(latents.to(self.up.weight.dtype)))) + self.offset
+        return F.rms_norm(hidden, hidden.shape[-1:], eps=1e-6) * self.scale
+
+    def save(self, folder: str | Path, training: dict[str, Any] | None = None) -> None:
+        """Writes bfloat16 weights and `projector.json`, each whole or not at all; the JSON, with a checksum, last.
+
+        Args:
+            folder: made if missing.
+            training: record that replaces the one in the configuration.
+
+        Raises:
+            InputError: the disk is full or the folder cannot be written.
+        """
+        folder = Path(folder)
+        config = self.config if training is None else replace(self.config, training=training)
+        tensors = {
+            name: tensor.detach().to("cpu", torch.bfloat16).contiguous() for name, tensor in self.state_dict().items()
+        }
+        data = save_safetensors(tensors, {"format": "pt"})
+        text = json.dumps({**asdict(config), "sha256": hashlib.sha256(data).hexdigest()}, indent=1) + "\n"
+        with replaced_file(folder / WEIGHTS) as part:
+            part.write_bytes(data)
+        with replaced_file(folder / CONFIG) as part:
+            part.write_text(text, encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Projector:
+        """Reads what `save` wrote; parameters are float32.
+
+        Raises:
+            InputError: missing, truncated or altered files.
+        """
+        folder = Path(folder)
+        config, checksum = _read_config(folder)
+        try:
+            data = (folder / WEIGHTS).read_bytes()
+        except OSError as error:
+            raise InputError(f"{folder / WEIGHTS}: cannot be read ({error.strerror})") from error
+        if hashlib.sha256(data).hexdigest() != checksum:
+            raise InputError(f"{folder / WEIGHTS}: truncated or altered since it was written (checksum differs)")
+        projector = cls(config)
+        try:
+            projector.load_state_dict(load_safetensors(data))
+        except (SafetensorError, RuntimeError) as error:
+            line = str(error).splitlines()[0]
+            raise InputError(f"{folder / WEIGHTS}: expected the weights of its projector.json, got {line}") from error
+        return projector.eval()
+
+    def check(self, host: Any, crouter: CRouterModel) -> None:
+        """Refuses another host or crouter than the ones it was made for.
+
+        Raises:
+            MismatchError: names what was expected and what came.
+        """
+        for what, expected, got in (
+            ("host", self.config.host_fingerprint, host_fingerprint(host)),
+            ("crouter", self.config.crouter_fingerprint, crouter_fingerprint(crouter)),
+        ):
+            if expected != got:
+                raise MismatchError(
+                    f"projector {self.config.host_name!r}: expected the {what} with fingerprint {expected}, got {got}"
+                )
+
+
+def new_projector(
+    host: Any,
+    crouter: CRouterModel,
+    *,
+    hidden_size: int,
+    host_tokenizer: Any = None,
+    crouter_tokenizer: Any = None,
+    host_name: str | None = None,
+) -> Projector:
+    """An untrained projector for a pair, on the CPU, float32.
+
+    Args:
+        host: the decoder, wrapped or plain.
+        crouter: the chunk autoencoder.
+        hidden_size: width of the hidden layer.
+        host_tokenizer: of the host, for its fingerprint.
+        crouter_tokenizer: of the crouter, for its fingerprint.
+        host_name: name for people; the last part of the host's folder or hub name by default.
+    """
+    inner = unwrap(host)
+    embedding = inner.get_input_embeddings()
+    weight = embedding.weight
+    rows = torch.linspace(0, weight.shape[0] - 1, min(4096, weight.shape[0])).long().to(weight.device)
+    with torch.no_grad():  # through the module: some hosts scale inside it
+        scale = embedding(rows).float().pow(2).mean().sqrt().item()
+    config = ProjectorConfig(
+        latent_size=crouter.config.latent_size,
+        num_latents=crouter.config.num_latents,
+        host_hidden_size=weight.shape[1],
+        hidden_size=hidden_size,
+        host_name=host_name or display_name(inner),
+        host_fingerprint=host_fingerprint(inner),
+        crouter_fingerprint=crouter_fingerprint(crouter),
+        host_tokenizer=tokenizer_fingerprint(host_tokenizer) if host_tokenizer is not None else "",
+        crouter_tokenizer=tokenizer_fingerprint(crouter_tokenizer) if crouter_tokenizer is not None else "",
+    )
+    return Projector(config, scale)
+
+
+def find_projector(crouter: CRouterModel, host: Any, name: str | None = None) -> Projector:
+    """The projector in the crouter's folder (`projectors/*/`) that was made for this host and crouter.
+
+    Args:
+        crouter: loaded from a local folder or from the hub.
+        host: the decoder, wrapped or plain.
+        name: only the one in `projectors/<name>/`.
+
+    Raises:
+        MismatchError: there is none; says which command makes it.
+        InputError: damaged files.
+    """
+    origin = str(getattr(crouter.config, "_name_or_path", "") or "")
+    found = []
+    for path in sorted(_crouter_folder(origin).glob(f"projectors/{name or '*'}/{CONFIG}")) if origin else []:
+        found.append((path.parent, _read_config(path.parent)[0]))
+    wanted = (host_fingerprint(host), crouter_fingerprint(crouter))
+    for folder, config in found:
+        if (config.host_fingerprint, config.crouter_fingerprint) == wanted:
+            return Projector.load(folder)
+    pair = f"host {display_name(unwrap(host))!r} ({wanted[0]}) and crouter {origin!r} ({wanted[1]})"
+    others = ", ".join(f"{c.host_name!r} ({c.host_fingerprint}, crouter {c.crouter_fingerprint})" for _, c in found)
+    target = unwrap(host).config._name_or_path or "HOST"
+    raise MismatchError(
+        f"projector: expected one for {pair}, got {others or 'none'}; "
+        f"make it with: hf-crouter align --host {target} --crouter {origin or 'CROUTER'}"
+    )
+
+
+def display_name(host: Any) -> str:
+    """Last part of the host's folder or hub name, or its model type."""
+    return Path(str(host.config._name_or_path or "")).name or host.config.model_type
+
+
+def _crouter_folder(origin: str) -> Path:
+    if Path(origin).is_dir():
+        return Path(origin)
+    try:
+        return Path(huggingface_hub.snapshot_download(origin, allow_patterns=["projectors/**"]))
+    except (HfHubHTTPError, HFValidationError, OSError, ValueError):
+        return Path(origin)  # holds no projectors: the caller says which command makes one
+
+
+def _read_config(folder: Path) -> tuple[ProjectorConfig, str]:
+    try:
+        record = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        checksum = record.pop("sha256")
+        known = {f.name for f in fields(ProjectorConfig)}
+        return ProjectorConfig(**{key: value for key, value in record.items() if key in known}), checksum
+    except OSError as error:
+        raise InputError(f"{folder / CONFIG}: cannot be read ({error.strerror})") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{folder / CONFIG}: not a projector's description ({error})") from error

@@ -1,0 +1,189 @@
+"""How a host reads its past: which tokens stay raw, where chunks are cut, what stands for them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer
+
+from ..chunking import Chunker
+from ..compressor import CRouterModel
+from ..errors import InputError, MismatchError
+from .cache import CompressedChunk, Row
+from .projector import Projector
+
+SINKS = 4  # first tokens that attention leans on, arXiv 2309.17453
+ENCODE_BATCH = 8
+
+
+@dataclass(frozen=True, eq=False)
+class Reader:
+    """The rule that turns a row's tokens into `[raw prefix | chunks | raw window]`.
+
+    Attributes:
+        window: fewest raw tokens after the last compressed chunk.
+        chunker: cuts the chunks.
+        prefix: tokens of a row to keep raw at its start, from its ids so far; None where that cannot be told yet.
+        crouter: encodes the chunks; None where they are dropped.
+        projector: makes soft prompts of the latents; None where chunks are dropped.
+    """
+
+    window: int
+    chunker: Chunker
+    prefix: Callable[[list[int]], int | None]
+    crouter: CRouterModel | None = None
+    projector: Projector | None = None
+
+    @property
+    def num_latents(self) -> int:
+        """Slots a compressed chunk takes, M; 0 where chunks are dropped."""
+        return self.projector.config.num_latents if self.projector is not None else 0
+
+    @property
+    def fewest(self) -> int:
+        """Fewest tokens of a row, its prefix not counted, at which a chunk can be compressed."""
+        return self.window + (self.chunker.chunk_length if self.chunker.same_tokenizer else 1)
+
+    @property
+    def lookahead(self) -> int:
+        """Tokens after a chunk that may have decided where it ends."""
+        return 0 if self.chunker.same_tokenizer else self.chunker.chunk_length
+
+    def extend(self, row: Row, ids: torch.Tensor) -> Row:
+        """The row with every chunk that its tokens call for, soft prompts not made yet.
+
+        A chunk is compressed as soon as `window` tokens follow it: a function of the tokens alone, so prefill and
+        stepwise generation agree.
+
+        Args:
+            row: its state before.
+            ids: the row's tokens without padding, drafts excluded, `[T]`.
+        """
+        if len(ids) < self.fewest and row.prefix is None:
+            return row
+        if row.prefix is None:
+            prefix = self.prefix(ids.tolist())
+            if prefix is None:
+                return row
+            row = replace(row, prefix=prefix)
+        while True:
+            start = row.raw_start
+            if row.pending is None and (len(ids) - start) // self.chunker.step > row.probed // self.chunker.step:
+                # one copy to the host a call, and none in most steps
+                chunks, base = list(row.chunks), start
+                for (first, end), piece, mask in self._cut(ids[base:]):
+                    found = CompressedChunk(base + first, base + end, piece[mask.bool()])
+                    if len(ids) - found.end < self.window:
+                        row = replace(row, pending=found)
+                        break
+                    chunks.append(found)
+                row = replace(row, chunks=tuple(chunks))
+                row = replace(row, probed=len(ids) - row.raw_start)
+            if row.pending is None or len(ids) - row.pending.end < self.window:
+                return row
+            row = replace(row, chunks=(*row.chunks, row.pending), pending=None, probed=0)
+
+    def _cut(self, ids: torch.Tensor):
+        chunks = self.chunker.chunk(ids.tolist())
+        return zip(chunks.spans, chunks.input_ids, chunks.attention_mask, strict=True)
+
+    def fill(self, rows: Sequence[Row], device: torch.device, dtype: torch.dtype) -> tuple[Row, ...]:
+        """The rows with soft prompts for every chunk; equal chunks (of beams) are encoded once.
+
+        Raises:
+            InputError: latents that are not finite.
+            MismatchError: ids outside the crouter's vocabulary.
+        """
+        if self.num_latents == 0:
+            return tuple(rows)
+        wanted: dict[bytes, tuple[CompressedChunk, str]] = {}
+        for r, row in enumerate(rows):
+            for c, chunk in enumerate(row.chunks):
+                if chunk.soft is None:
+                    wanted.setdefault(chunk.ids.numpy().tobytes(), (chunk, f"chunk {c} of row {r}"))
+        if not wanted:
+            return tuple(rows)
+        made, items = {}, list(wanted.items())
+        for first in range(0, len(items), ENCODE_BATCH):
+            batch = items[first : first + ENCODE_BATCH]
+            soft = self._soft_prompts([value for _, value in batch]).to(device, dtype)
+            made.update({key: prompts for (key, _), prompts in zip(batch, soft, strict=True)})
+        filled = []
+        for row in rows:
+            chunks = (c if c.soft is not None else replace(c, soft=made[c.ids.numpy().tobytes()]) for c in row.chunks)
+            filled.append(replace(row, chunks=tuple(chunks)))
+        return tuple(filled)
+
+    def _soft_prompts(self, items: list[tuple[CompressedChunk, str]]) -> torch.Tensor:
+        crouter, projector = self.crouter, self.projector
+        assert crouter is not None and projector is not None
+        ids = torch.nn.utils.rnn.pad_sequence([chunk.ids for chunk, _ in items], batch_first=True)
+        if ids.max() >= crouter.config.vocab_size:
+            raise MismatchError(
+                f"tokenizer: expected ids below {crouter.config.vocab_size} (the crouter's), got {int(ids.max())}"
+            )
+        mask = torch.arange(ids.shape[1]) < torch.tensor([len(chunk.ids) for chunk, _ in items])[:, None]
+        latents = crouter.encode(ids.to(crouter.device), None if mask.all() else mask.to(crouter.device))
+        finite = latents.isfinite().flatten(1).all(1).tolist()
+        if not all(finite):
+            chunk, name = items[finite.index(False)]
+            raise InputError(
+                f"latents: expected finite numbers, got others in {name} (tokens {chunk.start} to {chunk.end})"
+            )
+        return projector(latents.to(projector.scale.device))
+
+
+class FirstTurn:
+    """Finds the end of a chat template's system turn, and keeps the first tokens where there is none.
+
+    Args:
+        tokenizer: of the host, with or without a chat template.
+    """
+
+    def __init__(self, tokenizer: Any = None):
+        self.opening, self.closing = self._markers(tokenizer)
+
+    def __call__(self, ids: list[int]) -> int | None:
+        """Tokens to keep raw: the whole first turn if it is the system's, else attention sinks; None if unfinished."""
+        if not self.opening or ids[: len(self.opening)] != self.opening:
+            return SINKS
+        for end in range(len(self.opening), len(ids) - len(self.closing) + 1):
+            if ids[end] == self.closing[0] and ids[end : end + len(self.closing)] == self.closing:
+                return end + len(self.closing)
+        return None
+
+    @staticmethod
+    def _markers(tokenizer: Any) -> tuple[list[int], list[int]]:
+        """Ids before a system message and between it and the next turn; empty where the template has none."""
+        if tokenizer is None or not getattr(tokenizer, "chat_template", None):
+            return [], []
+        system, user = "AAAA", "BBBB"
+        try:
+            text = tokenizer.apply_chat_template(
+                [{"role": "system", "content": system}, {"role": "user", "content": user}], tokenize=False
+            )
+        except Exception:  # a template may refuse a system role with any error
+            return [], []
+        if text.count(system) != 1 or user not in text.split(system)[1]:
+            return [], []
+        before, rest = text.split(system)
+        opening = tokenizer.encode(before, add_special_tokens=False)
+        between = tokenizer.encode(rest.split(user)[0], add_special_tokens=False)
+        special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
+        marks = [i for i, token in enumerate(between) if token in special]
+        # the turn ends before the marker that opens the next one; the opening's last token may merge with the text
+        closing = between[: marks[1]] if len(marks) > 1 else between
+        return (opening[:-1] or opening, closing) if opening and closing else ([], [])
+
+
+def local_tokenizer(name_or_path: str) -> Any:
+    """The tokenizer in a folder or in the hub's local cache, without any network; None where there is none."""
+    if not name_or_path:
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(name_or_path, local_files_only=True)
+    except (OSError, ValueError, ImportError):
+        return None

@@ -1,0 +1,160 @@
+"""What became of a history: chunks, residuals, slots and bytes."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from ..compressor import CRouterModel
+from .cache import CompressedCache
+
+BATCH = 4
+
+
+@dataclass(frozen=True)
+class ChunkRecord:
+    """One compressed (or, without a crouter, dropped) span.
+
+    Attributes:
+        row: row of the batch.
+        index: number of the chunk in its row.
+        start: first host token of the span, counted from the row's first real token.
+        end: host token after the span.
+        tokens: crouter tokens of the chunk.
+        residual: nats/token with which the latents rebuild it; None without a crouter.
+        accuracy: share of its tokens rebuilt exactly at their position (TRA), 0 to 1; None without a crouter.
+    """
+
+    row: int
+    index: int
+    start: int
+    end: int
+    tokens: int
+    residual: float | None = None
+    accuracy: float | None = None
+
+
+@dataclass(frozen=True)
+class RowRecord:
+    """Where one row's tokens stand at the end of the call; counts of slots.
+
+    Attributes:
+        tokens: real tokens of the row.
+        prefix: slots of the raw prefix.
+        soft: slots of soft prompts.
+        raw: slots of the raw window.
+    """
+
+    tokens: int
+    prefix: int
+    soft: int
+    raw: int
+
+    @property
+    def slots(self) -> int:
+        """All of the row's slots."""
+        return self.prefix + self.soft + self.raw
+
+
+@dataclass(frozen=True)
+class HistoryReport:
+    """About the latest call.
+
+    Attributes:
+        chunks: every compressed span, row after row.
+        rows: one record a row.
+        slots: slots of the cache at the end, a row.
+        peak_slots: most slots at any time, a row.
+        kv_bytes: keys and values at the peak, all rows.
+        kv_bytes_full: what the full history would take in the same layers and dtype, all rows.
+        soft: whether chunks are read as soft prompts; otherwise they were dropped.
+    """
+
+    chunks: tuple[ChunkRecord, ...]
+    rows: tuple[RowRecord, ...]
+    slots: int
+    peak_slots: int
+    kv_bytes: int
+    kv_bytes_full: int
+    soft: bool
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain lists and numbers, for JSON."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        if not self.rows:
+            return "Nothing was read yet."
+        lines = []
+        for i, row in enumerate(self.rows):
+            lines.append(
+                f"row {i}: {row.tokens} tokens in {row.slots} slots "
+                f"({row.prefix} prefix, {row.soft} soft, {row.raw} raw window)"
+            )
+        if self.chunks:
+            lines.append("row  chunk        span  tokens  residual   TRA" if self.soft else "row  chunk        span")
+            for c in self.chunks:
+                line = f"{c.row:>3}  {c.index:>5}  {f'{c.start}-{c.end}':>10}"
+                if c.residual is not None and c.accuracy is not None:
+                    line += f"  {c.tokens:>6}  {c.residual:>8.3f}  {c.accuracy:>4.0%}"
+                lines.append(line if self.soft else f"{line}  dropped")
+        else:
+            lines.append("Nothing was compressed: the history is shorter than window and chunk together.")
+        lines.append(
+            f"KV: {self.kv_bytes:,} bytes at the peak of {self.peak_slots} slots; "
+            f"{self.kv_bytes_full:,} for the full history"
+        )
+        return "\n".join(lines)
+
+
+class Trace:
+    """What a report needs of a call, without its keys and values.
+
+    Args:
+        cache: of the call that ended.
+        soft: whether chunks were read as soft prompts.
+    """
+
+    def __init__(self, cache: CompressedCache, soft: bool):
+        self.soft = soft
+        width, batch = cache.width, len(cache.rows)
+        self.rows, self.chunks = [], []
+        for i, row in enumerate(cache.rows):
+            length = width - row.pad
+            latents = sum(len(c.soft) for c in row.chunks if c.soft is not None)
+            prefix = min(row.prefix or 0, length) if row.chunks else 0
+            self.rows.append(RowRecord(length, prefix, latents, length - (row.raw_start if row.chunks else 0)))
+            self.chunks += [(i, j, c.start, c.end, c.ids) for j, c in enumerate(row.chunks)]
+        self.slots, self.peak = cache.layout.shape[1], cache.peak
+        self.kv_bytes = batch * cache.slot_bytes(cache.peak)
+        self.kv_bytes_full = batch * cache.slot_bytes(max(row.tokens for row in self.rows))
+        self.measured: list[tuple[float, float]] = []
+
+    def report(self, crouter: CRouterModel | None) -> HistoryReport:
+        """The report; chunks are rebuilt by the crouter at the first time, a few at once."""
+        if crouter is not None and len(self.measured) < len(self.chunks):
+            self.measured = _measure(crouter, [chunk[4] for chunk in self.chunks])
+        records = []
+        for k, (row, index, start, end, ids) in enumerate(self.chunks):
+            residual, accuracy = self.measured[k] if self.measured else (None, None)
+            records.append(ChunkRecord(row, index, start, end, len(ids), residual, accuracy))
+        return HistoryReport(
+            tuple(records), tuple(self.rows), self.slots, self.peak, self.kv_bytes, self.kv_bytes_full, self.soft
+        )
+
+
+@torch.no_grad()
+def _measure(crouter: CRouterModel, pieces: list[torch.Tensor]) -> list[tuple[float, float]]:
+    """Residual (nats/token) and TRA of chunks; equal ones (of beams) are measured once."""
+    unique = {piece.numpy().tobytes(): piece for piece in pieces}
+    keys, values = list(unique), []
+    for first in range(0, len(keys), BATCH):
+        batch = [unique[key] for key in keys[first : first + BATCH]]
+        ids = torch.nn.utils.rnn.pad_sequence(batch, batch_first=True)
+        mask = torch.arange(ids.shape[1]) < torch.tensor([len(piece) for piece in batch])[:, None]
+        out = crouter(ids.to(crouter.device), mask.to(crouter.device))
+        values += zip(out.residual.tolist(), out.reconstruction_accuracy.tolist(), strict=True)
+    found = dict(zip(keys, values, strict=True))
+    return [found[piece.numpy().tobytes()] for piece in pieces]

@@ -1,0 +1,529 @@
+import threading
+
+import pytest
+import torch
+from transformers import AutoTokenizer, LogitsProcessorList, TextIteratorStreamer
+from transformers.generation import CompileConfig
+
+from hf_crouter.errors import CapacityError, InputError, MismatchError
+from hf_crouter.history import CompressedHistory, attach
+
+from . import reference
+from .tiny import CHUNK, FAMILIES, LATENTS, VOCAB, prompt, tiny_crouter, tiny_host, tiny_projector
+
+WINDOW, PREFIX = 8, 3
+GREEDY = {"do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+torch.set_num_threads(1)
+
+
+@pytest.fixture
+def host():
+    return tiny_host()
+
+
+@pytest.fixture
+def crouter():
+    return tiny_crouter()
+
+
+@pytest.fixture
+def history(host, crouter):
+    return make(host, crouter)
+
+
+def make(host, crouter, **options):
+    options = {"window": WINDOW, "keep_first": PREFIX, "projector": tiny_projector(host, crouter), **options}
+    return CompressedHistory(host, crouter, **options)
+
+
+def run(host, ids, mask=None, new=40, **options):
+    mask = torch.ones_like(ids) if mask is None else mask
+    return host.generate(ids, attention_mask=mask, max_new_tokens=new, **{**GREEDY, **options})
+
+
+def assert_matches_reference(out, lengths, host, crouter, projector, window=WINDOW, prefix=PREFIX, atol=1e-4):
+    width = out.sequences.shape[1] - len(out.logits)
+    for i, length in enumerate(lengths):
+        for step, logits in enumerate(out.logits):
+            row = out.sequences[i, width - length : width + step]
+            expected = reference.next_logits(host, crouter, projector, row, prefix, window)
+            torch.testing.assert_close(logits[i], expected, atol=atol, rtol=0)
+
+
+class TestExactness:
+    @pytest.mark.parametrize("family", FAMILIES)
+    @pytest.mark.parametrize("lengths", [(70,), (70, 33, 5)], ids=str)
+    def test_every_step_equals_a_forward_from_scratch(self, family, lengths, crouter):
+        host = tiny_host(family)
+        history = make(host, crouter)
+        out = run(host, *prompt(*lengths), logits_processor=[history])
+        assert history.report().chunks
+        assert_matches_reference(out, lengths, host, crouter, history.reader.projector)
+
+    @pytest.mark.parametrize("window", [1, 5, 16, 33])
+    @pytest.mark.parametrize("prefix", [0, 1, 20])
+    def test_any_window_and_prefix(self, host, crouter, window, prefix):
+        history = make(host, crouter, window=window, keep_first=prefix)
+        out = run(host, *prompt(60), new=25, logits_processor=[history])
+        assert_matches_reference(out, (60,), host, crouter, history.reader.projector, window, prefix)
+
+    @pytest.mark.parametrize("lengths", [(10,), (12, 3)], ids=str)
+    def test_bit_identical_with_nothing_to_compress(self, host, history, lengths):
+        ids, mask = prompt(*lengths)
+        new = WINDOW + CHUNK - max(lengths) + PREFIX - 1
+        plain = run(host, ids, mask, new=new)
+        ours = run(host, ids, mask, new=new, logits_processor=[history])
+        assert torch.equal(torch.stack(plain.logits), torch.stack(ours.logits))
+        assert not history.report().chunks
+
+    def test_before_the_first_compaction_bit_identical_with_what_follows_it(self, host, history):
+        ids, mask = prompt(10)
+        plain, ours = run(host, ids, mask), run(host, ids, mask, logits_processor=[history])
+        same = WINDOW + CHUNK + PREFIX - 10  # steps that see at most window + chunk - 1 raw tokens after the prefix
+        assert torch.equal(torch.stack(plain.logits[:same]), torch.stack(ours.logits[:same]))
+        assert not torch.allclose(plain.logits[same], ours.logits[same])
+
+    def test_prefill_and_stepwise_agree_on_chunks(self, host, history):
+        out = run(host, *prompt(20), logits_processor=[history], new=60)
+        stepwise = history.report()
+        run(host, out.sequences[:, :-1], new=1, logits_processor=[history])
+        assert [(c.start, c.end) for c in history.report().chunks] == [(c.start, c.end) for c in stepwise.chunks]
+
+    def test_spans_prefix_and_window_cover_the_input_once(self, host, history):
+        run(host, *prompt(70, 33, 5), logits_processor=[history])
+        report = history.report()
+        for i, row in enumerate(report.rows):
+            spans = [(c.start, c.end) for c in report.chunks if c.row == i]
+            covered = list(range(row.prefix)) + [p for s in spans for p in range(*s)]
+            covered += list(range(row.tokens - row.raw, row.tokens))
+            assert covered == list(range(row.tokens))
+
+    def test_the_host_sees_the_latents(self, host, crouter, history):
+        ids, _ = prompt(70)
+        out = run(host, ids, new=1, logits_processor=[history])
+        changed = ids.clone()
+        changed[0, PREFIX + 2] = (changed[0, PREFIX + 2] + 1) % VOCAB
+        other = run(host, changed, new=1, logits_processor=[history])
+        assert (out.logits[0] - other.logits[0]).abs().max() > 1e-3
+
+    def test_dropped_chunks(self, host, crouter):
+        history = CompressedHistory(host, crouter, window=WINDOW, keep_first=PREFIX, soft=False)
+        ids, mask = prompt(70, 33)
+        out = run(host, ids, mask, logits_processor=[history])
+        assert_matches_reference(out, (70, 33), host, crouter, None)
+        assert all(row.soft == 0 for row in history.report().rows)
+
+    def test_dropped_chunks_without_a_crouter(self, host):
+        history = CompressedHistory(host, None, window=8, soft=False)
+        run(host, *prompt(100), new=3, logits_processor=[history])
+        assert not history.report().chunks  # chunks of 512
+
+
+class TestMemory:
+    def test_full_history_never_stands_in_the_cache(self, host, history):
+        seen = []
+        host.model.layers[0].register_forward_hook(
+            lambda m, a, k, o: seen.append(k["past_key_values"].get_seq_length()), with_kwargs=True
+        )
+        run(host, *prompt(400), logits_processor=[history])
+        chunks = len(history.report().chunks)
+        bound = PREFIX + LATENTS * chunks + WINDOW + CHUNK - 1
+        assert max(seen) <= bound < 100
+        assert history.report().peak_slots == max(seen)
+
+    def test_report_bytes(self, host, history):
+        run(host, *prompt(70), new=5, logits_processor=[history])
+        report = history.report()
+        per_slot = 2 * 2 * 2 * 8 * 4  # keys and values, layers, KV heads, head size, float32
+        assert report.kv_bytes == report.peak_slots * per_slot
+        assert report.kv_bytes_full == 74 * per_slot
+
+    def test_capacity(self, crouter):
+        host = tiny_host(positions=40)
+        history = make(host, crouter)
+        capacity = 9999
+        with pytest.raises(CapacityError, match=r"at most (\d+) tokens") as error:
+            run(host, *prompt(200), new=1, logits_processor=[history])
+        capacity = int(str(error.value).split("at most ")[1].split()[0])
+        run(host, *prompt(capacity), new=1, logits_processor=[history])
+        with pytest.raises(CapacityError):
+            run(host, *prompt(capacity + CHUNK), new=1, logits_processor=[history])
+        dropped = CompressedHistory(host, crouter, window=WINDOW, keep_first=PREFIX, soft=False)
+        run(host, *prompt(500), new=1, logits_processor=[dropped])
+
+
+class TestModes:
+    def test_beams_equal_beams_that_always_start_over(self, host, crouter, history):
+        ids, mask = prompt(60, 30)
+        out = run(host, ids, mask, new=25, num_beams=3, logits_processor=[history], output_scores=True)
+        # every kept hypothesis scored by the independent one-pass score
+        rows = out.sequences
+        full = torch.cat([mask, torch.ones(2, 25, dtype=torch.long)], 1)
+        score = history.score(rows, last=25, attention_mask=full).mean(1)
+        torch.testing.assert_close(out.sequences_scores, score, atol=1e-4, rtol=0)
+
+    def test_beams_encode_equal_chunks_once(self, host, crouter):
+        history, rows = make(host, crouter), []
+        encode = crouter.encode
+        crouter.encode = lambda ids, *a, **k: rows.append(len(ids)) or encode(ids, *a, **k)
+        run(host, *prompt(PREFIX + 3 * CHUNK + WINDOW), new=2, num_beams=4, logits_processor=[history])
+        assert sum(rows) == 3
+
+    @pytest.mark.parametrize("options", [{"num_return_sequences": 3}, {"repetition_penalty": 1.3}], ids=str)
+    def test_sampling(self, host, crouter, history, options):
+        torch.manual_seed(0)
+        out = run(host, *prompt(70), logits_processor=[history], **{"do_sample": True, **options})
+        assert_matches_reference(out, [70] * len(out.sequences), host, crouter, history.reader.projector)
+
+    @pytest.mark.parametrize("length", [59, 60, 61, 62, 63, 70])
+    def test_prompt_lookup_equals_greedy(self, host, crouter, history, length):
+        ids, _ = prompt(length)
+        ids[:, -20:] = ids[:, -40:-20]
+        greedy = run(host, ids, new=50, logits_processor=[history])
+        drafted = run(host, ids, new=50, logits_processor=[history], prompt_lookup_num_tokens=4)
+        assert torch.equal(greedy.sequences, drafted.sequences)
+        torch.testing.assert_close(torch.stack(greedy.logits), torch.stack(drafted.logits), atol=1e-4, rtol=0)
+
+    @pytest.mark.parametrize("seed", [0, 3])
+    def test_assistant_model_equals_greedy(self, host, history, seed):
+        ids, _ = prompt(70)
+        greedy = run(host, ids, logits_processor=[history])
+        assisted = run(host, ids, logits_processor=[history], assistant_model=tiny_host(seed=seed))
+        assert torch.equal(greedy.sequences, assisted.sequences)
+
+    def test_assistant_with_its_own_history(self, host, crouter, history):
+        ids, _ = prompt(70)
+        host.generation_config.pad_token_id = None  # else generate masks what the host itself wrote with that id
+        greedy = run(host, ids, logits_processor=[history])
+        assistant = tiny_host()
+        with attach(
+            assistant, crouter, window=WINDOW, projector=tiny_projector(assistant, crouter), keep_first=PREFIX
+        ):
+            assisted = run(host, ids, logits_processor=[history], assistant_model=assistant)
+        assert torch.equal(greedy.sequences, assisted.sequences)
+
+    def test_assisted_on_a_sliding_host(self, crouter):
+        host = tiny_host("gemma2")
+        history = make(host, crouter)
+        ids, _ = prompt(70)
+        greedy = run(host, ids, logits_processor=[history])
+        assisted = run(host, ids, logits_processor=[history], assistant_model=tiny_host("gemma2", seed=1))
+        assert torch.equal(greedy.sequences, assisted.sequences)
+
+    def test_streaming_in_a_thread(self, host, history):
+        class Words:
+            def decode(self, ids, **_):
+                return " ".join(str(int(i)) for i in torch.as_tensor(ids).flatten())
+
+        ids, mask = prompt(70)
+        greedy = run(host, ids, new=12, logits_processor=[history])
+        streamer = TextIteratorStreamer(Words(), skip_prompt=True)
+        options = {"max_new_tokens": 12, "do_sample": False, "streamer": streamer, "attention_mask": mask}
+        thread = threading.Thread(target=host.generate, args=(ids,), kwargs={**options, "logits_processor": [history]})
+        thread.start()
+        words = "".join(streamer).split()
+        thread.join()
+        assert words == [str(i) for i in greedy.sequences[0, 70:].tolist()]
+
+    def test_static_cache(self, host, crouter, history):
+        ids, mask = prompt(70, 33)
+        greedy = run(host, ids, mask, logits_processor=[history])
+        static = run(host, ids, mask, logits_processor=[history], cache_implementation="static")
+        torch.testing.assert_close(torch.stack(greedy.logits), torch.stack(static.logits), atol=1e-4, rtol=0)
+        assert static.past_key_values.layers[0].keys.shape[2] < 109
+
+    def test_static_cache_too_small_to_need_compression_is_left_alone(self, host, history):
+        ids, _ = prompt(10)
+        plain = run(host, ids, new=8, cache_implementation="static")
+        ours = run(host, ids, new=8, cache_implementation="static", logits_processor=[history])
+        assert type(ours.past_key_values) is type(plain.past_key_values)
+        assert torch.equal(torch.stack(plain.logits), torch.stack(ours.logits))
+
+    def test_compiled_decoding_is_one_graph_across_compactions(self, host, history):
+        graphs = []
+
+        def backend(module, example_inputs):
+            graphs.append(module)
+            return module.forward
+
+        ids, _ = prompt(70)
+        greedy = run(host, ids, new=50, logits_processor=[history])
+        torch._dynamo.reset()
+        config = CompileConfig(backend=backend, fullgraph=True, dynamic=False, mode=None)
+        config._compile_all_devices = True
+        options = {"cache_implementation": "static", "compile_config": config}
+        compiled = run(host, ids, new=50, logits_processor=[history], **options)
+        assert torch.equal(greedy.sequences, compiled.sequences)
+        assert len(graphs) == 1
+
+    @pytest.mark.parametrize("extra", [0, 3, 25, 150])
+    def test_a_later_turn_equals_from_scratch(self, host, crouter, history, extra):
+        first = run(host, *prompt(70), new=20, logits_processor=[history])
+        turn = torch.cat([first.sequences, prompt(extra + 1, seed=5)[0]], 1)
+        cache = first.past_key_values
+        again = run(host, turn, new=20, logits_processor=[history], past_key_values=cache)
+        scratch = run(host, turn, new=20, logits_processor=[history])
+        torch.testing.assert_close(torch.stack(again.logits), torch.stack(scratch.logits), atol=1e-4, rtol=0)
+        assert again.past_key_values is cache
+
+    @pytest.mark.parametrize("edited", [1, 10, 60, 85])
+    def test_an_edited_conversation_on_an_old_cache(self, host, history, edited):
+        first = run(host, *prompt(70), new=20, logits_processor=[history])
+        turn = first.sequences.clone()
+        turn[0, edited] = (turn[0, edited] + 1) % VOCAB
+        turn = turn[:, : max(60, edited + 1)]
+        again = run(host, turn, new=20, logits_processor=[history], past_key_values=first.past_key_values)
+        scratch = run(host, turn, new=20, logits_processor=[history])
+        torch.testing.assert_close(torch.stack(again.logits), torch.stack(scratch.logits), atol=1e-4, rtol=0)
+
+    def test_a_later_turn_of_a_padded_batch(self, host, history):
+        ids, mask = prompt(70, 33)
+        first = run(host, ids, mask, new=20, logits_processor=[history])
+        turn = torch.cat([first.sequences, prompt(30, 30, seed=5)[0]], 1)
+        mask = torch.cat([mask, torch.ones(2, 50, dtype=torch.long)], 1)
+        again = run(host, turn, mask, logits_processor=[history], past_key_values=first.past_key_values)
+        scratch = run(host, turn, mask, logits_processor=[history])
+        torch.testing.assert_close(torch.stack(again.logits), torch.stack(scratch.logits), atol=1e-4, rtol=0)
+
+    def test_bfloat16_host_and_float32_crouter(self, crouter):
+        host = tiny_host().to(torch.bfloat16)
+        history = make(host, crouter)
+        out = run(host, *prompt(70), new=5, logits_processor=[history])
+        assert out.sequences.shape[1] == 75 and history.report().kv_bytes_full == 74 * 128
+
+
+class TestActivation:
+    def plain(self, length=70):
+        host = tiny_host()
+        return run(host, *prompt(length), new=10)
+
+    def same(self, out):
+        return torch.equal(torch.stack(out.logits), torch.stack(self.plain().logits))
+
+    def test_calls_without_the_processor_are_plain(self, host, history):
+        assert self.same(run(host, *prompt(70), new=10))
+        assert not self.same(run(host, *prompt(70), new=10, logits_processor=[history]))
+        assert self.same(run(host, *prompt(70), new=10))
+
+    def test_detach(self, host, history):
+        cls = type(tiny_host())
+        assert type(host) is not cls
+        history.detach()
+        assert type(host) is cls
+        assert self.same(run(host, *prompt(70), new=10, logits_processor=[history]))
+
+    def test_two_histories_on_one_host(self, host, crouter):
+        one, two = make(host, crouter), make(host, crouter, window=20)
+        first = run(host, *prompt(70), new=5, logits_processor=[one])
+        one.detach()
+        second = run(host, *prompt(70), new=5, logits_processor=LogitsProcessorList([two]))
+        assert not torch.allclose(torch.stack(first.logits), torch.stack(second.logits))
+        two.detach()
+        assert type(host) is type(tiny_host())
+
+    def test_attach_restores_after_an_exception(self, host, crouter):
+        with (
+            pytest.raises(RuntimeError, match="stop"),
+            attach(
+                host, crouter, window=WINDOW, keep_first=PREFIX, projector=tiny_projector(host, crouter)
+            ) as history,
+        ):
+            assert not self.same(run(host, *prompt(70), new=10))
+            assert history.report().chunks
+            raise RuntimeError("stop")
+        assert self.same(run(host, *prompt(70), new=10))
+        assert type(host) is type(tiny_host()) and not [k for k in vars(host) if "crouter" in k]
+
+    @pytest.mark.parametrize("call", range(1, 12))
+    def test_a_failing_forward_leaves_the_host_plain_and_the_cache_usable(self, host, history, call):
+        first = run(host, *prompt(60), new=3, logits_processor=[history])
+        turn = torch.cat([first.sequences, prompt(40, seed=5)[0]], 1)
+        calls = []
+
+        def fail(module, args):
+            calls.append(1)
+            if len(calls) == call:
+                raise RuntimeError("stop")
+
+        hook = host.model.layers[1].register_forward_pre_hook(fail)
+        with pytest.raises(RuntimeError, match="stop"):
+            run(host, turn, new=20, logits_processor=[history], past_key_values=first.past_key_values)
+        hook.remove()
+        assert self.same(run(host, *prompt(70), new=10))
+        again = run(host, turn, new=10, logits_processor=[history], past_key_values=first.past_key_values)
+        scratch = run(host, turn, new=10, logits_processor=[history])
+        torch.testing.assert_close(torch.stack(again.logits), torch.stack(scratch.logits), atol=1e-4, rtol=0)
+
+    def test_threads_with_and_without_history(self, host, crouter, history):
+        wider = make(host, crouter, window=20)
+        arms = {None: [], history: [history], wider: [wider]}
+        expected = {arm: run(host, *prompt(70), new=15, logits_processor=p).sequences for arm, p in arms.items()}
+        results, threads = [], []
+
+        def work(arm):
+            results.append((arm, run(host, *prompt(70), new=15, logits_processor=arms[arm]).sequences))
+
+        for arm in list(arms) * 3:
+            threads.append(threading.Thread(target=work, args=(arm,)))
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(results) == 9
+        assert all(torch.equal(sequences, expected[arm]) for arm, sequences in results)
+
+    def test_the_call_is_pure(self, host, history):
+        ids, scores = prompt(20)[0], torch.randn(1, VOCAB)
+        assert torch.equal(history(ids, scores.clone()), scores)
+        with pytest.raises(InputError, match="skipped"):
+            history(torch.zeros(1, 5000, dtype=torch.long), scores)
+
+    def test_a_foreign_host(self, history):
+        other = tiny_host(seed=4, positions=4096)
+        with pytest.raises(InputError, match="skipped"):
+            run(other, *prompt(1200), new=2, logits_processor=[history])
+
+    def test_wrapped_hosts(self, host, crouter):
+        peft = pytest.importorskip("peft")
+        torch.manual_seed(0)
+        wrapped = peft.get_peft_model(tiny_host(), peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+        history = make(wrapped.eval(), crouter)
+        out = run(wrapped, prompt(70)[0], logits_processor=[history], new=20)
+        assert_matches_reference(out, (70,), wrapped.get_base_model(), crouter, history.reader.projector)
+        assert len(history.report().chunks) > 2
+
+        compiled = torch.compile(host, backend="eager")
+        history = make(compiled, crouter)
+        out = run(compiled, prompt(70)[0], logits_processor=[history], new=5)
+        assert_matches_reference(out, (70,), host, crouter, history.reader.projector)
+        with pytest.raises(InputError, match="prompt learning"):
+            prefix = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+            make(peft.get_peft_model(tiny_host(), prefix), crouter)
+
+
+class TestScore:
+    def test_equals_stepwise_decoding(self, host, history):
+        ids, mask = prompt(70, 33)
+        out = run(host, ids, mask, new=50, logits_processor=[history])
+        mask = torch.cat([mask, torch.ones(2, 50, dtype=torch.long)], 1)
+        score = history.score(out.sequences, last=50, attention_mask=mask)
+        steps = torch.stack(out.logits, 1).log_softmax(-1).gather(2, out.sequences[:, -50:, None])[..., 0]
+        assert score.dtype == torch.float32
+        torch.testing.assert_close(score, steps, atol=1e-4, rtol=0)
+
+    @pytest.mark.parametrize("last", [1, 30, 69])
+    def test_any_length(self, host, crouter, history, last):
+        ids, _ = prompt(70)
+        score = history.score(ids, last=last)
+        for k in range(0, last, 7):
+            row = ids[0, : 70 - last + k]
+            logits = reference.next_logits(host, crouter, history.reader.projector, row, PREFIX, WINDOW)
+            torch.testing.assert_close(score[0, k], logits.log_softmax(-1)[ids[0, 70 - last + k]], atol=1e-4, rtol=0)
+
+    def test_a_later_id_changes_no_earlier_score(self, history):
+        ids, _ = prompt(120)
+        before = history.score(ids, last=100)
+        for position in range(25, 120, 9):
+            changed = ids.clone()
+            changed[0, position] = (changed[0, position] + 1) % VOCAB
+            after = history.score(changed, last=100)
+            torch.testing.assert_close(before[:, : position - 20], after[:, : position - 20], atol=1e-5, rtol=0)
+            assert (before[:, position - 20] - after[:, position - 20]).abs() > 1e-6
+
+    def test_probabilities_sum_to_one(self, history):
+        ids, _ = prompt(90)
+        rows = ids.repeat(VOCAB, 1)
+        rows[:, -1] = torch.arange(VOCAB)
+        assert history.score(rows, last=1).exp().sum().item() == pytest.approx(1, abs=1e-5)
+
+    def test_bounds(self, history):
+        with pytest.raises(InputError, match="last"):
+            history.score(prompt(20)[0], last=20)
+
+
+class TestBadInput:
+    @pytest.mark.parametrize(
+        "options", [{"use_cache": False}, {"prefill_chunk_size": 16}], ids=["no cache", "prefill_chunk_size"]
+    )
+    def test_ways_to_generate(self, host, history, options):
+        with pytest.raises(InputError):
+            run(host, *prompt(70), logits_processor=[history], **options)
+
+    def test_masks(self, host, history):
+        ids, mask = prompt(70, 60)
+        right, hole, empty = mask.flip(1), mask.clone(), mask.clone()
+        hole[0, 30], empty[1] = 0, 0
+        for bad, word in ((right, "right"), (hole, "holes"), (empty, "right|empty")):
+            with pytest.raises(InputError, match=word):
+                run(host, ids, bad, logits_processor=[history])
+
+    def test_half_a_conversation_and_foreign_caches(self, host, history):
+        plain = run(host, *prompt(70), new=3)
+        turn = torch.cat([plain.sequences, prompt(10, seed=5)[0]], 1)
+        with pytest.raises(InputError, match="uncompressed"):
+            run(host, turn, logits_processor=[history], past_key_values=plain.past_key_values)
+        ours = run(host, *prompt(70), new=3, logits_processor=[history])
+        with pytest.raises(InputError, match="whole conversation"):
+            mask = torch.ones_like(turn)
+            run(host, turn[:, -10:], mask, logits_processor=[history], past_key_values=ours.past_key_values)
+        with pytest.raises(InputError, match="CompressedHistory"):
+            run(host, turn, past_key_values=ours.past_key_values)
+
+    def test_latents_that_are_not_finite(self, host, crouter, history):
+        encode = crouter.encode
+        crouter.encode = lambda ids, *a, **k: (
+            encode(ids, *a, **k) * torch.tensor([1.0, float("nan")])[: len(ids), None, None]
+        )
+        with pytest.raises(InputError, match=r"chunk 1 of row 0 \(tokens 19 to 35\)"):
+            run(host, *prompt(PREFIX + 2 * CHUNK + WINDOW), logits_processor=[history])
+
+    def test_arguments(self, host, crouter):
+        for options in ({"window": 0}, {"keep_first": -1}, {"keep_first": "some"}):
+            with pytest.raises(InputError):
+                make(host, crouter, **options)
+        with pytest.raises(InputError, match="crouter"):
+            CompressedHistory(host, None)
+        with pytest.raises(InputError, match="decoder"):
+            CompressedHistory(torch.nn.Linear(2, 2), crouter)
+        with pytest.raises(MismatchError, match="hf-crouter align"):
+            CompressedHistory(host, crouter)
+
+    def test_ids_outside_the_crouters_vocabulary(self, host):
+        crouter = tiny_crouter(vocab_size=50)
+        with pytest.raises(MismatchError, match="below 50"):
+            run(host, *prompt(70), logits_processor=[make(host, crouter)])
+
+
+class TestReport:
+    def test_nothing_compressed_is_said_plainly(self, host, history):
+        assert str(history.report()) == "Nothing was read yet."
+        run(host, *prompt(10), new=2, logits_processor=[history])
+        assert "Nothing was compressed" in str(history.report())
+
+    def test_residuals_are_the_crouters(self, host, crouter, history):
+        ids, _ = prompt(70)
+        run(host, ids, new=2, logits_processor=[history])
+        report = history.report()
+        for chunk in report.chunks:
+            out = crouter(ids[:, chunk.start : chunk.end])
+            assert chunk.residual == pytest.approx(out.residual.item(), abs=1e-4)
+            assert chunk.accuracy == pytest.approx(out.reconstruction_accuracy.item())
+        assert report.to_dict()["chunks"][0]["end"] == PREFIX + CHUNK
+        assert f"{PREFIX}-{PREFIX + CHUNK}" in str(report)
+
+
+@pytest.mark.host
+class TestRealTemplate:
+    def test_the_system_turn_stays_raw(self, real_host):
+        from hf_crouter.host.reader import FirstTurn
+
+        tokenizer = AutoTokenizer.from_pretrained(real_host)
+        system = [{"role": "system", "content": "You answer in one word."}]
+        turn = tokenizer.apply_chat_template(system, tokenize=True, return_dict=False)
+        ids = tokenizer.apply_chat_template(
+            [*system, {"role": "user", "content": "What is two and two?"}], tokenize=True, return_dict=False
+        )
+        keep = FirstTurn(tokenizer)
+        assert keep(ids) == len(turn)
+        assert keep(ids[: len(turn) - 1]) is None
+        assert keep(tokenizer.encode("def f(x): return x")) == 4
