@@ -4,6 +4,7 @@ from transformers import AutoConfig, AutoModel
 
 from .compressor import CRouterConfig, CRouterModel
 from .errors import CapacityError, InputError, MismatchError
+from .history import CompressedHistory, attach
 
 __version__ = "0.1.0"
 
@@ -12,4 +13,12 @@ AutoModel.register(CRouterConfig, CRouterModel, exist_ok=True)
 CRouterConfig.register_for_auto_class()
 CRouterModel.register_for_auto_class("AutoModel")
 
-__all__ = ["CRouterConfig", "CRouterModel", "CapacityError", "InputError", "MismatchError"]
+__all__ = [
+    "CRouterConfig",
+    "CRouterModel",
+    "CapacityError",
+    "CompressedHistory",
+    "InputError",
+    "MismatchError",
+    "attach",
+]

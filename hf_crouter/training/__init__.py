@@ -1,0 +1,1 @@
+"""Training: stage 1 (reconstruct), stage 2 (align), one loop and its checkpoints."""

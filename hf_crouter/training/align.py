@@ -158,7 +158,7 @@ class AlignmentData:
             n: int(arguments.keep_first + slack * n * chunk_length + arguments.window + arguments.target)
             for n in arguments.chunks
         }
-        sizes = np.diff(tokens.starts, append=len(tokens.ids))
+        sizes = np.diff(tokens.starts) - 1
         self.eligible = {n: np.flatnonzero(sizes >= length) for n, length in self.length.items()}
         for n, found in self.eligible.items():
             if not len(found):
@@ -218,7 +218,7 @@ def train_alignment(arguments: AlignArguments, host_tokenizer: Any, crouter_toke
     host = AutoModelForCausalLM.from_pretrained(arguments.host, dtype=dtype)
     crouter = AutoModel.from_pretrained(arguments.crouter, dtype=torch.float32)
     chunker = make_chunker(crouter.config.chunk_length, host_tokenizer, crouter_tokenizer)
-    tokens = TokenArray.load(Path(arguments.data) / "train")
+    tokens = TokenArray.load(Path(arguments.data) / "train.safetensors")
     projector = new_projector(
         host,
         crouter,
@@ -231,6 +231,7 @@ def train_alignment(arguments: AlignArguments, host_tokenizer: Any, crouter_toke
     module = AlignmentLoss(host, crouter, projector, arguments.kl_weight)
     result = run_loop(module, data.batch, arguments, accelerator,
                       positions_per_sequence=max(data.length.values()), title="align")  # fmt: skip
+    folder = Path(arguments.crouter) / "projectors" / projector.config.host_name
     record = {
         "stage": "align",
         "arguments": {k: v for k, v in asdict(arguments).items() if k not in ("data", "output", "host", "crouter")},
@@ -243,8 +244,7 @@ def train_alignment(arguments: AlignArguments, host_tokenizer: Any, crouter_toke
         "device": torch.cuda.get_device_name() if accelerator.device.type == "cuda" else "cpu",
     }
     if accelerator.is_main_process:
-        name = projector.config.host_name
-        projector.save(Path(arguments.crouter) / "projectors" / name, training=json.loads(json.dumps(record)))
+        projector.save(folder, training=json.loads(json.dumps(record)))
     accelerator.wait_for_everyone()
     accelerator.end_training()
-    return record
+    return {"path": str(folder), **record}

@@ -92,7 +92,12 @@ def make_accelerator(arguments: LoopArguments) -> Accelerator:
     """Accelerator for the arguments; seeds every generator."""
     set_seed(arguments.seed)
     plugin = TorchDynamoPlugin(backend="inductor" if arguments.compile else "no", dynamic=False)  # type: ignore
-    return Accelerator(mixed_precision="bf16" if arguments.bf16 else "no", dynamo_plugin=plugin)
+    # without `cpu`, accelerate ignores torchrun's other processes where there is no GPU
+    return Accelerator(
+        cpu=not torch.cuda.is_available(),
+        mixed_precision="bf16" if arguments.bf16 else "no",
+        dynamo_plugin=plugin,
+    )
 
 
 def run_loop(
@@ -162,10 +167,10 @@ def run_loop(
             if clock is not None:
                 result.timed_tokens += data.real_tokens * world
             if clock is None and result.steps - first == _UNTIMED_STEPS:
-                float(metrics["loss"])  # waits for the device
+                metrics["loss"].item()  # waits for the device
                 clock = time.monotonic()
             if result.steps % arguments.log_every == 0 or used >= 1:
-                result.final = {name: float(value) for name, value in metrics.items()}
+                result.final = {name: value.item() for name, value in metrics.items()}
                 result.tokens, pending = result.tokens + pending, 0
                 if result.final["loss"] != result.final["loss"]:
                     raise InputError(f"expected a finite loss, got nan at step {result.steps}")
@@ -223,13 +228,13 @@ def _progress_bar(title: str, enabled: bool) -> Iterator[Callable[[float, dict[s
 
         def line(used: float, metrics: dict[str, float], rate: float) -> None:
             if enabled:
-                left = (time.monotonic() - started) * (1 - used) / max(used, 1e-9)
+                left = (time.monotonic() - started) * (1 - used) / used if used else float("nan")
                 print(f"{title} {used:6.1%}  {text(metrics, rate)}  {left:,.0f} s left", flush=True)
 
         yield line
         return
-    columns = (TextColumn(title), BarColumn(), TextColumn("{task.percentage:5.1f}%"), TextColumn("{task.fields[text]}"),
-               TimeRemainingColumn())  # fmt: skip
+    share, values = TextColumn("{task.percentage:5.1f}%"), TextColumn("{task.fields[text]}")
+    columns = (TextColumn(title), BarColumn(), share, values, TimeRemainingColumn())
     with Progress(*columns, console=console) as progress:
         task = progress.add_task(title, total=1.0, text="")
         yield lambda used, metrics, rate: progress.update(task, completed=used, text=text(metrics, rate))

@@ -6,7 +6,9 @@ import torch
 from torch import nn
 
 
-def build_optimizers(module: nn.Module, learning_rate: float, weight_decay: float = 0.01) -> list[torch.optim.Optimizer]:
+def build_optimizers(
+    module: nn.Module, learning_rate: float, weight_decay: float = 0.01
+) -> list[torch.optim.Optimizer]:
     """Muon for the weights of linear layers, AdamW for embeddings, heads, norms and learned inputs.
 
     Muon's update is scaled to AdamW's root mean square (`match_rms_adamw`), so one learning rate serves both.

@@ -16,7 +16,10 @@ from transformers import AutoTokenizer
 from ..compressor import CRouterConfig, CRouterModel
 from ..data.tokens import TokenArray
 from ..errors import InputError
+from ..host.fingerprint import crouter_fingerprint
+from ..routing.calibration import Calibration
 from .checkpointing import atomic_folder
+from .evaluate import reconstruction_score
 from .flops import matrix_flops_per_token, measured_matrix_rate
 from .loop import Batch, LoopArguments, LoopResult, make_accelerator, run_loop
 
@@ -100,7 +103,7 @@ def train_reconstruction(arguments: ReconstructArguments) -> dict[str, Any]:
         InputError: no data, a tokenizer of another size than the weights, or a damaged checkpoint.
     """
     data, output = Path(arguments.data), Path(arguments.output)
-    tokens = TokenArray.load(data / "train")
+    tokens = TokenArray.load(data / "train.safetensors")
     tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer)
     accelerator = make_accelerator(arguments)
     if arguments.init:
@@ -122,15 +125,31 @@ def train_reconstruction(arguments: ReconstructArguments) -> dict[str, Any]:
     if accelerator.is_main_process:
         earlier = Path(arguments.init or "", "training.json")
         history = json.loads(earlier.read_text()) if arguments.init and earlier.exists() else []
+        crouter.to(torch.bfloat16)
+        calibration = _calibrate(crouter, data / "calibration.safetensors", arguments.bf16)
         with atomic_folder(output / "crouter") as folder:
-            crouter.to(torch.bfloat16).save_pretrained(folder, max_shard_size=arguments.shard_size)
+            crouter.save_pretrained(folder, max_shard_size=arguments.shard_size)
             tokenizer.save_pretrained(folder)
             if (data / "split.json").exists():
                 shutil.copy(data / "split.json", folder / "split.json")
+            if calibration is not None:
+                calibration.save(folder)
             (folder / "training.json").write_text(json.dumps([*history, record], indent=1) + "\n")
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return record
+
+
+def _calibrate(crouter: CRouterModel, path: Path, bf16: bool, limit: int = 2048) -> Calibration | None:
+    """Quantiles of the residual on documents kept out of fitting and of every test; none without such documents."""
+    tokens = TokenArray.load(path) if path.exists() else None
+    if tokens is None or not len(tokens):
+        return None
+    ids, mask = tokens.chunks(crouter.config.chunk_length, limit)
+    weights = CRouterModel(crouter.config)
+    weights.load_state_dict(crouter.state_dict())  # float32 copies of what is saved
+    score = reconstruction_score(weights.to(crouter.device), torch.from_numpy(ids), torch.from_numpy(mask), bf16=bf16)
+    return Calibration.fit(score.residual.tolist(), len(tokens.names), crouter_fingerprint(crouter))
 
 
 def _record(

@@ -27,8 +27,12 @@ def attention(layer, x, positions, config):
     out = torch.zeros_like(x)
     for h in range(heads):
         parts = [qkv[:, p * config.hidden_size + h * size :][:, :size] for p in range(3)]
-        q = torch.stack([rotate(rms_norm(r, w.q_norm.weight), p, config.rope_theta) for r, p in zip(parts[0], positions)])
-        k = torch.stack([rotate(rms_norm(r, w.k_norm.weight), p, config.rope_theta) for r, p in zip(parts[1], positions)])
+        q, k = (
+            torch.stack(
+                [rotate(rms_norm(row, norm), at, config.rope_theta) for row, at in zip(x, positions, strict=True)]
+            )
+            for x, norm in ((parts[0], w.q_norm.weight), (parts[1], w.k_norm.weight))
+        )
         out[:, h * size : (h + 1) * size] = torch.softmax(q @ k.T / math.sqrt(size), -1) @ parts[2]
     return out @ w.o_proj.weight.T
 
@@ -47,7 +51,9 @@ def reference(model, tokens):
     model, config = model.double(), model.config
     step = config.chunk_length / config.num_latents
     positions = [(i + 0.5) * step - 0.5 for i in range(config.num_latents)] + list(range(config.chunk_length))
-    rows = [rms_norm(model.embed_tokens.weight[t], model.embed_norm.weight) @ model.embed_proj.weight.T for t in tokens]
+    rows = [
+        rms_norm(model.embed_tokens.weight[t], model.embed_norm.weight) @ model.embed_proj.weight.T for t in tokens
+    ]
     rows += [model.pad_embedding] * (config.chunk_length - len(tokens))
     x = stack(model.encoder, config.num_encoder_loops, torch.cat([model.slots, torch.stack(rows)]), positions, config)
     z = rms_norm(rms_norm(x[: config.num_latents], model.latent_norm.weight) @ model.to_latent.weight.T)

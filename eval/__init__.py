@@ -1,0 +1,1 @@
+"""What produces every figure of the README: `python -m eval.run NAME`."""

@@ -1,0 +1,30 @@
+"""`python -m eval.run NAME [arguments]`: measures and writes `eval/results/NAME.json`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from eval import reconstruction, soft
+from hf_crouter.errors import InputError
+
+EXPERIMENTS = {"tra-mini": reconstruction, "soft-mini": soft}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one experiment; exit status 2 on bad input."""
+    parser = argparse.ArgumentParser(prog="python -m eval.run", description=__doc__)
+    commands = parser.add_subparsers(dest="name", required=True)
+    for name, module in EXPERIMENTS.items():
+        module.configure(commands.add_parser(name, help=(module.__doc__ or "").splitlines()[0]))
+    arguments = parser.parse_args(argv)
+    try:
+        EXPERIMENTS[arguments.name].run(arguments)
+    except (InputError, FileNotFoundError) as error:
+        print(f"eval.run {arguments.name}: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
