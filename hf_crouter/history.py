@@ -78,7 +78,8 @@ class CompressedHistory(HistoryProcessor):
             raise InputError("crouter: expected one, got None; without a crouter pass soft=False")
         made = None
         if soft and crouter is not None:
-            made = self._projector(crouter, projector).to(self.host.get_input_embeddings().weight.device).eval()
+            embedding: Any = self.host.get_input_embeddings()
+            made = self._projector(crouter, projector).to(embedding.weight.device).eval()
         if tokenizer is None:
             tokenizer = local_tokenizer(self.host.name_or_path)
         keep = FirstTurn(tokenizer) if keep_first == "auto" else lambda ids: keep_first

@@ -193,13 +193,13 @@ class TestModes:
 
     def test_assistant_with_its_own_history(self, host, crouter, history):
         ids, _ = prompt(70)
-        host.generation_config.pad_token_id = None  # else generate masks what the host itself wrote with that id
-        greedy = run(host, ids, logits_processor=[history])
+        options = {"logits_processor": [history], "suppress_tokens": [0]}  # generate would mask a written padding id
+        greedy = run(host, ids, **options)
         assistant = tiny_host()
         with attach(
             assistant, crouter, window=WINDOW, projector=tiny_projector(assistant, crouter), keep_first=PREFIX
         ):
-            assisted = run(host, ids, logits_processor=[history], assistant_model=assistant)
+            assisted = run(host, ids, assistant_model=assistant, **options)
         assert torch.equal(greedy.sequences, assisted.sequences)
 
     def test_assisted_on_a_sliding_host(self, crouter):

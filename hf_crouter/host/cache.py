@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from transformers import Cache, DynamicCache, StaticCache
@@ -93,6 +94,11 @@ def common_columns(cached: torch.Tensor, wanted: torch.Tensor) -> int:
     return int((cached[:, :width] == wanted[:, :width]).all(0).cumprod(0).sum())
 
 
+def is_recording(cache: Cache) -> bool:
+    """Whether assisted decoding has armed the cache to take drafts back."""
+    return any(getattr(layer, "record_past", False) for layer in cache.layers)
+
+
 class CompressedCache(Cache):
     """State and its mirror; mixed in front of a cache class of transformers.
 
@@ -136,7 +142,8 @@ class CompressedCache(Cache):
 
     def heal(self) -> None:
         """Empties the cache if an earlier call broke off in the middle: its layers do not hold what `layout` says."""
-        if any(int(layer.get_seq_length()) != self.layout.shape[1] for layer in self.layers):
+        layers = cast(list[Any], self.layers)
+        if any(int(layer.get_seq_length()) != self.layout.shape[1] for layer in layers):
             self.clear()
             self.layout = self.layout[:, :0]
 
@@ -163,7 +170,7 @@ class CompressedCache(Cache):
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Reorders the rows, as beam search asks."""
-        super().reorder_cache(beam_idx)
+        super().reorder_cache(beam_idx)  # pyright: ignore[reportArgumentType]
         self._select(beam_idx)
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
@@ -190,8 +197,8 @@ class CompressedCache(Cache):
 
     def slot_bytes(self, slots: int) -> int:
         """Bytes of keys and values that `slots` slots of one row take in this cache's layers and dtype."""
-        total = 0
-        for layer in self.layers:
+        total, layers = 0, cast(list[Any], self.layers)
+        for layer in layers:
             if layer.is_initialized and layer.keys is not None and layer.keys.numel():
                 widths = sum(kv.shape[1] * kv.shape[3] * kv.element_size() for kv in (layer.keys, layer.values))
                 total += widths * min(slots, getattr(layer, "sliding_window", None) or slots)
@@ -207,7 +214,7 @@ class CompressedDynamicCache(CompressedCache, DynamicCache):
 
     def clear(self) -> None:
         """Empties every slot (the layers' own `reset` kept zeroed slots before transformers 5.2x)."""
-        recording = any(self.is_recording_past(i) for i in range(len(self.layers)))
+        recording = is_recording(self)
         self.layers = DynamicCache(config=self._config).layers
         if recording:
             self.activate_past_recording()

@@ -46,7 +46,7 @@ def host_fingerprint(model: Any) -> str:
         ),
     ]
     digest = hashlib.sha256(json.dumps(shape).encode())
-    embedding = host.get_input_embeddings()
+    embedding: Any = host.get_input_embeddings()
     while hasattr(embedding, "base_layer"):
         embedding = embedding.base_layer
     digest.update(_rows(embedding.weight, EMBEDDING_ROWS))

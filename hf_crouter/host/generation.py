@@ -24,10 +24,12 @@ from .cache import (
     CompressedStaticCache,
     Row,
     common_columns,
+    is_recording,
     row_layout,
     soft_index,
     stack_rows,
 )
+from .drafts import trim_drafts
 from .reader import Reader
 
 DRAFTS = 64  # slots of a static cache kept free for drafted tokens
@@ -166,6 +168,15 @@ class CompressedGenerationMixin:
             kwargs["position_ids"] = positions
         return host_inputs(input_ids[:, -main:], None, cache, mask)
 
+    def _get_candidate_generator(self, input_ids, model_kwargs, **kwargs):
+        """See the host's own; drafts end before the next compaction."""
+        generator = super()._get_candidate_generator(input_ids=input_ids, model_kwargs=model_kwargs, **kwargs)  # pyright: ignore
+        call = _CALLS.get().get(id(self))
+        if call is None:
+            return generator
+        first = Row(row_pads(model_kwargs.get("attention_mask"), input_ids)[0])
+        return trim_drafts(generator, call.processor.reader, lambda: call.cache.rows[0] if call.cache else first)
+
 
 def mount(host: PreTrainedModel) -> None:
     """Puts the mixin in front of the host's class; counted, so every `mount` needs its `unmount`."""
@@ -244,7 +255,7 @@ def open_cache(host: Any, reader: Reader, given: Any, input_ids: torch.Tensor, p
         cache = CompressedStaticCache(config=config, max_cache_len=min(full, room))
     else:
         cache = CompressedDynamicCache(config=config)
-        if any(given.is_recording_past(i) for i in range(len(given.layers))):
+        if is_recording(given):
             cache.activate_past_recording()  # assisted decoding armed the cache that this one replaces
     cache.rows = tuple(Row(pad) for pad in pads)
     cache.layout = torch.empty(len(pads), 0, dtype=torch.long)
@@ -304,6 +315,8 @@ def advance(
             position_ids=positions,
             use_cache=True,
         )
+        if is_recording(cache):
+            cache.crop(0)  # sliding layers expect it between two forwards
     cache.layout, cache.ids, cache.peak = layout, input_ids, max(cache.peak, slots)
     return main, kept
 

@@ -158,7 +158,7 @@ def new_projector(
         host_name: name for people; the last part of the host's folder or hub name by default.
     """
     inner = unwrap(host)
-    embedding = inner.get_input_embeddings()
+    embedding: Any = inner.get_input_embeddings()
     weight = embedding.weight
     rows = torch.linspace(0, weight.shape[0] - 1, min(4096, weight.shape[0])).long().to(weight.device)
     with torch.no_grad():  # through the module: some hosts scale inside it

@@ -118,8 +118,8 @@ class Reader:
         return tuple(filled)
 
     def _soft_prompts(self, items: list[tuple[CompressedChunk, str]]) -> torch.Tensor:
-        crouter, projector = self.crouter, self.projector
-        assert crouter is not None and projector is not None
+        crouter: Any = self.crouter
+        projector: Any = self.projector
         ids = torch.nn.utils.rnn.pad_sequence([chunk.ids for chunk, _ in items], batch_first=True)
         if ids.max() >= crouter.config.vocab_size:
             raise MismatchError(
@@ -179,7 +179,7 @@ class FirstTurn:
         return (opening[:-1] or opening, closing) if opening and closing else ([], [])
 
 
-def local_tokenizer(name_or_path: str) -> Any:
+def local_tokenizer(name_or_path: str | None) -> Any:
     """The tokenizer in a folder or in the hub's local cache, without any network; None where there is none."""
     if not name_or_path:
         return None
