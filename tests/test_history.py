@@ -2,13 +2,14 @@ import threading
 
 import pytest
 import torch
-from transformers import AutoTokenizer, LogitsProcessorList, TextIteratorStreamer
+from transformers import LogitsProcessorList, TextIteratorStreamer
 from transformers.generation import CompileConfig
 
 from hf_crouter.errors import CapacityError, InputError, MismatchError
 from hf_crouter.history import CompressedHistory, attach
 
 from . import reference
+from .test_chunking import TEXT, byte_tokenizer
 from .tiny import CHUNK, FAMILIES, LATENTS, VOCAB, prompt, tiny_crouter, tiny_host, tiny_projector
 
 WINDOW, PREFIX = 8, 3
@@ -207,7 +208,7 @@ class TestModes:
         history = make(host, crouter)
         ids, _ = prompt(70)
         greedy = run(host, ids, logits_processor=[history])
-        assisted = run(host, ids, logits_processor=[history], assistant_model=tiny_host("gemma2", seed=1))
+        assisted = run(host, ids, logits_processor=[history], assistant_model=tiny_host(seed=1))
         assert torch.equal(greedy.sequences, assisted.sequences)
 
     def test_streaming_in_a_thread(self, host, history):
@@ -512,18 +513,35 @@ class TestReport:
         assert f"{PREFIX}-{PREFIX + CHUNK}" in str(report)
 
 
-@pytest.mark.host
-class TestRealTemplate:
-    def test_the_system_turn_stays_raw(self, real_host):
-        from hf_crouter.host.reader import FirstTurn
+class TestCrossTokenizer:
+    def test_spans_are_read_as_the_crouters_own_tokens(self):
+        host_tokenizer, crouter_tokenizer = byte_tokenizer(400), byte_tokenizer(300)
+        host, crouter = tiny_host(vocab_size=400), tiny_crouter(vocab_size=300)
+        tokenizers = {"host_tokenizer": host_tokenizer, "crouter_tokenizer": crouter_tokenizer}
+        projector = tiny_projector(host, crouter, **tokenizers)
+        ids = torch.tensor([host_tokenizer.encode(TEXT)[:120]])
+        with pytest.raises(MismatchError, match="both tokenizers"):
+            make(host, crouter, projector=projector)
+        options = {"tokenizer": host_tokenizer, "crouter_tokenizer": crouter_tokenizer, "projector": projector}
+        history = make(host, crouter, **options)
+        stepwise = run(host, ids[:, :60], new=60, logits_processor=[history])
+        report = history.report()
+        assert len(report.chunks) > 3 and report.chunks[0].start == PREFIX
+        again = run(host, stepwise.sequences[:, :-1], new=1, logits_processor=[history])
+        assert [(c.start, c.end) for c in history.report().chunks] == [(c.start, c.end) for c in report.chunks]
+        torch.testing.assert_close(again.logits[0], stepwise.logits[-1], atol=1e-4, rtol=0)
 
-        tokenizer = AutoTokenizer.from_pretrained(real_host)
-        system = [{"role": "system", "content": "You answer in one word."}]
-        turn = tokenizer.apply_chat_template(system, tokenize=True, return_dict=False)
-        ids = tokenizer.apply_chat_template(
-            [*system, {"role": "user", "content": "What is two and two?"}], tokenize=True, return_dict=False
-        )
-        keep = FirstTurn(tokenizer)
-        assert keep(ids) == len(turn)
-        assert keep(ids[: len(turn) - 1]) is None
-        assert keep(tokenizer.encode("def f(x): return x")) == 4
+        row, embed, parts = stepwise.sequences[0, :-1], host.get_input_embeddings(), []
+        parts.append(embed(row[:PREFIX]))
+        for chunk in report.chunks:
+            text = host_tokenizer.decode(row[chunk.start : chunk.end])
+            piece = torch.tensor([crouter_tokenizer.encode(text)])
+            assert piece.shape[1] == chunk.tokens <= CHUNK
+            parts.append(projector(crouter.encode(piece))[0])
+        parts.append(embed(row[report.chunks[-1].end :]))
+        assert len(parts[-1]) >= WINDOW
+        logits = host(inputs_embeds=torch.cat(parts)[None], use_cache=False).logits[0, -1]
+        torch.testing.assert_close(again.logits[0][0], logits, atol=1e-4, rtol=0)
+        score = history.score(stepwise.sequences, last=60)
+        steps = torch.stack(stepwise.logits, 1).log_softmax(-1).gather(2, stepwise.sequences[:, -60:, None])[..., 0]
+        torch.testing.assert_close(score, steps, atol=1e-4, rtol=0)

@@ -23,9 +23,9 @@ LATENTS = 2
 FAMILIES = ("llama", "qwen2", "gpt_neox", "gpt2", "gemma2")
 
 
-def tiny_host(family="llama", seed=0, positions=256):
+def tiny_host(family="llama", seed=0, positions=256, vocab_size=VOCAB):
     shape = {
-        "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+        "vocab_size": vocab_size, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
         "num_attention_heads": 4, "max_position_embeddings": positions, "initializer_range": 0.3,
         "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
     }  # fmt: skip
