@@ -36,6 +36,10 @@ def clear_write_errors(target: str | Path) -> Iterator[None]:
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST):
             raise InputError(f"cannot write {target}: {error.strerror}") from error
         raise
+    except Exception as error:
+        if "no space left" in str(error).lower():  # safetensors hides the error's number in its text
+            raise InputError(f"cannot write {target}: the disk is full") from error
+        raise
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ from .documents import MAXIMUM, MINIMUM, Document, read_source
 from .progress import Meter
 
 STDLIB = "<stdlib>"
-FAMILY_CAP = 20_000_000  # characters: generated families (clients of web services and the like) would drown the rest
+FAMILY_CAP = 40_000_000  # characters: generated families (clients of web services and the like) would drown the rest
 # The evaluation harness is in no corpus; our own source would leak the tests.
 _SKIPPED = frozenset({"lm_eval", "hf_crouter"})
 _PACKAGE_FOLDERS = ("site-packages", "dist-packages")
@@ -25,7 +25,7 @@ def installed_python(argument: str = "", meter: Meter | None = None) -> Iterator
     """Yields source files of every package folder of this interpreter, then of its standard library, by id.
 
     Ids are paths below the package folder, groups are top-level packages; the standard library's ids begin with
-    `<stdlib>/` and their group is `<stdlib>`. Of a package of more than 20 MB a hash-ordered 20 MB are read.
+    `<stdlib>/` and their group is `<stdlib>`. Of a package of more than 40 MB a hash-ordered 40 MB are read.
 
     Args:
         argument: must be empty.
