@@ -12,17 +12,9 @@ import torch
 from .chunking import SameTokenizerChunker, make_chunker
 from .compressor import CRouterModel
 from .errors import InputError, MismatchError
+from .host.advance import advance, mask_and_positions
 from .host.cache import CompressedCache, CompressedDynamicCache, Row
-from .host.generation import (
-    ALWAYS_ON,
-    HistoryProcessor,
-    advance,
-    is_active,
-    mask_and_positions,
-    mount,
-    row_pads,
-    unmount,
-)
+from .host.generation import ALWAYS_ON, HistoryProcessor, is_active, mount, row_pads, unmount
 from .host.projector import Projector, find_projector
 from .host.reader import FirstTurn, Reader, local_tokenizer
 from .host.report import ChunkRecord, HistoryReport, RowRecord, Trace
@@ -130,7 +122,7 @@ class CompressedHistory(HistoryProcessor):
         return scores
 
     def _is_long(self, input_ids: torch.Tensor) -> bool:
-        return input_ids.shape[1] > self.reader.fewest + 1024
+        return input_ids.shape[1] > self.reader.fewest + 1024  # room for a raw prefix, whose length is not known here
 
     def detach(self) -> None:
         """Gives the host its own class back; later calls with this processor are plain ones."""
