@@ -1,0 +1,1 @@
+"""The `hf-crouter` command: one module a command, listed in `main.py`."""

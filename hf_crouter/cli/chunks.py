@@ -1,0 +1,71 @@
+"""The table of chunks that several commands end with."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from typing import Any, TextIO
+
+from ..compressor import CRouterModel
+from ..host.fingerprint import crouter_fingerprint
+from ..host.report import HistoryReport
+from ..loading import load_calibration
+from ..routing.calibration import Calibration, verdict
+from .console import Column, note, print_table
+
+
+def calibration_of(crouter: CRouterModel, name: str | None) -> Calibration | None:
+    """The calibration beside a crouter; None, with a note, where it belongs to other weights.
+
+    Args:
+        crouter: as loaded.
+        name: what it was loaded by; None for the shipped one.
+    """
+    calibration = load_calibration(name)
+    if calibration and calibration.fingerprint != crouter_fingerprint(crouter):
+        note("note: calibration.json belongs to other weights and is not used (hf-crouter doctor tells more)")
+        return None
+    return calibration
+
+
+def chunk_record(
+    chunk: int,
+    tokens: int,
+    accuracy: float | None,
+    residual: float | None,
+    calibration: Calibration | None,
+    span: tuple[int, int] | None = None,
+) -> dict[str, Any]:
+    """One chunk for JSON: `chunk`, `start` and `end` (host tokens), `tokens`, `accuracy`, `residual`, `verdict`."""
+    record: dict[str, Any] = {"chunk": chunk}
+    if span:
+        record |= {"start": span[0], "end": span[1]}
+    found = verdict(calibration, residual) if residual is not None else None
+    return record | {"tokens": tokens, "accuracy": accuracy, "residual": residual, "verdict": found}
+
+
+def chunk_records(report: HistoryReport, calibration: Calibration | None) -> list[dict[str, Any]]:
+    """The chunks of a history's report, one row of the batch."""
+    return [
+        chunk_record(c.index, c.tokens, c.accuracy, c.residual, calibration, (c.start, c.end)) for c in report.chunks
+    ]
+
+
+def print_chunks(records: Iterable[dict[str, Any]], stream: TextIO | None = None) -> None:
+    """Prints chunks as a table, to stdout by default."""
+    records = list(records)
+    spans = any("start" in record for record in records)
+    columns = [Column("chunk"), *([Column("host tokens")] if spans else []), Column("tokens"), Column("TRA %"),
+               Column("residual nats/token"), Column("verdict", right=False)]  # fmt: skip
+    rows = []
+    for record in records:
+        measured = record["residual"] is not None
+        rows.append((
+            str(record["chunk"]),
+            *([f"{record['start']}-{record['end']}"] if spans else []),
+            str(record["tokens"]),
+            f"{100 * record['accuracy']:.1f}" if measured else "-",
+            f"{record['residual']:.3f}" if measured else "-",
+            record["verdict"] or "dropped",
+        ))  # fmt: skip
+    print_table(columns, rows, stream=stream or sys.stdout)

@@ -1,0 +1,154 @@
+"""`hf-crouter doctor`: whether versions, device, host, tokenizer, crouter and projector fit each other."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import os
+import platform
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from packaging.requirements import Requirement
+from transformers import PreTrainedTokenizerBase
+
+from ..chunking import tokenizer_fingerprint
+from ..compressor import CRouterModel
+from ..context import compress_text
+from ..errors import InputError
+from ..host.fetch import cached_host, list_hosts
+from ..host.fingerprint import crouter_fingerprint, host_fingerprint
+from ..host.projector import find_projector
+from ..loading import load_calibration, load_crouter, load_host
+from ..routing.calibration import verdict
+from .console import Column, print_json, print_table
+from .inputs import add_crouter, add_json
+
+NAME = "doctor"
+HELP = "check that versions, device, host, tokenizer, crouter and projector fit; exit status 1 if one does not"
+EXAMPLE = "hf-crouter doctor --host smollm2-135m"
+DEFAULT_HOST = "smollm2-135m"
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the doctor.
+
+    Attributes:
+        name: what was looked at.
+        status: `ok`, `warn` (works, but something is missing) or `fail`.
+        detail: what was found.
+        advice: what to do about it; empty when all is well.
+    """
+
+    name: str
+    status: str
+    detail: str
+    advice: str = ""
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments."""
+    parser.add_argument("--host", help=f"known name, folder or hub name; {DEFAULT_HOST} by default, once it is there")
+    add_crouter(parser)
+    add_json(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs the command."""
+    checks = [*versions(), device_check(), *parts(args.host, args.crouter)]
+    if args.json:
+        print_json([asdict(check) for check in checks])
+    else:
+        columns = [Column(name, right=False) for name in ("check", "status", "found", "what to do")]
+        print_table(columns, [(c.name, c.status, c.detail, c.advice) for c in checks])
+    return int(any(check.status == "fail" for check in checks))
+
+
+def versions() -> Iterator[Check]:
+    """Python and every dependency against the ranges that the package states."""
+    yield Check("python", "ok", platform.python_version())
+    for line in importlib.metadata.requires("hf_crouter") or []:
+        requirement = Requirement(line)
+        if requirement.marker and not requirement.marker.evaluate({"extra": ""}):
+            continue
+        try:
+            version = importlib.metadata.version(requirement.name)
+        except importlib.metadata.PackageNotFoundError:
+            yield Check(requirement.name, "fail", "not installed", f'pip install "{requirement}"')
+            continue
+        if requirement.specifier.contains(version, prereleases=True):
+            yield Check(requirement.name, "ok", version)
+        else:
+            yield Check(requirement.name, "fail", f"{version}, expected {requirement.specifier}",
+                        f'pip install "{requirement}"')  # fmt: skip
+
+
+def device_check() -> Check:
+    """The device that commands choose by themselves."""
+    if not torch.cuda.is_available():
+        return Check("device", "ok", f"cpu, {os.cpu_count()} cores, {torch.get_num_threads()} threads")
+    properties = torch.cuda.get_device_properties(0)
+    return Check("device", "ok", f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB")
+
+
+def parts(host_name: str | None, crouter_name: str | None) -> Iterator[Check]:
+    """Crouter, calibration, host, tokenizers and projector; what cannot be loaded fails, what it needs is skipped."""
+    crouter = host = None
+    try:
+        crouter, crouter_tokenizer = load_crouter(crouter_name)
+        yield from crouter_checks(crouter, crouter_tokenizer, crouter_name)
+    except InputError as error:
+        yield Check("crouter", "fail", str(error), "" if "--crouter" in str(error) else "get or train it again")
+    name = host_name or DEFAULT_HOST
+    try:
+        if name in list_hosts() and cached_host(name, thorough=True) is None:
+            yield Check("host", "warn", f"{name} is not fetched yet", f"hf-crouter host get {name}")
+            return
+        host, host_tokenizer = load_host(name, dtype=torch.bfloat16)
+        yield Check("host", "ok", f"{host.config._name_or_path}, {type(host).__name__}, {host_fingerprint(host)}")
+    except InputError as error:
+        yield Check("host", "fail", str(error), f"hf-crouter host get {DEFAULT_HOST} --force, or name another host")
+    if crouter is None or host is None:
+        return
+    if tokenizer_fingerprint(host_tokenizer) == tokenizer_fingerprint(crouter_tokenizer):
+        yield Check("tokenizers", "ok", "host and crouter share one tokenizer")
+    elif getattr(crouter_tokenizer, "is_fast", False):
+        yield Check("tokenizers", "ok", "host and crouter differ: chunks are cut by character offsets")
+    else:
+        yield Check("tokenizers", "fail", "they differ and the crouter's gives no character offsets",
+                    "use a crouter with a fast tokenizer")  # fmt: skip
+    try:
+        projector = find_projector(crouter, host)
+        yield Check("projector", "ok", f"{projector.config.host_name}, made for this host and crouter")
+    except InputError as error:
+        yield Check("projector", "fail", str(error),
+                    f"hf-crouter align --host {name} --crouter {crouter.name_or_path}")  # fmt: skip
+
+
+def crouter_checks(crouter: CRouterModel, tokenizer: PreTrainedTokenizerBase, name: str | None) -> Iterator[Check]:
+    """The crouter itself, what it makes of a text that everyone has, and its calibration."""
+    config = crouter.config
+    fingerprint = crouter_fingerprint(crouter)
+    yield Check("crouter", "ok", f"{crouter.name_or_path}, {config.chunk_length} tokens to {config.num_latents} "
+                f"latents, {crouter.num_parameters() / 1e6:.1f} M parameters, {fingerprint}")  # fmt: skip
+    calibration = load_calibration(name)
+    if calibration is None:
+        yield Check("calibration", "warn", "none: chunks get no verdict", "train with calibration documents")
+    elif calibration.fingerprint != fingerprint:
+        yield Check("calibration", "fail", f"made for crouter {calibration.fingerprint}", "calibrate again")
+        calibration = None
+    else:
+        few = calibration.chunks < 100
+        yield Check("calibration", "warn" if few else "ok",
+                    f"{calibration.chunks} chunks of {calibration.documents} documents",
+                    "fewer than 100 chunks cannot give a 99% quantile" if few else "")  # fmt: skip
+    sample = Path(argparse.__file__).read_text(encoding="utf-8")
+    words = tokenizer(sample, add_special_tokens=False, verbose=False)["input_ids"][: config.chunk_length]
+    context = compress_text(str(tokenizer.decode(words)), crouter, tokenizer)
+    found = verdict(calibration, float(context.residual[0]))
+    yield Check("compression", "warn" if found == "foreign" else "ok",
+                f"argparse.py, first chunk: TRA {100 * float(context.accuracy[0]):.1f}%, residual "
+                f"{float(context.residual[0]):.3f} nats/token, {found}")  # fmt: skip

@@ -1,0 +1,115 @@
+"""`hf-crouter generate`: a host continues a prompt and reads its past compressed."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase, TextStreamer
+
+from ..errors import InputError
+from ..history import CompressedHistory
+from ..loading import load_crouter, load_host
+from .chunks import calibration_of, chunk_records, print_chunks
+from .console import note, print_json, size
+from .inputs import add_crouter, add_device, add_json, device, host_dtype, positive, read_text, share
+
+NAME = "generate"
+HELP = "let a host continue a prompt, its past beyond a raw window compressed; only the continuation goes to stdout"
+EXAMPLE = "hf-crouter generate --host smollm2-135m --prompt-file long.py --max-new-tokens 64"
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments."""
+    parser.add_argument("--host", required=True, help="known name, folder or hub name of the language model")
+    add_crouter(parser)
+    prompt = parser.add_mutually_exclusive_group(required=True)
+    prompt.add_argument("--prompt", metavar="TEXT", help="the prompt itself")
+    prompt.add_argument("--prompt-file", metavar="FILE", help="UTF-8 file that holds the prompt")
+    prompt.add_argument("stdin", nargs="?", choices=["-"], help="read the prompt from stdin")
+    parser.add_argument("--max-new-tokens", type=positive, default=128, metavar="N", help="default: 128")
+    parser.add_argument("--window", type=positive, default=512, metavar="N",
+                        help="fewest raw tokens kept at the end (default: 512)")  # fmt: skip
+    parser.add_argument("--chat", action="store_true", help="wrap the prompt in the host's chat template")
+    parser.add_argument("--no-soft", action="store_true", help="drop what is compressed instead of reading it")
+    parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default)")
+    parser.add_argument("--top-p", type=share, default=1.0, metavar="P", help="default: 1.0")
+    parser.add_argument("--top-k", type=int, default=0, metavar="K", help="0 is off (default)")
+    parser.add_argument("--seed", type=int, default=0, help="of the sampling (default: 0)")
+    add_device(parser)
+    add_json(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs the command."""
+    if args.temperature < 0 or args.top_p == 0 or args.top_k < 0:
+        raise InputError("expected --temperature and --top-k of at least 0 and --top-p above 0")
+    text = args.prompt if args.prompt is not None else read_text(args.stdin or args.prompt_file)
+    where = device(args.device)
+    host, tokenizer = load_host(args.host, device=where, dtype=host_dtype(where))
+    inputs = encode(tokenizer, text, chat=args.chat)
+    crouter, crouter_tokenizer = load_crouter(args.crouter, device=where)
+    history = CompressedHistory(
+        host, crouter, window=args.window, soft=not args.no_soft, tokenizer=tokenizer,
+        crouter_tokenizer=crouter_tokenizer,
+    )  # fmt: skip
+    sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    if args.temperature:
+        sampling = {"do_sample": True, "temperature": args.temperature, "top_p": args.top_p, "top_k": args.top_k}
+        torch.manual_seed(args.seed)
+    streamer = None if args.json else TextStreamer(tokenizer, skip_prompt=True)  # pyright: ignore[reportArgumentType]
+    began = time.perf_counter()
+    try:
+        output = host.generate(  # pyright: ignore[reportCallIssue]
+            inputs.to(where), attention_mask=torch.ones_like(inputs).to(where), max_new_tokens=args.max_new_tokens,
+            logits_processor=[history], streamer=streamer, pad_token_id=pad_id(tokenizer), **sampling,
+        )  # fmt: skip
+    finally:
+        history.detach()
+    seconds = time.perf_counter() - began
+    new, report = output[0, inputs.shape[1] :], history.report()
+    chunks = chunk_records(report, calibration_of(crouter, args.crouter))
+    if args.json:
+        print_json({
+            "text": tokenizer.decode(new, skip_special_tokens=True), "prompt_tokens": inputs.shape[1],
+            "new_tokens": len(new), "seconds": seconds, "slots": report.slots, "peak_slots": report.peak_slots,
+            "kv_bytes": report.kv_bytes, "kv_bytes_full": report.kv_bytes_full, "chunks": chunks,
+        })  # fmt: skip
+        return 0
+    sys.stdout.flush()
+    note("")
+    if chunks:
+        print_chunks(chunks, sys.stderr)
+        note(f"KV: {size(report.kv_bytes)} in {report.peak_slots:,} slots at the peak; full history would take "
+             f"{size(report.kv_bytes_full)}")  # fmt: skip
+    else:
+        note(f"nothing was compressed: the text is shorter than the window and one chunk together, "
+             f"{args.window} + {crouter.config.chunk_length} tokens")  # fmt: skip
+    note(f"{len(new)} new tokens after {inputs.shape[1]:,}, {seconds:.1f} s")
+    return 0
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, text: str, chat: bool = False) -> torch.Tensor:
+    """The prompt's token ids `[1, T]`.
+
+    Raises:
+        InputError: an empty prompt, or a host without a chat template.
+    """
+    if chat:
+        if not tokenizer.chat_template:
+            raise InputError("--chat: this host has no chat template")
+        messages = [{"role": "user", "content": text}]
+        text = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    ids = tokenizer(text, add_special_tokens=not chat, verbose=False)["input_ids"]
+    if not ids:
+        raise InputError("prompt: empty, expected at least one token")
+    return torch.tensor([ids])
+
+
+def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Id that `generate` pads with; any will do for one row."""
+    found = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    return found if isinstance(found, int) else 0

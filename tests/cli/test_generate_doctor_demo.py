@@ -1,0 +1,214 @@
+import importlib
+import inspect
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from hf_crouter.cli import demo
+from hf_crouter.cli.main import main
+from hf_crouter.host.fingerprint import crouter_fingerprint
+from hf_crouter.loading import load_crouter, load_host
+from hf_crouter.routing.calibration import Calibration
+
+from ..trained_crouter import TEXT, make_tokenizer
+
+
+def words(command, pair, *more):
+    return [command, "--crouter", str(pair[0]), "--host", str(pair[1]), *map(str, more)]
+
+
+def fails(capsys, argv):
+    assert main(argv) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and err.startswith("hf-crouter: error: ")
+    return err
+
+
+def test_generate_streams_text_and_tells_the_chunks(pair, capsys):
+    argv = words("generate", pair, "--prompt", TEXT, "--max-new-tokens", 20, "--window", 16)
+    assert main(argv) == 0
+    streamed, err = capsys.readouterr()
+    assert "host tokens" in err and "at the peak" in err and "20 new tokens" in err
+    assert main([*argv, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert streamed.strip() == found["text"].strip() and found["new_tokens"] == 20
+    assert found["kv_bytes"] < found["kv_bytes_full"]
+    assert found["chunks"][0]["start"] == 4 and found["chunks"][0]["verdict"] == "uncalibrated"
+
+
+def test_generate_equals_the_plain_host_when_nothing_is_compressed(pair, capsys):
+    argv = words("generate", pair, "--prompt", TEXT[:40], "--max-new-tokens", 8)
+    assert main(argv) == 0
+    out, err = capsys.readouterr()
+    assert "nothing was compressed" in err
+    host, tokenizer = load_host(pair[1])
+    ids = torch.tensor([tokenizer(TEXT[:40])["input_ids"]])
+    expected = host.generate(ids, max_new_tokens=8, do_sample=False)
+    assert out.strip() == tokenizer.decode(expected[0, ids.shape[1] :]).strip()
+
+
+def test_generate_from_a_file_as_chat_and_sampled(pair, tmp_path, capsys):
+    (tmp_path / "prompt").write_text(TEXT)
+    argv = words("generate", pair, "--prompt-file", tmp_path / "prompt", "--max-new-tokens", 6, "--json", "--chat",
+                 "--temperature", 1.0, "--top-k", 5, "--window", 16)  # fmt: skip
+    found = []
+    for seed in (1, 1, 2):
+        assert main([*argv, "--seed", str(seed)]) == 0
+        found.append(json.loads(capsys.readouterr().out)["text"])
+    assert found[0] == found[1] != found[2]
+
+
+def test_generate_without_soft_prompts_needs_no_projector(crouter, tiny_host, capsys):
+    argv = words("generate", (crouter, tiny_host), "--prompt", TEXT, "--max-new-tokens", 2, "--window", 16)
+    assert "hf-crouter align" in fails(capsys, argv)
+    assert main([*argv, "--no-soft"]) == 0
+
+
+def test_generate_refuses_a_projector_of_another_host_or_crouter(pair, tmp_path, capsys):
+    argv = words("generate", pair, "--prompt", TEXT)
+    for folder, name in (
+        (pair[0], "slots"),
+        (Path(shutil.copytree(pair[1], tmp_path / "other")), "model.norm.weight"),
+    ):
+        weights = folder / "model.safetensors"
+        before = weights.read_bytes()
+        tensors = load_file(weights)
+        tensors[name] = tensors[name] + 1
+        save_file(tensors, weights, {"format": "pt"})
+        swapped = [str(folder) if word == str(pair[1]) and folder.name == "other" else word for word in argv]
+        assert "projector: expected one for" in fails(capsys, swapped)
+        weights.write_bytes(before)
+    weights = pair[0] / "projectors" / "tiny-host" / "projector.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-9])
+    assert "truncated or altered" in fails(capsys, argv)
+
+
+def test_generate_refuses_a_damaged_host(pair, tmp_path, capsys):
+    host = Path(shutil.copytree(pair[1], tmp_path / "host"))
+    argv = words("generate", (pair[0], host), "--prompt", TEXT)
+    weights = host / "model.safetensors"
+    data = weights.read_bytes()
+    weights.write_bytes(data[: len(data) // 2])
+    assert "cannot be read as a host" in fails(capsys, argv)
+    tensors = load_file(pair[1] / "model.safetensors")
+    save_file(dict(list(tensors.items())[:-2]), weights, {"format": "pt"})
+    assert "damaged" in fails(capsys, argv)
+    weights.unlink()
+    assert "cannot be read as a host" in fails(capsys, argv)
+    weights.write_bytes(data)
+    make_tokenizer(500, inspect.getsource(inspect)).save_pretrained(host)
+    assert "500 entries" in fails(capsys, argv)
+    assert "no such host" in fails(capsys, words("generate", (pair[0], tmp_path / "absent"), "--prompt", TEXT))
+
+
+@pytest.mark.parametrize(
+    "more", [[], ["--prompt", ""], ["--prompt", "a", "-"], ["--prompt", "a", "--temperature", "-1"],
+             ["--prompt-file", "absent"]]
+)  # fmt: skip
+def test_generate_refuses(pair, capsys, more):
+    fails(capsys, words("generate", pair, *more))
+
+
+def checks(capsys, argv, status):
+    assert main([*argv, "--json"]) == status
+    return {check["name"]: check for check in json.loads(capsys.readouterr().out)}
+
+
+def test_doctor_finds_that_all_fits(pair, capsys):
+    fingerprint = crouter_fingerprint(load_crouter(pair[0])[0])
+    Calibration.fit([99.0] * 100, 3, fingerprint).save(pair[0])
+    found = checks(capsys, words("doctor", pair), 0)
+    assert {"python", "torch", "transformers", "device", "crouter", "calibration", "host", "tokenizers",
+            "projector"} <= set(found)  # fmt: skip
+    assert all(check["status"] == "ok" for check in found.values()), found
+    assert main(words("doctor", pair)) == 0
+    assert "what to do" in capsys.readouterr().out
+
+
+def test_doctor_names_what_does_not_fit(pair, tmp_path, capsys):
+    Calibration.fit([99.0] * 100, 3, "of another crouter").save(pair[0])
+    shutil.rmtree(pair[0] / "projectors")
+    found = checks(capsys, words("doctor", pair), 1)
+    assert found["calibration"]["status"] == found["projector"]["status"] == "fail"
+    assert found["projector"]["advice"].startswith("hf-crouter align --host")
+    found = checks(capsys, words("doctor", (tmp_path / "absent", tmp_path / "absent")), 1)
+    assert found["crouter"]["status"] == found["host"]["status"] == "fail" and "projector" not in found
+
+
+def test_doctor_checks_versions_and_warns_of_a_missing_host(crouter, capsys, monkeypatch):
+    module = importlib.import_module("hf_crouter.cli.doctor")
+    monkeypatch.setattr(module, "cached_host", lambda name, **options: None)
+    version = module.importlib.metadata.version
+    monkeypatch.setattr(
+        module.importlib.metadata, "version", lambda name: "4.0" if name == "transformers" else version(name)
+    )
+    found = checks(capsys, ["doctor", "--crouter", str(crouter)], 1)
+    assert found["host"]["status"] == found["calibration"]["status"] == "warn"
+    assert found["transformers"]["status"] == "fail" and "pip install" in found["transformers"]["advice"]
+
+
+@pytest.fixture
+def long_text(tmp_path):
+    path = tmp_path / "long.py"
+    path.write_text(inspect.getsource(json.decoder))
+    return path
+
+
+def test_demo_tells_what_it_measured(pair, long_text, capsys):
+    argv = words("demo", pair, "--file", long_text, "--window", 32)
+    assert main([*argv, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    window, compressed, wider, full = found["arms"]
+    assert found["tokens"] == full["kv_slots"] == 1024
+    assert window["kv_slots"] < compressed["kv_slots"] < full["kv_slots"]
+    assert compressed["kv_bytes"] * full["kv_slots"] == full["kv_bytes"] * compressed["kv_slots"]
+    assert f"+ {2 * len(found['chunks'])} more raw" in wider["history"]
+
+    host, tokenizer = load_host(pair[1], dtype=getattr(torch, found["dtype"]))
+    ids = torch.tensor([tokenizer(long_text.read_text())["input_ids"]])
+    with torch.no_grad():
+        scores = host(ids[:, :1024]).logits[0, -513:-1].float().log_softmax(-1)
+    loss = -scores[torch.arange(512), ids[0, 512:1024]].mean().item()
+    assert full["loss"] == pytest.approx(loss, abs=1e-3)
+    assert found["truth"] == tokenizer.decode(ids[0, 1024:1072])
+    assert found["worth"]["full_history"] == pytest.approx(window["loss"] - full["loss"])
+
+    assert main(argv) == 0
+    out = capsys.readouterr().out
+    assert "what the host sees" in out and found["summary"] in out and found["continuation"][:10] in out
+
+
+def test_demo_refuses_a_short_text(pair, tmp_path, capsys):
+    (tmp_path / "short").write_text(TEXT)
+    argv = words("demo", pair, "--file", tmp_path / "short", "--json")
+    assert main(argv) == 2
+    assert "at least" in capsys.readouterr().err
+
+
+def test_demo_sentence_comes_from_the_figures():
+    assert "recover 10.0% of it, more than as many raw tokens (5.0%)" in demo.sentence(3.0, 2.9, 2.95, 2.0)
+    assert "recover -10.0% of it, no more than" in demo.sentence(3.0, 3.1, 2.95, 2.0)
+    assert "gains nothing" in demo.sentence(2.0, 2.0, 2.0, 2.5)
+
+
+def test_demo_reads_the_standard_library():
+    assert demo.standard_file() == demo.standard_file()
+    assert demo.standard_file().is_file()
+
+
+@pytest.mark.host
+@pytest.mark.slow
+def test_demo_on_the_real_host(real_host, capsys):
+    try:
+        load_crouter()
+    except ValueError as error:
+        pytest.skip(str(error))
+    assert main(["demo", "--host", str(real_host), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    window, _, _, full = found["arms"]
+    assert full["loss"] < window["loss"] and full["kv_slots"] == 8192
+    assert all(chunk["accuracy"] > 0.8 for chunk in found["chunks"])

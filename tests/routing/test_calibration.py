@@ -1,0 +1,73 @@
+import json
+from dataclasses import FrozenInstanceError
+
+import numpy as np
+import pytest
+
+from hf_crouter.errors import InputError
+from hf_crouter.routing.calibration import Calibration, verdict
+
+
+@pytest.fixture
+def calibration():
+    return Calibration.fit(np.linspace(0.0, 1.0, 1001), documents=7, fingerprint="abc")
+
+
+def test_quantiles_are_those_of_the_residuals(calibration):
+    assert calibration.quantiles[0.5] == pytest.approx(0.5)
+    assert calibration.quantiles[0.99] == pytest.approx(0.99)
+    assert (calibration.chunks, calibration.documents, calibration.fingerprint) == (1001, 7, "abc")
+    with pytest.raises(FrozenInstanceError):
+        calibration.chunks = 3
+
+
+@pytest.mark.parametrize(
+    ("residual", "expected"),
+    [(0.0, "rebuildable"), (0.9, "rebuildable"), (0.91, "uncertain"), (0.99, "uncertain"), (0.995, "foreign"),
+     (float("nan"), "foreign"), (float("inf"), "foreign")],
+)  # fmt: skip
+def test_verdict_comes_from_the_quantiles(calibration, residual, expected):
+    assert calibration.verdict(residual) == expected
+
+
+def test_thresholds_are_the_crouters_own():
+    easy = Calibration.fit([0.01] * 100, 1, "a")
+    hard = Calibration.fit([3.0] * 100, 1, "b")
+    assert easy.verdict(1.0) == "foreign"
+    assert hard.verdict(1.0) == "rebuildable"
+
+
+def test_without_calibration(tmp_path):
+    assert Calibration.load(tmp_path) is None
+    assert verdict(None, 0.0) == "uncalibrated"
+
+
+def test_round_trip_is_exact(calibration, tmp_path):
+    assert calibration.save(tmp_path).name == "calibration.json"
+    assert Calibration.load(tmp_path) == calibration
+
+
+@pytest.mark.parametrize("residuals", [[], [0.1, float("nan")], [float("inf")]], ids=["none", "nan", "infinite"])
+def test_fit_refuses(residuals):
+    with pytest.raises(InputError, match="finite residuals"):
+        Calibration.fit(residuals, 1, "x")
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[]", "{}", '{"quantiles": {"0.9": 1}, "chunks": 1, "documents": 1, "fingerprint": "x"}',
+     '{"quantiles": 3, "chunks": 1, "documents": 1, "fingerprint": "x"}'],
+)  # fmt: skip
+def test_load_refuses_a_damaged_file(tmp_path, text):
+    (tmp_path / "calibration.json").write_text(text)
+    with pytest.raises(InputError, match="calibration.json"):
+        Calibration.load(tmp_path)
+
+
+def test_load_refuses_falling_quantiles(calibration, tmp_path):
+    path = calibration.save(tmp_path)
+    fields = json.loads(path.read_text())
+    fields["quantiles"]["0.9"] = 5.0
+    path.write_text(json.dumps(fields))
+    with pytest.raises(InputError, match="rising"):
+        Calibration.load(tmp_path)
