@@ -31,11 +31,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs the command."""
-    check_output(args.output)
+    check_output(args.output, args.file)
     text = read_text(args.file)
     host = host_memory(args.host, text) if args.host else None
     crouter, tokenizer = load_crouter(args.crouter, device=device(args.device))
-    source = "stdin" if args.file == "-" else Path(args.file).name
+    source = "stdin" if args.file == "-" else Path(args.file).name.encode(errors="replace").decode()
     with progress("compressing") as update:
         context = compress_text(text, crouter, tokenizer, args.batch_size, source=source, progress=update)
     calibration = calibration_of(crouter, args.crouter)

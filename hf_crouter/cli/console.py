@@ -55,7 +55,7 @@ def print_table(columns: Sequence[Column], rows: Sequence[Sequence[str]], stream
     if console.is_terminal:
         table = rich.table.Table()
         for column in columns:
-            table.add_column(column.header, justify="right" if column.right else "left")
+            table.add_column(column.header, justify="right" if column.right else "left", overflow="fold")
         for row in rows:
             table.add_row(*(Text(cell, style=COLOURS.get(cell, "")) for cell in row))
         console.print(table)

@@ -108,7 +108,7 @@ def parts(host_name: str | None, crouter_name: str | None) -> Iterator[Check]:
             yield Check("host", "warn", f"{name} is not fetched yet", f"hf-crouter host get {name}")
             return
         host, host_tokenizer = load_host(name, dtype=torch.bfloat16)
-        yield Check("host", "ok", f"{host.config._name_or_path}, {type(host).__name__}, {host_fingerprint(host)}")
+        yield Check("host", "ok", f"{host.config._name_or_path}, {type(host).__name__}, {host_fingerprint(host)[:8]}")
     except InputError as error:
         yield Check("host", "fail", str(error), f"hf-crouter host get {DEFAULT_HOST} --force, or name another host")
     if crouter is None or host is None:
@@ -133,12 +133,12 @@ def crouter_checks(crouter: CRouterModel, tokenizer: PreTrainedTokenizerBase, na
     config = crouter.config
     fingerprint = crouter_fingerprint(crouter)
     yield Check("crouter", "ok", f"{crouter.name_or_path}, {config.chunk_length} tokens to {config.num_latents} "
-                f"latents, {crouter.num_parameters() / 1e6:.1f} M parameters, {fingerprint}")  # fmt: skip
+                f"latents, {crouter.num_parameters() / 1e6:.1f} M parameters, {fingerprint[:8]}")  # fmt: skip
     calibration = load_calibration(name)
     if calibration is None:
         yield Check("calibration", "warn", "none: chunks get no verdict", "train with calibration documents")
     elif calibration.fingerprint != fingerprint:
-        yield Check("calibration", "fail", f"made for crouter {calibration.fingerprint}", "calibrate again")
+        yield Check("calibration", "fail", f"made for crouter {calibration.fingerprint[:8]}", "calibrate again")
         calibration = None
     else:
         few = calibration.chunks < 100

@@ -103,6 +103,8 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str, chat: bool = False) ->
             raise InputError("--chat: this host has no chat template")
         messages = [{"role": "user", "content": text}]
         text = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    if any("\ud800" <= c <= "\udfff" for c in text):  # bytes of a command line that are not UTF-8
+        raise InputError("prompt: not UTF-8 text")
     ids = tokenizer(text, add_special_tokens=not chat, verbose=False)["input_ids"]
     if not ids:
         raise InputError("prompt: empty, expected at least one token")

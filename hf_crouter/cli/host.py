@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print_json(hosts)
     else:
-        rows = [(h["name"], h["path"] or h["error"] or "not fetched yet") for h in hosts]
+        rows = [(str(h["name"]), h["path"] or h["error"] or "not fetched yet") for h in hosts]
         print_table([Column("host", right=False), Column("folder", right=False)], rows)
     return 0
 

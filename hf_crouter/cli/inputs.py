@@ -78,13 +78,19 @@ def read_text(path: str) -> str:
         raise InputError(f"{name}: not UTF-8 text (byte {error.start})") from error
 
 
-def check_output(path: str) -> None:
+def check_output(path: str, source: str) -> None:
     """Refuses an output path before the work begins.
 
+    Args:
+        path: file to write.
+        source: file that is read.
+
     Raises:
-        InputError: a folder, a device, or in a folder that is missing or not writable.
+        InputError: the source itself, a folder, a device, or in a folder that is missing or not writable.
     """
     target = Path(path)
+    if target.exists() and Path(source).exists() and target.samefile(source):
+        raise InputError(f"{path}: would overwrite what is read from; name another file")
     if target.exists() and not target.is_file():
         raise InputError(f"{path}: expected a file to write, got a folder or device")
     if not target.parent.is_dir():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -54,6 +55,11 @@ def _fail(message: str) -> int:
     return 2
 
 
+def _give_up_stdout() -> None:
+    """What stdout still holds cannot be written; without this Python tries again at exit, with a traceback."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command.
 
@@ -64,6 +70,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         Exit status: 0, 1 when a check of `doctor` failed, 2 for bad input, 130 when interrupted.
     """
     words = list(sys.argv[1:] if argv is None else argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that knows fewer characters is no reason to fail
     try:
         # only the command that runs is imported
         args = _parser(words[:1] if words[:1] and words[0] in COMMANDS else COMMANDS).parse_args(words)
@@ -76,12 +84,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("hf-crouter: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader of a pipe left: no error, but nothing may be flushed into it at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # the reader of a pipe left: no error
+        _give_up_stdout()
         return 141
     except InputError as error:
         return _fail(str(error))
     except OSError as error:
+        try:
+            sys.stdout.flush()
+        except OSError:
+            _give_up_stdout()
         if error.filename and error.strerror:
             return _fail(f"{error.filename}: {error.strerror}")
         return _fail(str(error))

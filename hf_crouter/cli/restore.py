@@ -31,7 +31,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Runs the command."""
     if args.output:
-        check_output(args.output)
+        check_output(args.output, args.context)
     context = CompressedContext.load(args.context)
     crouter, tokenizer = load_crouter(args.crouter, device=device(args.device))
     restored = restore_text(context, crouter, tokenizer, args.threshold)

@@ -116,6 +116,7 @@ def test_bad_output(text, crouter, tmp_path, capsys):
     assert "folder" in fails(capsys, *words, tmp_path)
     assert Path("/dev/null").exists() is False or "device" in fails(capsys, *words, "/dev/null")
     assert "-o" in fails(capsys, "compress", text)
+    assert "overwrite" in fails(capsys, *words, text) and text.read_text() == TEXT
 
 
 def test_bad_crouter(text, crouter, tmp_path, capsys):

@@ -107,7 +107,7 @@ def test_generate_refuses_a_damaged_host(pair, tmp_path, capsys):
 
 @pytest.mark.parametrize(
     "more", [[], ["--prompt", ""], ["--prompt", "a", "-"], ["--prompt", "a", "--temperature", "-1"],
-             ["--prompt-file", "absent"]]
+             ["--prompt", "\udcff"], ["--prompt-file", "absent"]]
 )  # fmt: skip
 def test_generate_refuses(pair, capsys, more):
     fails(capsys, words("generate", pair, *more))

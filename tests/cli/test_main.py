@@ -120,6 +120,11 @@ def test_the_console_script_and_the_module(crouter, tmp_path):
     done = subprocess.run([script, *words], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0 and done.stderr == ""
     assert json.loads(done.stdout)["chunks"][0]["tokens"] > 0
+    if Path("/dev/full").exists():
+        with open("/dev/full", "w") as full:
+            words = [script, "restore", "c.safetensors", "--crouter", str(crouter)]
+            done = subprocess.run(words, cwd=tmp_path, stdout=full, stderr=subprocess.PIPE, text=True)
+        assert done.returncode == 2 and "No space left" in done.stderr and "Traceback" not in done.stderr
     root = Path(__file__).parents[2]
     done = subprocess.run(
         [sys.executable, "-m", "hf_crouter", "restore", str(tmp_path / "absent")],
