@@ -76,8 +76,10 @@ def _save_model(read: LlamaForCausalLM, folder: Path, title: str) -> None:
 def _save_tokenizer(read: Any, folder: Path, splits_digits: bool) -> None:
     backend = read.backend_tokenizer
     # Stated here in full, so that token ids do not depend on how this version of transformers reads GGUF files.
-    steps: list[Any] = [pre_tokenizers.Digits(individual_digits=True)] if splits_digits else []
-    backend.pre_tokenizer = pre_tokenizers.Sequence([*steps, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    pieces = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    if splits_digits:
+        pieces = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), pieces])
+    backend.pre_tokenizer = pieces
     names = ("bos_token", "eos_token", "pad_token", "unk_token")
     special = {name: value for name in names if (value := getattr(read, name, None)) is not None}
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=read.chat_template, **special)

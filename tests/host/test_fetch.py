@@ -292,9 +292,9 @@ def test_the_real_host_answers(real_host):
 
 
 @pytest.mark.host
-def test_the_real_hosts_tokenizer_is_the_models_own(real_host):
+def test_the_real_hosts_ids_are_those_that_the_shipped_crouter_was_trained_on(real_host):
     tokenizer = AutoTokenizer.from_pretrained(real_host)
     assert tokenizer.convert_ids_to_tokens(tokenizer("x =  10\n    7").input_ids) == [
-        "x", "Ġ=", "ĠĠ", "1", "0", "ĊĠĠĠĠ", "7",
+        "x", "Ġ=", "Ġ", "Ġ", "1", "0", "ĊĠĠĠ", "Ġ", "7",
     ]  # fmt: skip
     assert len(tokenizer) == 49_152
