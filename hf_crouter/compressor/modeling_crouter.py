@@ -15,7 +15,7 @@ from torch import nn
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
-from transformers.utils import ModelOutput, can_return_tuple
+from transformers.utils.generic import ModelOutput, can_return_tuple
 
 from .configuration_crouter import CRouterConfig
 
@@ -33,12 +33,12 @@ class CRouterOutput(ModelOutput):
         reconstruction_accuracy: `[B]`, share of tokens rebuilt exactly at their position (TRA), 0 to 1.
     """
 
-    loss: torch.FloatTensor | None = None
-    latents: torch.FloatTensor | None = None
-    logits: torch.FloatTensor | None = None
-    residual: torch.FloatTensor | None = None
-    token_residual: torch.FloatTensor | None = None
-    reconstruction_accuracy: torch.FloatTensor | None = None
+    loss: torch.Tensor | None = None
+    latents: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    residual: torch.Tensor | None = None
+    token_residual: torch.Tensor | None = None
+    reconstruction_accuracy: torch.Tensor | None = None
 
 
 @dataclass
@@ -50,8 +50,8 @@ class Reconstruction(ModelOutput):
         confidence: `[B, T]`, its probability, 0 to 1.
     """
 
-    input_ids: torch.LongTensor | None = None
-    confidence: torch.FloatTensor | None = None
+    input_ids: torch.Tensor | None = None
+    confidence: torch.Tensor | None = None
 
 
 def eager_attention_forward(
@@ -78,6 +78,9 @@ def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch
 
 class CRouterRotaryEmbedding(nn.Module):
     """Angles for `[slots | tokens]`: slot i stands in the middle of the i-th part of the chunk."""
+
+    cos: torch.Tensor
+    sin: torch.Tensor
 
     def __init__(self, config: CRouterConfig):
         super().__init__()
@@ -124,7 +127,7 @@ class CRouterAttention(nn.Module):
         query = apply_rotary(self.q_norm(query).transpose(1, 2), cos, sin).to(value.dtype)
         key = apply_rotary(self.k_norm(key).transpose(1, 2), cos, sin).to(value.dtype)
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
+            self.config._attn_implementation or "eager", eager_attention_forward
         )
         output, _ = attention_interface(
             self, query, key, value.transpose(1, 2), None, dropout=0.0, scaling=self.scaling, **kwargs
@@ -256,9 +259,7 @@ class CRouterModel(CRouterPreTrainedModel):
                 hidden_states = layer(hidden_states, cos, sin, **kwargs)
         return hidden_states
 
-    def encode(
-        self, input_ids: torch.LongTensor, attention_mask: torch.Tensor | None = None, **kwargs
-    ) -> torch.FloatTensor:
+    def encode(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs) -> torch.Tensor:
         """Latents of a batch of chunks.
 
         Args:
@@ -286,7 +287,7 @@ class CRouterModel(CRouterPreTrainedModel):
         latents = self.to_latent(self.latent_norm(hidden_states[:, : self.config.num_latents]))
         return F.rms_norm(latents, (self.config.latent_size,), eps=self.config.rms_norm_eps)
 
-    def decode(self, latents: torch.FloatTensor, length: int | None = None, **kwargs) -> torch.FloatTensor:
+    def decode(self, latents: torch.Tensor, length: int | None = None, **kwargs) -> torch.Tensor:
         """Logits of the chunk that the latents stand for.
 
         Args:
@@ -305,15 +306,13 @@ class CRouterModel(CRouterPreTrainedModel):
         return self.lm_head(self.output_proj(self.output_norm(hidden_states)))
 
     @torch.no_grad()
-    def reconstruct(self, latents: torch.FloatTensor) -> Reconstruction:
+    def reconstruct(self, latents: torch.Tensor) -> Reconstruction:
         """Tokens and their confidence from latents `[B, M, latent_size]` alone; all `chunk_length` positions."""
         confidence, input_ids = self.decode(latents).float().softmax(-1).max(-1)
         return Reconstruction(input_ids=input_ids, confidence=confidence)
 
     @can_return_tuple
-    def forward(
-        self, input_ids: torch.LongTensor, attention_mask: torch.Tensor | None = None, **kwargs
-    ) -> CRouterOutput:
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs) -> CRouterOutput:
         """Compresses, rebuilds and measures a batch of chunks.
 
         Args:
