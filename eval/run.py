@@ -6,9 +6,10 @@ import argparse
 import sys
 
 from eval import reconstruction, soft
+from eval.benchmarks import prefill, training
 from hf_crouter.errors import InputError
 
-EXPERIMENTS = {"tra-mini": reconstruction, "soft-mini": soft}
+EXPERIMENTS = {"tra-mini": reconstruction, "soft-mini": soft, "compress-cpu": prefill, "training-gpu": training}
 
 
 def main(argv: list[str] | None = None) -> int:
