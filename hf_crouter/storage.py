@@ -80,6 +80,33 @@ def temporary_folder_beside(path: str | Path) -> Iterator[Path]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
+@contextlib.contextmanager
+def replaced_folder(path: str | Path) -> Iterator[Path]:
+    """A temporary folder beside `path` that takes its place if the block succeeds and is removed if it fails.
+
+    What stood at `path` before is gone afterwards, but only once the new folder stands there.
+
+    Raises:
+        InputError: if the disk is full or the folder cannot be written.
+    """
+    path = Path(path)
+    with temporary_folder_beside(path) as temporary:
+        yield temporary
+        temporary.chmod(0o755)  # made for its owner alone
+        if not path.exists():
+            temporary.rename(path)
+            return
+        # Two folders cannot be exchanged in one step everywhere.
+        old = temporary.with_name(f"{temporary.name}.old")
+        path.rename(old)
+        try:
+            temporary.rename(path)
+        except BaseException:
+            old.rename(path)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+
+
 def write_json(path: str | Path, value: Any) -> None:
     """Writes `value` as indented JSON, atomically."""
     with replaced_file(path) as temporary:

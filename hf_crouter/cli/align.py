@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import argparse
 
-from transformers import AutoTokenizer
-
 from ..errors import InputError
 from ..host.fetch import resolve_host
+from ..loading import load_host_tokenizer
 from ..training.align import AlignArguments, train_alignment
 from .arguments import add_options, from_options, prepared_data
 from .console import print_json
@@ -32,10 +31,11 @@ def run(options: argparse.Namespace) -> int:
     for name in ("host", "crouter"):
         if not getattr(arguments, name):
             raise InputError(f"--{name}: expected a folder or a hub name, got none")
+    arguments.box(1)  # a wrong box is said before the corpora are prepared
     arguments.host = str(resolve_host(arguments.host))
-    tokenizer = AutoTokenizer.from_pretrained(arguments.host)
+    tokenizer = load_host_tokenizer(arguments.host)[1]
     arguments.data = prepared_data(options.corpus, arguments.data, arguments.output, tokenizer)
-    record = train_alignment(arguments, tokenizer, AutoTokenizer.from_pretrained(arguments.crouter))
+    record = train_alignment(arguments)
     if options.json:
         print_json(record)
     else:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ..data.prepare import load_tokenizer
 from ..host.fetch import resolve_host
-from ..training.reconstruct import ReconstructArguments, train_reconstruction
+from ..training.reconstruct import ReconstructArguments, read_tokenizer, train_reconstruction
 from .arguments import add_options, from_options, prepared_data
 from .console import print_json
 
@@ -26,8 +25,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Prepares the corpora, unless `--data` names prepared ones, trains and prints where the crouter is."""
     arguments = from_options(ReconstructArguments, options)
-    arguments.tokenizer = str(resolve_host(arguments.tokenizer))
-    tokenizer = load_tokenizer(arguments.tokenizer)
+    arguments.box(1)  # a wrong box is said before the corpora are prepared
+    name = arguments.tokenizer or arguments.init or ""
+    arguments.tokenizer = str(resolve_host(name)) if name else ""
+    tokenizer = read_tokenizer(arguments.tokenizer)
     arguments.data = prepared_data(options.corpus, arguments.data, arguments.output, tokenizer)
     record = train_reconstruction(arguments)
     crouter = Path(arguments.output) / "crouter"

@@ -6,7 +6,8 @@ by how much history helped on them: such a weight depends on the target and the 
 
 from __future__ import annotations
 
-import json
+import itertools
+import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from ..chunking import make_chunker
 from ..compressor import CRouterModel
 from ..data.tokens import TokenArray
 from ..errors import InputError
 from ..host.projector import Projector, new_projector
+from ..loading import load_crouter, load_host
 from .loop import Batch, LoopArguments, make_accelerator, run_loop
 
 
@@ -30,7 +32,9 @@ class AlignArguments(LoopArguments):
     """Arguments of `hf-crouter align`."""
 
     host: str = field(default="", metadata={"help": "known name, folder or hub name of the frozen host"})
-    crouter: str = field(default="", metadata={"help": "folder of the crouter; the projector is written into it"})
+    crouter: str = field(
+        default="", metadata={"help": "local folder of the crouter; the projector is written into it"}
+    )
     data: str = field(default="", metadata={"help": "folder prepared with the host's tokenizer"})
     chunks: list[int] = field(default_factory=lambda: [1, 2, 4, 8], metadata={"help": "chunk counts to train on"})
     window: int = field(default=512, metadata={"help": "raw tokens before the predicted ones"})
@@ -89,7 +93,7 @@ def compressed_logits(
     Returns:
         `[B, keep, V]`.
     """
-    embed = host.get_input_embeddings()
+    embed: Any = host.get_input_embeddings()
     inputs = torch.cat([embed(prefix), soft.to(embed.weight.dtype), embed(raw)], dim=1)
     return host(inputs_embeds=inputs, logits_to_keep=keep, use_cache=False).logits
 
@@ -148,29 +152,62 @@ class AlignmentLoss(nn.Module):
 
 
 class AlignmentData:
-    """Random document windows, the same for the same batch number."""
+    """Random document windows, the same for the same batch number.
 
-    def __init__(self, tokens: TokenArray, chunker: Any, arguments: AlignArguments, chunk_length: int, separator: int):
+    Args:
+        tokens: the host's ids.
+        chunker: cuts them.
+        arguments: chunk counts, window, target and seed.
+        separator: id that pads; its place is masked.
+        positions: most positions that the host was trained on.
+
+    Raises:
+        InputError: no chunk count, no document is long enough, or a window longer than the host was trained on.
+    """
+
+    def __init__(
+        self, tokens: TokenArray, chunker: Any, arguments: AlignArguments, separator: int, positions: int | None = None
+    ):
         self.tokens, self.chunker, self.arguments, self.separator = tokens, chunker, arguments, separator
-        # a host token holds about as much text as a crouter token; the slack covers tokenizers that differ
-        slack = 1.0 if chunker.same_tokenizer else 2.0
-        self.length = {
-            n: int(arguments.keep_first + slack * n * chunk_length + arguments.window + arguments.target)
-            for n in arguments.chunks
-        }
-        sizes = np.diff(tokens.starts) - 1
-        self.eligible = {n: np.flatnonzero(sizes >= length) for n, length in self.length.items()}
+        if not arguments.chunks or min(arguments.chunks) < 1 or min(arguments.window, arguments.target) < 1:
+            raise InputError(
+                "expected at least one of each of --chunks, --window and --target, "
+                f"got {arguments.chunks}, {arguments.window} and {arguments.target}"
+            )
+        raw = arguments.keep_first + arguments.window + arguments.target
+        chunk = chunker.chunk_length if chunker.same_tokenizer else self._longest_chunk()
+        self.length = {n: raw + n * chunk for n in arguments.chunks}
+        self.sizes = np.diff(tokens.starts) - 1
+        self.eligible = {n: np.flatnonzero(self.sizes >= length) for n, length in self.length.items()}
         for n, found in self.eligible.items():
+            if positions is not None and self.length[n] > positions:
+                raise InputError(
+                    f"expected windows of at most {positions} tokens, which the host was trained on, "
+                    f"got {self.length[n]} for {n} chunks"
+                )
             if not len(found):
                 raise InputError(f"expected documents of {self.length[n]} tokens for {n} chunks, got none")
-        self.sizes = sizes
+
+    def _longest_chunk(self, documents: int = 32, chunks: int = 4, slack: float = 1.25) -> int:
+        """Host tokens that hold a chunk of a crouter with another tokenizer, from the first documents."""
+        longest = 0
+        for _, _, ids in itertools.islice(self.tokens.documents(), documents):
+            spans = self.chunker.chunk(ids[: 64 * self.chunker.chunk_length].tolist(), limit=chunks).spans
+            longest = max([longest, *(end - start for start, end in spans)])
+        if not longest:
+            raise InputError(f"expected documents of at least {self.chunker.chunk_length} crouter tokens, got none")
+        return math.ceil(slack * longest)
 
     def batch(self, index: int) -> Batch:
-        """Batch number `index`; its rows share one chunk count."""
+        """Batch number `index`; its rows share one chunk count.
+
+        Raises:
+            InputError: hardly any window holds as many chunks as asked for.
+        """
         generator = np.random.Generator(np.random.Philox(key=[self.arguments.seed, index]))
         chunks = int(generator.choice(self.arguments.chunks))
         samples: list[Sample] = []
-        while len(samples) < self.arguments.batch_size:
+        for _ in range(100 * self.arguments.batch_size):
             document = int(generator.choice(self.eligible[chunks]))
             start = int(generator.integers(0, self.sizes[document] - self.length[chunks] + 1))
             first = int(self.tokens.starts[document]) + start
@@ -178,7 +215,9 @@ class AlignmentData:
             sample = cut_sample(ids, self.chunker, chunks, self.arguments)
             if sample is not None:
                 samples.append(sample)
-        return Batch(collate(samples, self.separator), sum(len(s.history) + len(s.target) for s in samples))
+            if len(samples) == self.arguments.batch_size:
+                return Batch(collate(samples, self.separator), sum(len(s.history) + len(s.target) for s in samples))
+        raise InputError(f"expected {chunks} chunks in windows of {self.length[chunks]} tokens, got fewer")
 
 
 def collate(samples: list[Sample], pad_id: int) -> tuple[torch.Tensor, ...]:
@@ -202,23 +241,26 @@ def collate(samples: list[Sample], pad_id: int) -> tuple[torch.Tensor, ...]:
     )
 
 
-def train_alignment(arguments: AlignArguments, host_tokenizer: Any, crouter_tokenizer: Any) -> dict[str, Any]:
+def train_alignment(arguments: AlignArguments) -> dict[str, Any]:
     """Trains the projector, writes it to the crouter's `projectors/` folder and returns the record.
 
     Args:
-        arguments: host and crouter are folders or hub names.
-        host_tokenizer: of the host; the data is encoded with it.
-        crouter_tokenizer: of the crouter; equal tokenizers are recognised.
+        arguments: the host is a folder or hub name, the crouter a local folder.
 
     Raises:
-        InputError: no document is long enough, or parts that do not fit.
+        InputError: host, crouter or data are missing or do not fit each other, or no document is long enough.
     """
-    accelerator = make_accelerator(arguments)
-    dtype = torch.bfloat16 if arguments.bf16 else torch.float32
-    host = AutoModelForCausalLM.from_pretrained(arguments.host, dtype=dtype)
-    crouter = AutoModel.from_pretrained(arguments.crouter, dtype=torch.float32)
-    chunker = make_chunker(crouter.config.chunk_length, host_tokenizer, crouter_tokenizer)
+    if not Path(arguments.crouter).is_dir():
+        raise InputError(f"{arguments.crouter}: expected a crouter's local folder, which gets the projector")
     tokens = TokenArray.load(Path(arguments.data) / "train.safetensors")
+    accelerator = make_accelerator(arguments)
+    crouter, crouter_tokenizer = load_crouter(arguments.crouter)
+    host, host_tokenizer = load_host(arguments.host, dtype=torch.bfloat16 if arguments.bf16 else torch.float32)
+    if tokens.vocab_size != len(host_tokenizer):
+        raise InputError(
+            f"expected data of the host's tokenizer with {len(host_tokenizer)} entries, got one of {tokens.vocab_size}"
+        )
+    chunker = make_chunker(crouter.config.chunk_length, host_tokenizer, crouter_tokenizer)
     projector = new_projector(
         host,
         crouter,
@@ -226,11 +268,17 @@ def train_alignment(arguments: AlignArguments, host_tokenizer: Any, crouter_toke
         crouter_tokenizer=crouter_tokenizer,
         hidden_size=arguments.hidden_size,
     )
-    separator = host_tokenizer.eos_token_id or 0
-    data = AlignmentData(tokens, chunker, arguments, crouter.config.chunk_length, separator)
+    positions = getattr(host.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    data = AlignmentData(tokens, chunker, arguments, tokens.separator_id, positions)
     module = AlignmentLoss(host, crouter, projector, arguments.kl_weight)
-    result = run_loop(module, data.batch, arguments, accelerator,
-                      positions_per_sequence=max(data.length.values()), title="align")  # fmt: skip
+    result = run_loop(
+        module,
+        data.batch,
+        arguments,
+        accelerator,
+        positions_per_sequence=float(np.mean([data.length[n] for n in arguments.chunks])),
+        title="align",
+    )
     folder = Path(arguments.crouter) / "projectors" / projector.config.host_name
     record = {
         "stage": "align",
@@ -244,7 +292,7 @@ def train_alignment(arguments: AlignArguments, host_tokenizer: Any, crouter_toke
         "device": torch.cuda.get_device_name() if accelerator.device.type == "cuda" else "cpu",
     }
     if accelerator.is_main_process:
-        projector.save(folder, training=json.loads(json.dumps(record)))
+        projector.save(folder, training=record)
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return {"path": str(folder), **record}

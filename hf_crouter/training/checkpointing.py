@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import re
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,29 +13,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ..errors import InputError
+from ..storage import replaced_folder
 
 _NAME = re.compile(r"checkpoint-(\d+)$")
-
-
-@contextlib.contextmanager
-def atomic_folder(folder: Path) -> Iterator[Path]:
-    """Yields an empty folder beside `folder` that takes its name when the block ends without an error."""
-    folder = Path(folder)
-    temporary = folder.with_name(f".{folder.name}.part")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        yield temporary
-        if folder.exists():
-            old = folder.with_name(f".{folder.name}.old")
-            shutil.rmtree(old, ignore_errors=True)
-            folder.rename(old)
-            temporary.rename(folder)
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            temporary.rename(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def pack_optimizers(optimizers: list[Any]) -> tuple[dict[str, torch.Tensor], list[Any]]:
@@ -64,24 +42,28 @@ def unpack_optimizers(optimizers: list[Any], tensors: dict[str, torch.Tensor], g
 
 
 def save_checkpoint(folder: Path, module: torch.nn.Module, optimizers: list[Any], progress: dict[str, Any]) -> Path:
-    """Writes `checkpoint-STEP` and removes the older ones.
+    """Writes `checkpoint-STEP`, whole or not at all, and then removes the older ones; returns its path.
 
     Args:
         folder: the run's output folder.
         module: only trainable parameters are kept, in their own dtype.
         optimizers: their whole state is kept.
         progress: JSON-able; must hold `step`.
+
+    Raises:
+        InputError: the disk is full or the folder cannot be written; older checkpoints stay.
     """
     target = Path(folder) / f"checkpoint-{progress['step']:08d}"
     weights = {k: v.detach().cpu().contiguous() for k, v in module.named_parameters() if v.requires_grad}
     tensors, groups = pack_optimizers(optimizers)
-    with atomic_folder(target) as temporary:
+    with replaced_folder(target) as temporary:
         save_file(weights, temporary / "weights.safetensors")
         save_file(tensors, temporary / "optimizers.safetensors", {"groups": json.dumps(groups)})
         (temporary / "progress.json").write_text(json.dumps(progress, indent=1))
-    for other in target.parent.glob("checkpoint-*"):
-        if other != target and _NAME.match(other.name):
-            shutil.rmtree(other)
+    for other in target.parent.glob("*checkpoint-*"):
+        # a leading dot: what a process left behind that was killed while it wrote
+        if other != target and (_NAME.match(other.name) or other.name.startswith(".checkpoint-")):
+            shutil.rmtree(other, ignore_errors=True)
     return target
 
 
@@ -103,7 +85,8 @@ def load_checkpoint(checkpoint: Path, module: torch.nn.Module, optimizers: list[
         progress = json.loads((checkpoint / "progress.json").read_text())
         groups = json.loads(metadata["groups"])
     except (OSError, SafetensorError, ValueError, KeyError) as error:
-        raise InputError(f"expected a complete checkpoint at {checkpoint}, got: {error}") from error
+        reason = " ".join(str(error).split())
+        raise InputError(f"expected a complete checkpoint at {checkpoint}, got: {reason}") from error
     parameters = {k: v for k, v in module.named_parameters() if v.requires_grad}
     same = parameters.keys() == weights.keys() and all(p.shape == weights[k].shape for k, p in parameters.items())
     if not same:
@@ -111,7 +94,10 @@ def load_checkpoint(checkpoint: Path, module: torch.nn.Module, optimizers: list[
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(weights[name])
-    unpack_optimizers(optimizers, tensors, groups)
+    try:
+        unpack_optimizers(optimizers, tensors, groups)
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"expected a checkpoint of these optimisers at {checkpoint}, got others") from error
     return progress
 
 

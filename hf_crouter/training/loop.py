@@ -1,4 +1,4 @@
-"""One training loop for every stage: boxed by steps or seconds, on one process or many, resumed exactly.
+"""One training loop for every stage: boxed by steps, tokens or seconds, on one process or many, resumed exactly.
 
 Does not cover: gradient accumulation, model parallelism, evaluation during the run.
 """
@@ -7,19 +7,23 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
+import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import TorchDynamoPlugin, broadcast, set_seed
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ..errors import InputError
+from ..storage import clear_write_errors, replaced_file
 from .checkpointing import latest_checkpoint, load_checkpoint, save_checkpoint
 from .optim import build_optimizers, learning_rate_factor
 
@@ -47,17 +51,21 @@ class LoopArguments:
     save_minutes: float = field(default=5.0, metadata={"help": "minutes between checkpoints"})
     resume: bool = field(default=False, metadata={"help": "go on from the newest checkpoint in the output folder"})
 
-    def box(self, positions_per_step: int) -> tuple[int | None, float | None]:
+    def box(self, positions_per_step: float) -> tuple[int | None, float | None]:
         """The box as (steps, seconds), one of them set.
 
         Raises:
-            InputError: not exactly one of steps, tokens and seconds is given.
+            InputError: not exactly one of steps, tokens and seconds is given, or one that is not positive.
         """
         if sum(value is not None for value in (self.steps, self.tokens, self.seconds)) != 1:
             raise InputError(
                 "expected exactly one of --steps, --tokens and --seconds, "
                 f"got {self.steps}, {self.tokens} and {self.seconds}"
             )
+        for name in ("steps", "tokens", "seconds", "batch_size", "log_every"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise InputError(f"--{name.replace('_', '-')}: expected more than 0, got {value}")
         if self.tokens is not None:
             return max(1, round(self.tokens / positions_per_step)), None
         return self.steps, self.seconds
@@ -91,6 +99,7 @@ class LoopResult:
 def make_accelerator(arguments: LoopArguments) -> Accelerator:
     """Accelerator for the arguments; seeds every generator."""
     set_seed(arguments.seed)
+    AcceleratorState._reset_state()  # an earlier run of this process may have had another precision
     plugin = TorchDynamoPlugin(backend="inductor" if arguments.compile else "no", dynamic=False)  # type: ignore
     # without `cpu`, accelerate ignores torchrun's other processes where there is no GPU
     return Accelerator(
@@ -106,96 +115,134 @@ def run_loop(
     arguments: LoopArguments,
     accelerator: Accelerator,
     *,
-    positions_per_sequence: int,
+    positions_per_sequence: float,
     title: str,
 ) -> LoopResult:
     """Trains the trainable parameters of a module in place.
 
     Args:
         module: called with a batch's tensors, returns a dict of scalars with `loss`; on return it holds the result.
+            To resume exactly it must draw no random numbers (dropout).
         batch: batch by number; must depend on the number alone. Each process asks for numbers of its own.
         arguments: the run's box, rates and folder.
         accelerator: from `make_accelerator`.
-        positions_per_sequence: token positions a sequence, for a box in tokens.
+        positions_per_sequence: mean token positions a sequence, for a box in tokens.
         title: shown at the progress bar.
 
     Raises:
-        InputError: no box, a damaged checkpoint, or a loss that is not finite (the last checkpoint stays).
+        InputError: no box, an output folder with a checkpoint but no `resume`, a checkpoint that is damaged or of
+            another run, a full disk, or a loss that is not finite (the last checkpoint stays).
     """
     output = Path(arguments.output)
-    output.mkdir(parents=True, exist_ok=True)
-    world, rank = accelerator.num_processes, accelerator.process_index
+    world, rank, main = accelerator.num_processes, accelerator.process_index, accelerator.is_main_process
     max_steps, max_seconds = arguments.box(arguments.batch_size * world * positions_per_sequence)
+    checkpoint = latest_checkpoint(output)
+    if checkpoint is not None and not arguments.resume:
+        raise InputError(f"{output} holds {checkpoint.name}: expected --resume or another output folder")
+    with clear_write_errors(output):
+        output.mkdir(parents=True, exist_ok=True)
     module.to(accelerator.device)
     optimizers = build_optimizers(module, arguments.learning_rate, arguments.weight_decay)
     prepared = accelerator.prepare(module, *optimizers)
     model, optimizers = prepared[0], list(prepared[1:])
     result = LoopResult(processes=world)
-    checkpoint = latest_checkpoint(output) if arguments.resume else None
+    run = {"processes": world, "batch_size": arguments.batch_size, "seed": arguments.seed}
     if checkpoint is not None:
-        progress = load_checkpoint(checkpoint, module, optimizers)
-        result = LoopResult(**{k: v for k, v in progress.items() if k != "step"})
-    log = _Log(output / "log.jsonl", result.steps, accelerator.is_main_process)
+        result = _resumed(load_checkpoint(checkpoint, module, optimizers), run, checkpoint)
+    log = _Log(output / "log.jsonl", result.steps, main)
+    first, saved_step, saved = result.steps, result.steps if checkpoint else -1, time.monotonic()
+    earlier = replace(result)
+    clock: float | None = None
+
+    def used() -> float:
+        """Share of the box, 0 to 1; the same on every process, although each has a clock of its own."""
+        if clock is not None:
+            result.seconds = earlier.seconds + time.monotonic() - clock
+        if max_seconds is None:
+            return result.steps / (max_steps or 1)
+        share = torch.tensor(result.seconds / max_seconds, device=accelerator.device)
+        return torch.as_tensor(broadcast(share) if world > 1 else share).item()
+
+    def save() -> None:
+        # by one process without any exchange: the others wait for it in the next step's gradients
+        save_checkpoint(output, module, optimizers, {"step": result.steps, "result": asdict(result), "run": run})
+
     model.train()
-    session_seconds, session_tokens = result.seconds, result.timed_tokens
-    first, clock, saved, used, pending = result.steps, None, time.monotonic(), 0.0, 0
-    with _progress_bar(title, accelerator.is_main_process) as show:
-        while True:
-            if clock is not None:
-                result.seconds = session_seconds + time.monotonic() - clock
-            if max_steps is not None:
-                used = result.steps / max_steps
-            elif max_seconds is not None and (world == 1 or result.steps % _SYNC_STEPS == 0):
-                used = result.seconds / max_seconds
-                if world > 1:
-                    used = float(broadcast(torch.tensor(used, device=accelerator.device)))
-            if used >= 1:
-                break
-            factor = learning_rate_factor(result.steps, used, arguments.warmup_steps)
+    share = used()
+    with _progress_bar(title, main, share) as show:
+        while share < 1:
+            factor = learning_rate_factor(result.steps, share, arguments.warmup_steps)
             for optimizer in optimizers:
                 for group in optimizer.param_groups:
                     group["lr"] = arguments.learning_rate * factor
             data = batch(result.steps * world + rank)
             metrics = model(*(t.to(accelerator.device, non_blocking=True) for t in data.arguments))
             accelerator.backward(metrics["loss"])
-            accelerator.clip_grad_norm_(model.parameters(), arguments.clip)
+            norm: Any = accelerator.clip_grad_norm_(model.parameters(), arguments.clip)
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
             result.steps += 1
-            pending += data.real_tokens * world
+            result.tokens += data.real_tokens * world
             if clock is not None:
                 result.timed_tokens += data.real_tokens * world
-            if clock is None and result.steps - first == _UNTIMED_STEPS:
+            elif result.steps - first == _UNTIMED_STEPS:
                 metrics["loss"].item()  # waits for the device
                 clock = time.monotonic()
-            if result.steps % arguments.log_every == 0 or used >= 1:
-                result.final = {name: value.item() for name, value in metrics.items()}
-                result.tokens, pending = result.tokens + pending, 0
-                if result.final["loss"] != result.final["loss"]:
-                    raise InputError(f"expected a finite loss, got nan at step {result.steps}")
+            if max_steps is not None or world == 1 or result.steps % _SYNC_STEPS == 0:
+                share = used()
+            if result.steps % arguments.log_every == 0 or share >= 1:
+                result.final = _mean(metrics, accelerator)
+                _check_finite(result, norm)
                 log.write({"step": result.steps, "tokens": result.tokens, "seconds": round(result.seconds, 3),
                            "rate": factor, **result.final})  # fmt: skip
-                elapsed = result.seconds - session_seconds
-                rate = (result.timed_tokens - session_tokens) / elapsed if elapsed > 0 else 0.0
-                show(used, result.final, rate)
-            due = time.monotonic() - saved > 60 * arguments.save_minutes
-            if due and accelerator.is_main_process:
-                save_checkpoint(output, module, optimizers, _progress(result, pending))
-            saved = time.monotonic() if due else saved
+                show(share, result.final, _rate(result, earlier))
+            # what is not finite is never saved over what is; the next line of the log ends the run
+            if main and time.monotonic() - saved > 60 * arguments.save_minutes and bool(torch.isfinite(norm)):
+                save()
+                saved, saved_step = time.monotonic(), result.steps
     if accelerator.device.type == "cuda":
         torch.cuda.synchronize()
-    if clock is not None:
-        result.seconds = session_seconds + time.monotonic() - clock
-    result.tokens += pending
-    if accelerator.is_main_process:
-        save_checkpoint(output, module, optimizers, _progress(result, 0))
+        used()
+    if main and saved_step != result.steps:
+        save()
     accelerator.wait_for_everyone()
     return result
 
 
-def _progress(result: LoopResult, pending: int) -> dict[str, Any]:
-    return {**asdict(result), "tokens": result.tokens + pending, "step": result.steps}
+def _resumed(progress: dict[str, Any], run: dict[str, int], checkpoint: Path) -> LoopResult:
+    """The result so far; another number of processes, batch size or seed would be another run."""
+    try:
+        result, before = LoopResult(**progress["result"]), progress["run"]
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{checkpoint}: expected the progress of a training run, got {error!r}") from error
+    if before != run:
+        expected, got = (", ".join(f"{key} {value}" for key, value in numbers.items()) for numbers in (before, run))
+        raise InputError(f"{checkpoint}: expected to go on with {expected}, got {got}")
+    return result
+
+
+def _mean(metrics: dict[str, torch.Tensor], accelerator: Accelerator) -> dict[str, float]:
+    """Metrics of all processes."""
+    values = torch.stack([value.detach().float() for value in metrics.values()])
+    if accelerator.num_processes > 1:
+        values = torch.as_tensor(accelerator.reduce(values, "mean"))
+    return dict(zip(metrics, values.tolist(), strict=True))
+
+
+def _check_finite(result: LoopResult, norm: torch.Tensor) -> None:
+    # both are equal on all processes: either all of them stop or none
+    if not math.isfinite(result.final["loss"]) or not bool(torch.isfinite(norm)):
+        raise InputError(
+            f"expected a finite loss, got {result.final['loss']:.4g} "
+            f"with a gradient norm of {float(norm):.4g} at step {result.steps}"
+        )
+
+
+def _rate(result: LoopResult, earlier: LoopResult) -> float:
+    """Real tokens a second since the run was started or resumed."""
+    seconds = result.seconds - earlier.seconds
+    return (result.timed_tokens - earlier.timed_tokens) / seconds if seconds > 0 else 0.0
 
 
 class _Log:
@@ -204,9 +251,17 @@ class _Log:
     def __init__(self, path: Path, step: int, enabled: bool):
         self.path, self.enabled = path, enabled
         if enabled:
-            lines = path.read_text().splitlines() if path.exists() and step else []
-            kept = [line for line in lines if json.loads(line)["step"] <= step]
-            path.write_text("".join(line + "\n" for line in kept))
+            lines = path.read_text(encoding="utf-8").splitlines() if path.exists() and step else []
+            kept = [line for line in lines if self._step(line) <= step]
+            with replaced_file(path) as temporary:
+                temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+
+    @staticmethod
+    def _step(line: str) -> float:
+        try:
+            return json.loads(line)["step"]
+        except ValueError:  # a process was killed while it wrote the line
+            return math.inf
 
     def write(self, row: dict[str, float]) -> None:
         if self.enabled:
@@ -215,8 +270,16 @@ class _Log:
 
 
 @contextlib.contextmanager
-def _progress_bar(title: str, enabled: bool) -> Iterator[Callable[[float, dict[str, float], float], None]]:
-    """A live bar on a terminal; a plain line for each log entry elsewhere."""
+def _progress_bar(
+    title: str, enabled: bool, start: float
+) -> Iterator[Callable[[float, dict[str, float], float], None]]:
+    """A live bar on a terminal; a plain line for each log entry elsewhere.
+
+    Args:
+        title: in front of it.
+        enabled: false shows nothing.
+        start: share of the box that earlier sessions used; it says nothing about the time left.
+    """
     console = Console(stderr=True)
     started = time.monotonic()
 
@@ -228,8 +291,8 @@ def _progress_bar(title: str, enabled: bool) -> Iterator[Callable[[float, dict[s
 
         def line(used: float, metrics: dict[str, float], rate: float) -> None:
             if enabled:
-                left = (time.monotonic() - started) * (1 - used) / used if used else float("nan")
-                print(f"{title} {used:6.1%}  {text(metrics, rate)}  {left:,.0f} s left", flush=True)
+                left = (time.monotonic() - started) * max(0.0, 1 - used) / (used - start) if used > start else math.inf
+                print(f"{title} {used:6.1%}  {text(metrics, rate)}  {left:,.0f} s left", file=sys.stderr, flush=True)
 
         yield line
         return
@@ -237,4 +300,5 @@ def _progress_bar(title: str, enabled: bool) -> Iterator[Callable[[float, dict[s
     columns = (TextColumn(title), BarColumn(), share, values, TimeRemainingColumn())
     with Progress(*columns, console=console) as progress:
         task = progress.add_task(title, total=1.0, text="")
+        progress.update(task, completed=start)
         yield lambda used, metrics, rate: progress.update(task, completed=used, text=text(metrics, rate))

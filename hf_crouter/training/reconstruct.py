@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -14,11 +15,13 @@ from torch import nn
 from transformers import AutoTokenizer
 
 from ..compressor import CRouterConfig, CRouterModel
+from ..data.prepare import load_tokenizer
 from ..data.tokens import TokenArray
 from ..errors import InputError
 from ..host.fingerprint import crouter_fingerprint
+from ..loading import load_crouter, one_line
 from ..routing.calibration import Calibration
-from .checkpointing import atomic_folder
+from ..storage import replaced_folder
 from .evaluate import reconstruction_score
 from .flops import matrix_flops_per_token, measured_matrix_rate
 from .loop import Batch, LoopArguments, LoopResult, make_accelerator, run_loop
@@ -29,7 +32,9 @@ class ReconstructArguments(LoopArguments):
     """Arguments of `hf-crouter train`."""
 
     data: str = field(default="", metadata={"help": "folder that hf_crouter.data.prepare wrote"})
-    tokenizer: str = field(default="", metadata={"help": "folder or hub name of the crouter's tokenizer"})
+    tokenizer: str = field(
+        default="", metadata={"help": "folder or hub name of the tokenizer; that of --init by default"}
+    )
     init: str | None = field(default=None, metadata={"help": "weights to go on from; the optimiser starts anew"})
     config: list[str] = field(
         default_factory=list, metadata={"help": "settings of CRouterConfig, such as hidden_size=384 num_latents=8"}
@@ -52,16 +57,20 @@ class ReconstructionLoss(nn.Module):
 
 
 def ragged_lengths(count: int, length: int, share: float, seed: int, index: int) -> np.ndarray:
-    """Lengths of a batch of chunks: full, but for a share that is cut, half of it anywhere, half by less than 32.
+    """Lengths of a batch of chunks: full, but for a share that is cut, half of it anywhere, half by at most 32.
+
+    The share is a quota of every batch, rounded up.
 
     Returns:
         `[count]`, int64, 1 to `length`.
     """
     generator = np.random.Generator(np.random.Philox(key=[seed + 0x5EED, index]))
-    kind = generator.random(count)
-    anywhere = generator.integers(1, length + 1, count)
-    nearly_full = generator.integers(max(1, length - 32), length + 1, count)
-    return np.where(kind < share / 2, anywhere, np.where(kind < share, nearly_full, length))
+    ragged = generator.permutation(count)[: math.ceil(share * count)]
+    lengths = np.full(count, length)
+    lengths[ragged] = generator.integers(1, max(2, length), len(ragged))
+    near = ragged[: len(ragged) // 2]
+    lengths[near] = generator.integers(max(1, length - 32), max(2, length), len(near))
+    return lengths
 
 
 def reconstruction_batch(tokens: TokenArray, arguments: ReconstructArguments, length: int, index: int) -> Batch:
@@ -93,6 +102,20 @@ def read_config(settings: list[str], vocab_size: int) -> CRouterConfig:
         raise InputError(f"expected a valid configuration, got: {' '.join(str(error).split())}") from error
 
 
+def read_tokenizer(name: str) -> Any:
+    """The fast tokenizer of a local folder, or of the hub.
+
+    Raises:
+        InputError: there is none.
+    """
+    if not name:
+        raise InputError("--tokenizer: expected a folder or a hub name, got none")
+    if Path(name).exists():
+        return load_tokenizer(name)
+    with one_line(name, "a tokenizer"):
+        return AutoTokenizer.from_pretrained(name)
+
+
 def train_reconstruction(arguments: ReconstructArguments) -> dict[str, Any]:
     """Trains, saves the crouter with its tokenizer, split and record, and returns the record.
 
@@ -100,19 +123,26 @@ def train_reconstruction(arguments: ReconstructArguments) -> dict[str, Any]:
     MFU; those of an `init` crouter are kept in it, oldest first.
 
     Raises:
-        InputError: no data, a tokenizer of another size than the weights, or a damaged checkpoint.
+        InputError: no data, data or a tokenizer of another vocabulary than the weights, or a damaged checkpoint.
     """
     data, output = Path(arguments.data), Path(arguments.output)
+    # everything is read before the training, so that nothing can fail after it for want of a file
     tokens = TokenArray.load(data / "train.safetensors")
-    tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer)
+    held_out = data / "calibration.safetensors"
+    calibration_tokens = TokenArray.load(held_out) if held_out.exists() else None
+    tokenizer = read_tokenizer(arguments.tokenizer or arguments.init or "")
     accelerator = make_accelerator(arguments)
+    history: list[Any] = []
     if arguments.init:
-        crouter = CRouterModel.from_pretrained(arguments.init, dtype=torch.float32)
+        if arguments.config:
+            raise InputError("--config: expected none with --init, whose configuration stays")
+        crouter, history = load_crouter(arguments.init)[0], _history(Path(arguments.init) / "training.json")
     else:
         crouter = CRouterModel(read_config(arguments.config, len(tokenizer)))
     config: CRouterConfig = crouter.config  # type: ignore[assignment]
-    if config.vocab_size != len(tokenizer):
-        raise InputError(f"expected a tokenizer of {config.vocab_size} entries, got {len(tokenizer)}")
+    for what, size in (("a tokenizer", len(tokenizer)), (f"data in {data}", tokens.vocab_size)):
+        if size != config.vocab_size:
+            raise InputError(f"expected {what} of {config.vocab_size} entries, as the crouter has, got {size}")
     result = run_loop(
         ReconstructionLoss(crouter),
         lambda index: reconstruction_batch(tokens, arguments, config.chunk_length, index),
@@ -123,11 +153,9 @@ def train_reconstruction(arguments: ReconstructArguments) -> dict[str, Any]:
     )
     record = _record(arguments, result, config, crouter, accelerator.device)
     if accelerator.is_main_process:
-        earlier = Path(arguments.init or "", "training.json")
-        history = json.loads(earlier.read_text()) if arguments.init and earlier.exists() else []
-        crouter.to(torch.bfloat16)
-        calibration = _calibrate(crouter, data / "calibration.safetensors", arguments.bf16)
-        with atomic_folder(output / "crouter") as folder:
+        nn.Module.to(crouter, torch.bfloat16)
+        calibration = _calibrate(crouter, calibration_tokens, arguments.bf16)
+        with replaced_folder(output / "crouter") as folder:
             crouter.save_pretrained(folder, max_shard_size=arguments.shard_size)
             tokenizer.save_pretrained(folder)
             if (data / "split.json").exists():
@@ -140,15 +168,24 @@ def train_reconstruction(arguments: ReconstructArguments) -> dict[str, Any]:
     return record
 
 
-def _calibrate(crouter: CRouterModel, path: Path, bf16: bool, limit: int = 2048) -> Calibration | None:
+def _history(path: Path) -> list[Any]:
+    """Records of the runs before this one."""
+    try:
+        records = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    except ValueError as error:
+        raise InputError(f"{path}: expected the record of a training run, got no JSON") from error
+    return records if isinstance(records, list) else [records]
+
+
+def _calibrate(crouter: CRouterModel, tokens: TokenArray | None, bf16: bool, limit: int = 2048) -> Calibration | None:
     """Quantiles of the residual on documents kept out of fitting and of every test; none without such documents."""
-    tokens = TokenArray.load(path) if path.exists() else None
     if tokens is None or not len(tokens):
         return None
     ids, mask = tokens.chunks(crouter.config.chunk_length, limit)
     weights = CRouterModel(crouter.config)
     weights.load_state_dict(crouter.state_dict())  # float32 copies of what is saved
-    score = reconstruction_score(weights.to(crouter.device), torch.from_numpy(ids), torch.from_numpy(mask), bf16=bf16)
+    nn.Module.to(weights, crouter.device)
+    score = reconstruction_score(weights, torch.from_numpy(ids), torch.from_numpy(mask), bf16=bf16)
     return Calibration.fit(score.residual.tolist(), len(tokens.names), crouter_fingerprint(crouter))
 
 
