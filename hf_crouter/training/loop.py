@@ -136,6 +136,7 @@ def run_loop(
     output = Path(arguments.output)
     world, rank, main = accelerator.num_processes, accelerator.process_index, accelerator.is_main_process
     max_steps, max_seconds = arguments.box(arguments.batch_size * world * positions_per_sequence)
+    accelerator.wait_for_everyone()  # no process may look while another still writes
     checkpoint = latest_checkpoint(output)
     if checkpoint is not None and not arguments.resume:
         raise InputError(f"{output} holds {checkpoint.name}: expected --resume or another output folder")
@@ -196,7 +197,7 @@ def run_loop(
                 _check_finite(result, norm)
                 log.write({"step": result.steps, "tokens": result.tokens, "seconds": round(result.seconds, 3),
                            "rate": factor, **result.final})  # fmt: skip
-                show(share, result.final, _rate(result, earlier))
+                show(min(share, 1.0), result.final, _rate(result, earlier))
             # what is not finite is never saved over what is; the next line of the log ends the run
             if main and time.monotonic() - saved > 60 * arguments.save_minutes and bool(torch.isfinite(norm)):
                 save()
@@ -291,7 +292,7 @@ def _progress_bar(
 
         def line(used: float, metrics: dict[str, float], rate: float) -> None:
             if enabled:
-                left = (time.monotonic() - started) * max(0.0, 1 - used) / (used - start) if used > start else math.inf
+                left = (time.monotonic() - started) * (1 - used) / (used - start) if used > start else math.inf
                 print(f"{title} {used:6.1%}  {text(metrics, rate)}  {left:,.0f} s left", file=sys.stderr, flush=True)
 
         yield line
