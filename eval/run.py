@@ -5,11 +5,17 @@ from __future__ import annotations
 import argparse
 import sys
 
-from eval import reconstruction, soft
+from eval import demo, reconstruction, soft
 from eval.benchmarks import prefill, training
 from hf_crouter.errors import InputError
 
-EXPERIMENTS = {"tra-mini": reconstruction, "soft-mini": soft, "compress-cpu": prefill, "training-gpu": training}
+EXPERIMENTS = {
+    "demo": demo,
+    "tra-mini": reconstruction,
+    "soft-mini": soft,
+    "compress-cpu": prefill,
+    "training-gpu": training,
+}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,0 +1,46 @@
+"""The figures of `hf-crouter demo`: one file of the standard library, read four ways by the real host."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+
+from eval.results import write_result
+from hf_crouter.cli.main import main as command
+from hf_crouter.errors import InputError
+
+ARMS = ("window", "compressed", "more_raw_tokens", "full_history")
+"""Keys of the demo's arms, in its order."""
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments."""
+    parser.add_argument("--file", help="the demo's own file by default")
+    parser.add_argument("--result", default="demo")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Runs the command with `--json` and keeps its figures."""
+    words = ["demo", "--json", *(["--file", args.file] if args.file else [])]
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output):
+        status = command(words)
+    if status:
+        raise InputError(f"demo: expected exit status 0, got {status}")
+    found = json.loads(output.getvalue())
+    metrics: dict[str, float] = {"tokens": found["tokens"], "worth": found["worth"]["full_history"]}
+    for name, arm in zip(ARMS, found["arms"], strict=True):
+        metrics |= {f"{name}.loss": arm["loss"], f"{name}.slots": arm["kv_slots"], f"{name}.kv_bytes": arm["kv_bytes"]}
+    for name in ("compressed", "more_raw_tokens"):
+        if found["worth"][name] is not None:
+            metrics[f"{name}.recovered"] = found["worth"][name]
+    residuals = sorted(chunk["residual"] for chunk in found["chunks"])
+    metrics |= {"chunks": len(residuals), "residual.median": residuals[len(residuals) // 2]}
+    metrics["tra.mean"] = sum(chunk["accuracy"] for chunk in found["chunks"]) / len(residuals)
+    config = {key: found[key] for key in ("file", "host", "crouter", "dtype", "threads", "last", "window")}
+    path = write_result(
+        args.result, metrics, seed=0, config=config, notes="One file, no interval: " + found["summary"]
+    )
+    print(path)
