@@ -53,12 +53,13 @@ def main() -> None:
     rows = log[:: max(1, len(log) // 8)]
     print("\nTRA in training: " + ", ".join(f"{row['seconds']:.0f} s {row['tra']:.1%}" for row in rows))
     crouter = AutoModel.from_pretrained(Path(output, "crouter"), dtype=torch.float32)
-    ids, mask = TokenArray.load(data / "files.safetensors").chunks(8, limit=500)
-    score = reconstruction_score(crouter, torch.from_numpy(ids), torch.from_numpy(mask))
+    chunks = TokenArray.load(data / "files.safetensors").chunks(8)
+    ids, mask = (torch.from_numpy(array[:1000]) for array in chunks)
+    score = reconstruction_score(crouter, ids, mask)
     print(f"TRA on {score.chunks} chunks of held-out files: {score.accuracy:.1%}, {score.nats:.3f} nats/token")
-    rebuilt = crouter.reconstruct(crouter.encode(torch.from_numpy(ids[:8]), torch.from_numpy(mask[:8]))).input_ids
-    print(f"the first of them:  {tokenizer.decode(ids[:8][mask[:8]])!r}")
-    print(f"rebuilt from latents: {tokenizer.decode(rebuilt[torch.from_numpy(mask[:8])])!r}")
+    rebuilt = crouter.reconstruct(crouter.encode(ids[:6], mask[:6])).input_ids
+    print(f"the first of them:    {tokenizer.decode(ids[:6][mask[:6]])!r}")
+    print(f"rebuilt from latents: {tokenizer.decode(rebuilt[mask[:6]])!r}")
     print("the crouter:", Path(output, "crouter"))
 
 
