@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoTokenizer
 
@@ -98,7 +99,7 @@ def read_config(settings: list[str], vocab_size: int) -> CRouterConfig:
             raise InputError(f"expected a number or true/false for {name}, got {value!r}") from error
     try:
         return CRouterConfig(**values)
-    except ValueError as error:
+    except (ValueError, StrictDataclassError) as error:
         raise InputError(f"expected a valid configuration, got: {' '.join(str(error).split())}") from error
 
 
