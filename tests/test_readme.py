@@ -1,4 +1,4 @@
-"""Everything that the README shows: its Python and its commands run, what it names exists, its figures are generated."""
+"""Everything that the README shows: Python and commands run, what it names exists, its figures are generated."""
 
 import importlib.util
 import os
