@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from ..host.fetch import resolve_host
-from ..training.reconstruct import ReconstructArguments, read_tokenizer, train_reconstruction
+from ..training.reconstruct import ReconstructArguments, read_config, read_tokenizer, train_reconstruction
 from .arguments import add_options, from_options, prepared_data
 from .console import print_json
 
@@ -25,10 +25,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Prepares the corpora, unless `--data` names prepared ones, trains and prints where the crouter is."""
     arguments = from_options(ReconstructArguments, options)
-    arguments.box(1)  # a wrong box is said before the corpora are prepared
+    arguments.box(1)  # what is wrong is said before the corpora are prepared
     name = arguments.tokenizer or arguments.init or ""
     arguments.tokenizer = str(resolve_host(name)) if name else ""
     tokenizer = read_tokenizer(arguments.tokenizer)
+    read_config(arguments.config, len(tokenizer))
     arguments.data = prepared_data(options.corpus, arguments.data, arguments.output, tokenizer)
     record = train_reconstruction(arguments)
     crouter = Path(arguments.output) / "crouter"
