@@ -24,7 +24,7 @@ WIDTH, HEADS, INNER = 32, 2, 64
 
 def write_gguf(path):
     """A Llama of one layer with a vocabulary of bytes, as llama.cpp's tools would write it."""
-    tokens = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *sorted(pre_tokenizers.ByteLevel.alphabet()), "ĠĠ"]
+    tokens = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *sorted(pre_tokenizers.ByteLevel.alphabet()), "ĠĠ", "th"]
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_name("Odd Name")
     writer.add_block_count(1)
@@ -41,7 +41,7 @@ def write_gguf(path):
     writer.add_tokenizer_pre("smollm")
     writer.add_token_list(tokens)
     writer.add_token_types([3, 3, 3] + [1] * (len(tokens) - 3))
-    writer.add_token_merges(["Ġ Ġ"])
+    writer.add_token_merges(["Ġ Ġ", "t h"])  # transformers 5.17 cannot read a single one
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     writer.add_pad_token_id(2)
