@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import datetime
 import json
+import math
 import os
 import platform
 import shlex
 import subprocess
 import sys
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from hf_crouter.storage import write_json
 
 FOLDER = Path(__file__).parent / "results"
 PACKAGES = ("torch", "transformers", "accelerate", "numpy", "hf_crouter")
@@ -53,6 +57,22 @@ def versions() -> dict[str, str]:
     return found
 
 
+def plain_command(arguments: Sequence[str]) -> str:
+    """The command as another machine can read it: of a path only its last part is kept.
+
+    Args:
+        arguments: words behind `python -m eval.run`.
+    """
+    return shlex.join(["python", "-m", "eval.run", *(_without_folders(word) for word in arguments)])
+
+
+def _without_folders(word: str) -> str:
+    name, equals, value = word.rpartition("=")  # --option=PATH and NAME=PATH
+    # one slash may be a name on the hub; a path of this machine exists or shows itself
+    local = value.startswith(("/", "~", ".")) or value.count("/") > 1 or ("/" in value and Path(value).exists())
+    return name + equals + (Path(value).name or "." if local else value)
+
+
 def write_result(
     name: str,
     metrics: dict[str, float],
@@ -66,31 +86,27 @@ def write_result(
 
     Args:
         name: file name without suffix.
-        metrics: figures by dotted key; intervals as `key.lo` and `key.hi`.
+        metrics: figures by dotted key; intervals as `key.lo` and `key.hi`. JSON knows no infinity: a figure that is
+            not finite is left out.
         seed: of everything random in the measurement.
         config: arguments that shaped it, without paths of one machine.
         notes: what a reader must know beside the figures.
         folder: `eval/results` by default.
     """
-    arguments = [a for a in sys.argv[1:] if not a.startswith("/")]
     result = {
         "name": name,
-        "command": shlex.join(["python", "-m", "eval.run", *arguments]),
+        "command": plain_command(sys.argv[1:]),
         "commit": commit(),
         "date": datetime.date.today().isoformat(),
         "device": device_name(),
         "versions": versions(),
         "seed": seed,
         "config": config,
-        "metrics": {k: round(float(v), 6) for k, v in metrics.items()},
+        "metrics": {k: round(float(v), 6) for k, v in metrics.items() if math.isfinite(v)},
         "notes": notes,
     }
-    folder = folder or Path(os.environ.get("CROUTER_RESULTS", FOLDER))
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{name}.json"
-    temporary = path.with_suffix(".json.part")
-    temporary.write_text(json.dumps(result, indent=1) + "\n")
-    temporary.replace(path)
+    path = (folder or Path(os.environ.get("CROUTER_RESULTS", FOLDER))) / f"{name}.json"
+    write_json(path, result)
     return path
 
 
