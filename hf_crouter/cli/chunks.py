@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from typing import Any, TextIO
 
 from ..compressor import CRouterModel
 from ..host.fingerprint import crouter_fingerprint
 from ..host.report import HistoryReport
 from ..loading import load_calibration
-from ..routing.calibration import Calibration, verdict
+from ..routing.calibration import UNCALIBRATED, Calibration, verdict
 from .console import Column, note, print_table
+
+VERDICTS = ("rebuildable", "uncertain", "foreign")
 
 
 def calibration_of(crouter: CRouterModel, name: str | None) -> Calibration | None:
@@ -69,3 +72,13 @@ def print_chunks(records: Iterable[dict[str, Any]], stream: TextIO | None = None
             record["verdict"] or "dropped",
         ))  # fmt: skip
     print_table(columns, rows, stream=stream or sys.stdout)
+
+
+def summary(records: Sequence[dict[str, Any]]) -> str:
+    """All chunks in one line: their number, the share of tokens rebuilt exactly, and how many got which verdict."""
+    tokens = sum(record["tokens"] for record in records)
+    accuracy = sum(record["accuracy"] * record["tokens"] for record in records) / tokens
+    counts = Counter(record["verdict"] for record in records)
+    verdicts = ", ".join(f"{counts[name]} {name}" for name in (*VERDICTS, UNCALIBRATED) if counts[name])
+    plural = "chunk" if len(records) == 1 else "chunks"
+    return f"{len(records)} {plural}: TRA {100 * accuracy:.1f}%; {verdicts}"

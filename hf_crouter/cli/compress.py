@@ -8,7 +8,7 @@ from typing import Any
 
 from ..context import compress_text
 from ..loading import load_crouter, load_host_tokenizer
-from .chunks import calibration_of, chunk_record, print_chunks
+from .chunks import calibration_of, chunk_record, print_chunks, summary
 from .console import print_json, progress, size
 from .inputs import add_crouter, add_device, add_json, check_output, device, kv_bytes, positive, read_text
 
@@ -59,9 +59,11 @@ def run(args: argparse.Namespace) -> int:
         print_json(result)
         return 0
     print_chunks(chunks)
+    print(summary(chunks))
+    ratio = result["file_bytes"] / context.num_bytes
     print(
-        f"{context.num_tokens:,} tokens in {len(context)} chunk(s) -> {latents} latents; {args.output}: "
-        f"{size(result['file_bytes'])} from {size(context.num_bytes)} of text"
+        f"{context.num_tokens:,} tokens -> {latents} latents; {args.output}: {size(result['file_bytes'])}, "
+        f"{ratio:.1f} times the {size(context.num_bytes)} of text: what gets smaller is a host's KV, not the file"
     )
     if host:
         print(

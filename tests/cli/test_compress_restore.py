@@ -45,7 +45,9 @@ def test_there_and_back(text, crouter, tmp_path, capsys):
     assert main(["compress", str(text), "-o", str(context), "--crouter", str(crouter)]) == 0
     out = capsys.readouterr().out
     assert "verdict" in out and "uncalibrated" in out and "no calibration" in out
-    assert len(out.splitlines()) == len(CompressedContext.load(context)) + 3
+    made = CompressedContext.load(context)
+    assert len(out.splitlines()) == len(made) + 4
+    assert f"{len(made)} chunks: TRA 100.0%; {len(made)} uncalibrated" in out and "times the" in out
     assert main(["restore", str(context), "--crouter", str(crouter)]) == 0
     out, err = capsys.readouterr()
     assert out == TEXT
