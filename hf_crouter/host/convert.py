@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import pre_tokenizers
+from tokenizers import Tokenizer, decoders, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -49,7 +49,7 @@ def convert_gguf(gguf: Path, folder: Path, *, title: str, splits_digits: bool) -
             raise InputError(f"expected a Llama-type model in {gguf.name}, got {type(read).__name__}")
         folder.mkdir(parents=True, exist_ok=True)
         _save_model(read, folder, title)
-        _save_tokenizer(tokenizer, folder, splits_digits)
+        _save_tokenizer(tokenizer, read.config, folder, splits_digits)
 
 
 def _save_model(read: LlamaForCausalLM, folder: Path, title: str) -> None:
@@ -73,15 +73,22 @@ def _save_model(read: LlamaForCausalLM, folder: Path, title: str) -> None:
     file.write_text(json.dumps(saved, indent=2) + "\n", encoding="utf-8")
 
 
-def _save_tokenizer(read: Any, folder: Path, splits_digits: bool) -> None:
-    backend = read.backend_tokenizer
-    # Stated here in full, so that token ids do not depend on how this version of transformers reads GGUF files.
+def _save_tokenizer(read: Any, config: Any, folder: Path, splits_digits: bool) -> None:
+    # Stated here in full, so that token ids and the tokenizer's fingerprint do not depend on how this version of
+    # transformers reads GGUF files.
     pieces = pre_tokenizers.ByteLevel(add_prefix_space=False)
     if splits_digits:
         pieces = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), pieces])
-    backend.pre_tokenizer = pieces
+    state = json.loads(read.backend_tokenizer.to_str())
+    state["normalizer"] = None
+    plain = {"unk_token": None, "continuing_subword_prefix": "", "end_of_word_suffix": ""}
+    state["model"] |= {**plain, "fuse_unk": False, "byte_fallback": False}
+    backend = Tokenizer.from_str(json.dumps(state))
+    backend.pre_tokenizer, backend.decoder = pieces, decoders.ByteLevel()
+    # By the model's ids: transformers 5.17 gives a GGUF file's tokenizer the wrong end and no padding.
     names = ("bos_token", "eos_token", "pad_token", "unk_token")
-    special = {name: value for name in names if (value := getattr(read, name, None)) is not None}
+    ids = {name: getattr(config, f"{name}_id", None) for name in names}
+    special = {name: read.convert_ids_to_tokens(number) for name, number in ids.items() if number is not None}
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=read.chat_template, **special)
     tokenizer.save_pretrained(folder)
 
