@@ -118,6 +118,8 @@ def run(args: argparse.Namespace) -> None:
             key, {k.split(".", 1)[1]: round(v, 3) for k, v in metrics.items() if k.startswith(f"{key}.")}, flush=True
         )
     for name in ("encode", "residual"):
-        metrics[f"crossover.{name}.tokens"] = crossover(args.lengths, fastest[name], fastest["prefill"])
+        point = crossover(args.lengths, fastest[name], fastest["prefill"])
+        if point < float("inf"):
+            metrics[f"crossover.{name}.tokens"] = point
     config = {"lengths": args.lengths, "turns": args.turns, "threads": torch.get_num_threads()}
     print(write_result(args.result, metrics, seed=args.seed, config=config, notes=NOTES))
