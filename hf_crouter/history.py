@@ -134,11 +134,15 @@ class CompressedHistory(HistoryProcessor):
         """Keeps what the report needs of the call that just ended."""
         self._trace = Trace(cache, self.reader.projector is not None)
 
-    def report(self) -> HistoryReport:
-        """About the latest `generate` or `score`: chunks with residuals, slots, bytes."""
+    def report(self, residuals: bool = True) -> HistoryReport:
+        """About the latest `generate` or `score`: chunks with residuals, slots, bytes.
+
+        Args:
+            residuals: rebuild the chunks at the first call, to measure them; slots and bytes alone cost nothing.
+        """
         if self._trace is None:
             return HistoryReport((), (), 0, 0, 0, 0, self.reader.projector is not None)
-        return self._trace.report(self.crouter)
+        return self._trace.report(self.crouter if residuals else None)
 
     @torch.no_grad()
     def score(

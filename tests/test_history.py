@@ -139,6 +139,16 @@ class TestMemory:
         assert report.kv_bytes == report.peak_slots * per_slot
         assert report.kv_bytes_full == 74 * per_slot
 
+    def test_report_without_residuals_rebuilds_nothing(self, host, crouter, history, monkeypatch):
+        run(host, *prompt(70), new=5, logits_processor=[history])
+        with monkeypatch.context() as patch:
+            patch.setattr(type(crouter), "forward", None)  # any call would fail
+            quick = history.report(residuals=False)
+        assert quick.chunks and all(chunk.residual is None for chunk in quick.chunks)
+        report = history.report()
+        assert (quick.rows, quick.kv_bytes) == (report.rows, report.kv_bytes)
+        assert all(chunk.residual is not None for chunk in report.chunks)
+
     def test_capacity(self, crouter):
         host = tiny_host(positions=40)
         history = make(host, crouter)

@@ -133,7 +133,7 @@ def scored(make: Callable[[], CompressedHistory], ids: torch.Tensor) -> dict[str
         loss = -history.score(ids, last=LAST).mean().item()
     finally:
         history.detach()
-    seconds, report = time.perf_counter() - began, history.report()
+    seconds, report = time.perf_counter() - began, history.report(residuals=history.reader.projector is not None)
     return {"loss": loss, "kv_slots": report.peak_slots, "kv_bytes": report.kv_bytes, "seconds": seconds,
             "report": report}  # fmt: skip
 
