@@ -61,8 +61,9 @@ def run(args: argparse.Namespace) -> int:
     extra = report.rows[0].soft
     window = scored(lambda: history(args.window, False), ids)
     wider = scored(lambda: history(args.window + extra, False), ids)
+    most = args.window + crouter.config.chunk_length - 1
     arms = [
-        {"history": f"raw window of {args.window} only", **window},
+        {"history": f"raw window only ({args.window} to {most} tokens)", **window},
         {"history": f"raw window + {extra} soft prompts (compressed)", **compressed},
         {"history": f"raw window + {extra} more raw tokens", **wider},
         {"history": "full history", **scored_full(host, ids)},

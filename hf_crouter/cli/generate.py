@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
     finally:
         history.detach()
     seconds = time.perf_counter() - began
-    new, report = output[0, inputs.shape[1] :], history.report()
+    new, report = output[0, inputs.shape[1] :], history.report(residuals=not args.no_soft)
     chunks = chunk_records(report, calibration_of(crouter, args.crouter))
     if args.json:
         print_json({

@@ -14,7 +14,7 @@ from typing import NoReturn
 from ..errors import InputError
 from .console import quiet
 
-COMMANDS = ("demo", "host", "compress", "restore", "generate", "train", "align", "doctor")
+COMMANDS = ("demo", "host", "compress", "restore", "generate", "train", "align", "calibrate", "doctor")
 """One module of this folder each: `NAME`, `HELP`, `EXAMPLE`, `configure(parser)` and `run(args) -> int`."""
 
 

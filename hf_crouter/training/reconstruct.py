@@ -155,7 +155,9 @@ def train_reconstruction(arguments: ReconstructArguments) -> dict[str, Any]:
     record = _record(arguments, result, config, crouter, accelerator.device)
     if accelerator.is_main_process:
         nn.Module.to(crouter, torch.bfloat16)
-        calibration = _calibrate(crouter, calibration_tokens, arguments.bf16)
+        calibration = None
+        if calibration_tokens is not None and len(calibration_tokens):
+            calibration = calibrate(crouter, calibration_tokens, bf16=arguments.bf16)
         with replaced_folder(output / "crouter") as folder:
             crouter.save_pretrained(folder, max_shard_size=arguments.shard_size)
             tokenizer.save_pretrained(folder)
@@ -178,15 +180,23 @@ def _history(path: Path) -> list[Any]:
     return records if isinstance(records, list) else [records]
 
 
-def _calibrate(crouter: CRouterModel, tokens: TokenArray | None, bf16: bool, limit: int = 2048) -> Calibration | None:
-    """Quantiles of the residual on documents kept out of fitting and of every test; none without such documents."""
-    if tokens is None or not len(tokens):
-        return None
+def calibrate(crouter: CRouterModel, tokens: TokenArray, *, bf16: bool = False, limit: int = 2048) -> Calibration:
+    """Quantiles of the residual on documents kept out of fitting and of every test.
+
+    Args:
+        crouter: measured in float32 on its device, with the weights that it holds (or was saved with).
+        tokens: the documents, in the crouter's token ids.
+        bf16: bfloat16 autocast.
+        limit: chunks measured, at most, evenly spread.
+
+    Raises:
+        InputError: a residual that is not finite.
+    """
     ids, mask = tokens.chunks(crouter.config.chunk_length, limit)
     weights = CRouterModel(crouter.config)
     weights.load_state_dict(crouter.state_dict())  # float32 copies of what is saved
     nn.Module.to(weights, crouter.device)
-    score = reconstruction_score(weights, torch.from_numpy(ids), torch.from_numpy(mask), bf16=bf16)
+    score = reconstruction_score(weights, torch.from_numpy(ids), torch.from_numpy(mask), bf16=bf16, batch_size=8)
     return Calibration.fit(score.residual.tolist(), len(tokens.names), crouter_fingerprint(crouter))
 
 
