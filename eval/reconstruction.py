@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoModel, AutoTokenizer
 
 from eval.results import write_result
 from hf_crouter.data.tokens import TokenArray
+from hf_crouter.loading import load_crouter
 from hf_crouter.training.evaluate import reconstruction_score
 
 PARTS = {"code.files": "files", "code.packages": "packages", "code.stdlib": "stdlib"}
@@ -45,8 +45,7 @@ def text_chunks(path: str, tokenizer, length: int) -> tuple[np.ndarray, np.ndarr
 def run(args: argparse.Namespace) -> None:
     """Measures every set, prints a line each and writes the result."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    crouter = AutoModel.from_pretrained(args.crouter, dtype=torch.float32).to(device).eval()
-    tokenizer = AutoTokenizer.from_pretrained(args.crouter)
+    crouter, tokenizer = load_crouter(args.crouter, device)
     length, data = crouter.config.chunk_length, Path(args.data)
     metrics: dict[str, float] = {"params": crouter.num_parameters()}
     sets = {}
@@ -72,7 +71,7 @@ def run(args: argparse.Namespace) -> None:
                 f"{key}.ragged500.tra": short.accuracy,
             }
         print(f"{key:16s} TRA {score.accuracy:7.2%}  {score.nats:.3f} nats/token  {score.chunks} chunks", flush=True)
-    record = Path(args.crouter, "training.json")
+    record = Path(crouter.name_or_path, "training.json")
     if record.exists():
         runs = json.loads(record.read_text())
         metrics |= {"train.seconds": sum(r["seconds"] for r in runs), "train.tokens": sum(r["tokens"] for r in runs)}

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoModel, AutoModelForCausalLM
 
 from eval.results import write_result
 from eval.statistics import clustered_interval
 from hf_crouter import CompressedHistory
 from hf_crouter.data.tokens import TokenArray
+from hf_crouter.loading import load_crouter, load_host
 
 KEEP_FIRST = 4
 NOTES = (
@@ -80,8 +80,8 @@ def other_past(rows: torch.Tensor, args: argparse.Namespace) -> torch.Tensor:
 def run(args: argparse.Namespace) -> None:
     """Measures every part and chunk count, prints a line each and writes the result."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    host = AutoModelForCausalLM.from_pretrained(args.host, dtype=torch.bfloat16).to(device).eval()
-    crouter = AutoModel.from_pretrained(args.crouter, dtype=torch.float32).to(device).eval()
+    host = load_host(args.host, dtype=torch.bfloat16)[0].to(device)
+    crouter = load_crouter(args.crouter)[0].to(device)
     metrics: dict[str, float] = {}
     for part in args.parts:
         tokens = TokenArray.load(Path(args.data) / f"{part}.safetensors")

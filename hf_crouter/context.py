@@ -44,7 +44,7 @@ class CompressedContext:
         residual: nats/token of each chunk as rebuilt from these latents, `[N]`, float32.
         accuracy: share of its tokens rebuilt exactly at their position (TRA), `[N]`, float32, 0 to 1.
         crouter: name of the crouter.
-        crouter_fingerprint: of the weights that made the latents.
+        crouter_fingerprint: of the weights that made the latents and rebuild them.
         tokenizer_fingerprint: of the crouter's tokenizer.
         source: where the text came from, for people.
         sha256: of the text's UTF-8 bytes, hexadecimal.
@@ -218,7 +218,7 @@ def compress_text(
     return CompressedContext(
         **{name: torch.cat(part) for name, part in parts.items()},
         crouter=Path(crouter.name_or_path or "").name,
-        crouter_fingerprint=crouter_fingerprint(crouter),
+        crouter_fingerprint=crouter_fingerprint(crouter, decoder=True),
         tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
         source=source,
         sha256=hashlib.sha256(data).hexdigest(),
@@ -247,7 +247,7 @@ def restore_text(
         MismatchError: another crouter or tokenizer made the context.
     """
     for what, expected, got in (
-        ("crouter", context.crouter_fingerprint, crouter_fingerprint(crouter)),
+        ("crouter", context.crouter_fingerprint, crouter_fingerprint(crouter, decoder=True)),
         ("tokenizer", context.tokenizer_fingerprint, tokenizer_fingerprint(tokenizer)),
     ):
         if expected != got:

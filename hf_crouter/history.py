@@ -14,7 +14,7 @@ from .compressor import CRouterModel
 from .errors import InputError, MismatchError
 from .host.advance import advance, mask_and_positions
 from .host.cache import CompressedCache, CompressedDynamicCache, Row
-from .host.generation import ALWAYS_ON, HistoryProcessor, is_active, mount, row_pads, unmount
+from .host.generation import HistoryProcessor, always_on, is_active, mount, row_pads, unmount
 from .host.projector import Projector, find_projector
 from .host.reader import FirstTurn, Reader, local_tokenizer
 from .host.report import ChunkRecord, HistoryReport, RowRecord, Trace
@@ -84,7 +84,7 @@ class CompressedHistory(HistoryProcessor):
             projector=made,
         )
         self._trace: Trace | None = None
-        self._mounted = True
+        self.mounted = True
         mount(self.host)
 
     def _projector(self, crouter: CRouterModel, projector: str | os.PathLike | Projector | None) -> Projector:
@@ -117,7 +117,7 @@ class CompressedHistory(HistoryProcessor):
         Raises:
             InputError: a long history, and the host's `generate` was not reached: compression was silently skipped.
         """
-        if self._mounted and not is_active(self.host) and self._is_long(input_ids):
+        if self.mounted and not is_active(self.host) and self._is_long(input_ids):
             raise InputError("compression was skipped: expected a generate call of this history's own host")
         return scores
 
@@ -126,9 +126,13 @@ class CompressedHistory(HistoryProcessor):
 
     def detach(self) -> None:
         """Gives the host its own class back; later calls with this processor are plain ones."""
-        if self._mounted:
-            self._mounted = False
+        if self.mounted:
+            self.mounted = False
             unmount(self.host)
+
+    def started(self) -> None:
+        """Forgets the call before: what is not finished has no report."""
+        self._trace = None
 
     def finished(self, cache: CompressedCache) -> None:
         """Keeps what the report needs of the call that just ended."""
@@ -221,14 +225,11 @@ def attach(host: Any, crouter: CRouterModel | None, **options: Any) -> Iterator[
         ...     out = host.generate(**inputs, max_new_tokens=256)
     """
     history = CompressedHistory(host, crouter, **options)
-    before = history.host.__dict__.get(ALWAYS_ON)
-    history.host.__dict__[ALWAYS_ON] = history
+    always_on(history.host, history, True)
     try:
         yield history
     finally:
-        history.host.__dict__.pop(ALWAYS_ON, None)
-        if before is not None:
-            history.host.__dict__[ALWAYS_ON] = before
+        always_on(history.host, history, False)
         history.detach()
 
 

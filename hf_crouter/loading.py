@@ -39,6 +39,13 @@ def shipped_crouter() -> Path:
     return SHIPPED
 
 
+def _crouter_name(name_or_path: str | os.PathLike | None) -> str:
+    """The folder or hub name; the shipped crouter's folder for None and for its own name."""
+    if name_or_path is None or (str(name_or_path) == SHIPPED.name and not Path(name_or_path).exists()):
+        return str(shipped_crouter())
+    return str(name_or_path)
+
+
 def load_crouter(
     name_or_path: str | os.PathLike | None = None,
     device: str | torch.device = "cpu",
@@ -47,7 +54,7 @@ def load_crouter(
     """A crouter in evaluation mode, and its tokenizer from the same folder.
 
     Args:
-        name_or_path: local folder or hub name; the shipped crouter by default.
+        name_or_path: local folder, hub name or `crouter-code-mini`; the shipped crouter by default.
         device: where to put it.
         dtype: of its weights.
 
@@ -55,7 +62,7 @@ def load_crouter(
         InputError: missing, damaged, or not a crouter.
         MismatchError: the tokenizer's vocabulary is not the model's.
     """
-    name = str(shipped_crouter() if name_or_path is None else name_or_path)
+    name = _crouter_name(name_or_path)
     options = _local(name, "crouter")
     with one_line(name, "a crouter"):
         config = AutoConfig.from_pretrained(name, **options)
@@ -80,7 +87,7 @@ def load_calibration(name_or_path: str | os.PathLike | None = None) -> Calibrati
     Raises:
         InputError: it is damaged.
     """
-    name = str(shipped_crouter() if name_or_path is None else name_or_path)
+    name = _crouter_name(name_or_path)
     path = cached_file(name, CALIBRATION_FILE, _raise_exceptions_for_missing_entries=False, **_local(name, "crouter"))
     return Calibration.load(Path(path).parent) if path else None
 

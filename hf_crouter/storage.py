@@ -14,6 +14,9 @@ from typing import Any
 
 from .errors import InputError
 
+_UMASK = os.umask(0)
+os.umask(_UMASK)
+
 
 def cache_home() -> Path:
     """The folder of everything downloaded: `$HF_CROUTER_HOME`, else `~/.cache/hf_crouter`."""
@@ -57,7 +60,7 @@ def replaced_file(path: str | Path) -> Iterator[Path]:
         os.close(handle)
         try:
             yield Path(name)
-            os.chmod(name, 0o644)
+            os.chmod(name, path.stat().st_mode & 0o777 if path.exists() else 0o666 & ~_UMASK)
             os.replace(name, path)
         finally:
             Path(name).unlink(missing_ok=True)
@@ -92,7 +95,7 @@ def replaced_folder(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     with temporary_folder_beside(path) as temporary:
         yield temporary
-        temporary.chmod(0o755)  # made for its owner alone
+        temporary.chmod(0o777 & ~_UMASK)  # made for its owner alone
         if not path.exists():
             temporary.rename(path)
             return

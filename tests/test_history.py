@@ -327,6 +327,7 @@ class TestActivation:
         one, two = make(host, crouter), make(host, crouter, window=20)
         first = run(host, *prompt(70), new=5, logits_processor=[one])
         one.detach()
+        assert self.same(run(host, *prompt(70), new=10, logits_processor=[one]))
         second = run(host, *prompt(70), new=5, logits_processor=LogitsProcessorList([two]))
         assert not torch.allclose(torch.stack(first.logits), torch.stack(second.logits))
         two.detach()
@@ -344,6 +345,24 @@ class TestActivation:
             raise RuntimeError("stop")
         assert self.same(run(host, *prompt(70), new=10))
         assert type(host) is type(tiny_host()) and not [k for k in vars(host) if "crouter" in k]
+
+    def test_attach_blocks_that_overlap(self, host, crouter):
+        options = {"window": WINDOW, "keep_first": PREFIX, "projector": tiny_projector(host, crouter)}
+        first, second = attach(host, crouter, **options), attach(host, crouter, **options)
+        first.__enter__()
+        history = second.__enter__()
+        first.__exit__(None, None, None)
+        assert not self.same(run(host, *prompt(70), new=10)) and history.report().chunks
+        second.__exit__(None, None, None)
+        assert self.same(run(host, *prompt(70), new=10))
+        assert type(host) is type(tiny_host()) and not [k for k in vars(host) if "crouter" in k]
+
+    def test_a_call_that_fails_has_no_report(self, host, history):
+        run(host, *prompt(70), new=3, logits_processor=[history])
+        assert history.report().chunks
+        with pytest.raises(InputError):
+            run(host, *prompt(70), new=3, logits_processor=[history], use_cache=False)
+        assert not history.report().chunks
 
     @pytest.mark.parametrize("call", range(1, 12))
     def test_a_failing_forward_leaves_the_host_plain_and_the_cache_usable(self, host, history, call):

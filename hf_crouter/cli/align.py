@@ -6,6 +6,7 @@ import argparse
 
 from ..errors import InputError
 from ..host.fetch import resolve_host
+from ..host.projector import align_command
 from ..loading import load_host_tokenizer
 from ..training.align import AlignArguments, train_alignment
 from .arguments import add_options, from_options, prepared_data
@@ -13,9 +14,7 @@ from .console import print_json
 
 NAME = "align"
 HELP = "train the projector between a frozen host and a crouter (stage 2)"
-EXAMPLE = (
-    "hf-crouter align --host smollm2-135m --crouter runs/code/crouter --corpus installed-python --output runs/align"
-)
+EXAMPLE = align_command("smollm2-135m", "runs/code/crouter")
 
 
 def configure(parser: argparse.ArgumentParser) -> None:

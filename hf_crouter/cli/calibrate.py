@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from torch import nn
 
@@ -34,6 +35,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measures, writes `calibration.json` and prints the quantiles."""
+    if not Path(args.crouter).is_dir():
+        raise InputError(f"--crouter: expected a local folder, got {args.crouter}")
     crouter, tokenizer = load_crouter(args.crouter)
     with Meter(enabled=not args.json) as meter:
         found = [document for spec in args.corpus for document in load_corpus(spec, progress=meter)]

@@ -25,7 +25,7 @@ def calibration_of(crouter: CRouterModel, name: str | None) -> Calibration | Non
         name: what it was loaded by; None for the shipped one.
     """
     calibration = load_calibration(name)
-    if calibration and calibration.fingerprint != crouter_fingerprint(crouter):
+    if calibration and calibration.fingerprint != crouter_fingerprint(crouter, decoder=True):
         note("note: calibration.json belongs to other weights and is not used (hf-crouter doctor tells more)")
         return None
     return calibration

@@ -20,7 +20,7 @@ from ..context import compress_text
 from ..errors import InputError
 from ..host.fetch import cached_host, list_hosts
 from ..host.fingerprint import crouter_fingerprint, host_fingerprint
-from ..host.projector import find_projector
+from ..host.projector import align_command, find_projector
 from ..loading import load_calibration, load_crouter, load_host
 from ..routing.calibration import verdict
 from .console import Column, print_json, print_table
@@ -70,7 +70,12 @@ def run(args: argparse.Namespace) -> int:
 def versions() -> Iterator[Check]:
     """Python and every dependency against the ranges that the package states."""
     yield Check("python", "ok", platform.python_version())
-    for line in importlib.metadata.requires("hf_crouter") or []:
+    try:
+        required = importlib.metadata.requires("hf_crouter") or []
+    except importlib.metadata.PackageNotFoundError:
+        yield Check("hf_crouter", "warn", "run from its source, not installed: versions not checked")
+        return
+    for line in required:
         requirement = Requirement(line)
         if requirement.marker and not requirement.marker.evaluate({"extra": ""}):
             continue
@@ -125,20 +130,21 @@ def parts(host_name: str | None, crouter_name: str | None) -> Iterator[Check]:
         yield Check("projector", "ok", f"{projector.config.host_name}, made for this host and crouter")
     except InputError as error:
         yield Check("projector", "fail", str(error),
-                    f"hf-crouter align --host {name} --crouter {crouter.name_or_path}")  # fmt: skip
+                    align_command(name, str(crouter.name_or_path)))  # fmt: skip
 
 
 def crouter_checks(crouter: CRouterModel, tokenizer: PreTrainedTokenizerBase, name: str | None) -> Iterator[Check]:
     """The crouter itself, what it makes of a text that everyone has, and its calibration."""
     config = crouter.config
-    fingerprint = crouter_fingerprint(crouter)
+    fingerprint = crouter_fingerprint(crouter, decoder=True)
     yield Check("crouter", "ok", f"{crouter.name_or_path}, {config.chunk_length} tokens to {config.num_latents} "
                 f"latents, {crouter.num_parameters() / 1e6:.1f} M parameters, {fingerprint[:8]}")  # fmt: skip
     calibration = load_calibration(name)
+    calibrate = f"hf-crouter calibrate --crouter {crouter.name_or_path} --corpus CORPUS"
     if calibration is None:
-        yield Check("calibration", "warn", "none: chunks get no verdict", "train with calibration documents")
+        yield Check("calibration", "warn", "none: chunks get no verdict", calibrate)
     elif calibration.fingerprint != fingerprint:
-        yield Check("calibration", "fail", f"made for crouter {calibration.fingerprint[:8]}", "calibrate again")
+        yield Check("calibration", "fail", f"made for crouter {calibration.fingerprint[:8]}", calibrate)
         calibration = None
     else:
         few = calibration.chunks < 100

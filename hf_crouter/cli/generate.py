@@ -45,7 +45,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs the command."""
-    if args.temperature < 0 or args.top_p == 0 or args.top_k < 0:
+    if not 0 <= args.temperature < float("inf") or args.top_p == 0 or args.top_k < 0:
         raise InputError("expected --temperature and --top-k of at least 0 and --top-p above 0")
     text = args.prompt if args.prompt is not None else read_text(args.stdin or args.prompt_file)
     where = device(args.device)

@@ -89,6 +89,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 141
     except InputError as error:
         return _fail(str(error))
+    except RuntimeError as error:
+        if type(error).__name__ == "OutOfMemoryError":  # torch's; torch itself is not imported here
+            return _fail(f"the device is out of memory ({str(error).splitlines()[0]})")
+        raise
     except OSError as error:
         try:
             sys.stdout.flush()

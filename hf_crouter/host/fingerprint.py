@@ -63,14 +63,16 @@ def host_fingerprint(model: Any) -> str:
     return digest.hexdigest()[:32]
 
 
-def crouter_fingerprint(crouter: CRouterModel) -> str:
+def crouter_fingerprint(crouter: CRouterModel, *, decoder: bool = False) -> str:
     """SHA-256 (first 32 hexadecimal digits) of everything that decides a crouter's latents, weights in bfloat16.
 
-    Decoder-only training leaves it unchanged.
+    Args:
+        crouter: on any device.
+        decoder: also of what the latents are rebuilt with; decoder-only training changes only this one.
     """
     digest = hashlib.sha256(json.dumps([getattr(crouter.config, name) for name in CROUTER_FIELDS]).encode())
     for name, weight in sorted(crouter.state_dict().items()):
-        if name.startswith(ENCODER_PARTS):
+        if decoder or name.startswith(ENCODER_PARTS):
             digest.update(name.encode())
             digest.update(_bytes(weight))
     return digest.hexdigest()[:32]

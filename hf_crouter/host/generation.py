@@ -10,6 +10,7 @@ import functools
 from collections.abc import Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
+from threading import Lock
 from types import MappingProxyType
 from typing import Any
 
@@ -24,6 +25,7 @@ from .reader import Reader
 
 DRAFTS = 64  # slots of a static cache kept free for drafted tokens
 ALWAYS_ON = "_hf_crouter_always_on"
+_MOUNTING = Lock()
 
 
 class HistoryProcessor(LogitsProcessor):
@@ -32,10 +34,15 @@ class HistoryProcessor(LogitsProcessor):
     Attributes:
         host: the plain host that it belongs to.
         reader: how the host reads its past.
+        mounted: whether it still belongs to the host; a detached one asks for nothing.
     """
 
     host: PreTrainedModel
     reader: Reader
+    mounted: bool = False
+
+    def started(self) -> None:
+        """Called when a `generate` call begins."""
 
     def finished(self, cache: CompressedCache) -> None:
         """Called with the cache of a `generate` call that ended well."""
@@ -67,13 +74,14 @@ def is_active(host: PreTrainedModel) -> bool:
 
 
 class CompressedGenerationMixin:
-    """Overrides of `generate` and `prepare_inputs_for_generation`, both public."""
+    """Overrides of `generate` and `prepare_inputs_for_generation`, and of the private hook that makes drafts."""
 
     def generate(self, inputs=None, generation_config=None, logits_processor=None, *args, **kwargs):
         """See the host's own `generate`; with a `HistoryProcessor` for this host the past is compressed."""
+        always = self.__dict__.get(ALWAYS_ON) or (None,)
         processor = next(
-            (p for p in logits_processor or () if isinstance(p, HistoryProcessor) and p.host is self),
-            self.__dict__.get(ALWAYS_ON),
+            (p for p in logits_processor or () if isinstance(p, HistoryProcessor) and p.host is self and p.mounted),
+            always[-1],
         )
         call = None
         if processor is not None:
@@ -89,6 +97,7 @@ class CompressedGenerationMixin:
                     f"got {list(ids.shape)}"
                 )
             call = Call(processor, ids.shape[1] if ids is not None else None)
+            processor.started()
         token = _CALLS.set(MappingProxyType({**_CALLS.get(), id(self): call}))
         try:
             result = super().generate(inputs, generation_config, logits_processor, *args, **kwargs)  # pyright: ignore
@@ -170,9 +179,10 @@ class CompressedGenerationMixin:
 
 def mount(host: PreTrainedModel) -> None:
     """Puts the mixin in front of the host's class; counted, so every `mount` needs its `unmount`."""
-    if not isinstance(host, CompressedGenerationMixin):
-        host.__class__ = _mixed(type(host))
-    host.__dict__["_hf_crouter_mounts"] = host.__dict__.get("_hf_crouter_mounts", 0) + 1
+    with _MOUNTING:
+        if not isinstance(host, CompressedGenerationMixin):
+            host.__class__ = _mixed(type(host))
+        host.__dict__["_hf_crouter_mounts"] = host.__dict__.get("_hf_crouter_mounts", 0) + 1
 
 
 @functools.cache  # one class a host class: compiled graphs are guarded by it
@@ -183,11 +193,21 @@ def _mixed(cls: type) -> type:
 
 def unmount(host: PreTrainedModel) -> None:
     """Undoes one `mount`; the last one gives the host its own class back."""
-    mounts = host.__dict__.pop("_hf_crouter_mounts", 0) - 1
-    if mounts > 0:
-        host.__dict__["_hf_crouter_mounts"] = mounts
-    elif isinstance(host, CompressedGenerationMixin):
-        host.__class__ = type(host)._hf_crouter_plain  # pyright: ignore[reportAttributeAccessIssue]
+    with _MOUNTING:
+        mounts = host.__dict__.pop("_hf_crouter_mounts", 0) - 1
+        if mounts > 0:
+            host.__dict__["_hf_crouter_mounts"] = mounts
+        elif isinstance(host, CompressedGenerationMixin):
+            host.__class__ = type(host)._hf_crouter_plain  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def always_on(host: PreTrainedModel, processor: HistoryProcessor, on: bool) -> None:
+    """Makes a history active, or no longer, in every `generate` call of its host; of several the newest counts."""
+    with _MOUNTING:
+        others = tuple(p for p in host.__dict__.get(ALWAYS_ON, ()) if p is not processor)
+        host.__dict__[ALWAYS_ON] = (*others, processor) if on else others
+        if not host.__dict__[ALWAYS_ON]:
+            del host.__dict__[ALWAYS_ON]
 
 
 def row_pads(attention_mask: torch.Tensor | None, input_ids: torch.Tensor) -> list[int]:

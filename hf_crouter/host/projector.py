@@ -202,7 +202,15 @@ def find_projector(crouter: CRouterModel, host: Any, name: str | None = None) ->
     target = unwrap(host).config._name_or_path or "HOST"
     raise MismatchError(
         f"projector: expected one for {pair}, got {others or 'none'}; "
-        f"make it with: hf-crouter align --host {target} --crouter {origin or 'CROUTER'}"
+        f"make it with: {align_command(target, origin or 'CROUTER')}"
+    )
+
+
+def align_command(host: str, crouter: str) -> str:
+    """The command that makes a projector for a pair."""
+    return (
+        f"hf-crouter align --host {host} --crouter {crouter} --corpus installed-python --output runs/align "
+        "--seconds 600 --batch-size 8"
     )
 
 

@@ -250,6 +250,10 @@ def train_alignment(arguments: AlignArguments) -> dict[str, Any]:
     Raises:
         InputError: host, crouter or data are missing or do not fit each other, or no document is long enough.
     """
+    for name in ("keep_first", "window", "target"):
+        least = 0 if name == "keep_first" else 1
+        if getattr(arguments, name) < least:
+            raise InputError(f"--{name.replace('_', '-')}: expected at least {least}, got {getattr(arguments, name)}")
     if not Path(arguments.crouter).is_dir():
         raise InputError(f"{arguments.crouter}: expected a crouter's local folder, which gets the projector")
     tokens = TokenArray.load(Path(arguments.data) / "train.safetensors")

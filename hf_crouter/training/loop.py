@@ -62,10 +62,14 @@ class LoopArguments:
                 "expected exactly one of --steps, --tokens and --seconds, "
                 f"got {self.steps}, {self.tokens} and {self.seconds}"
             )
-        for name in ("steps", "tokens", "seconds", "batch_size", "log_every"):
+        for name in ("steps", "tokens", "seconds", "batch_size", "log_every", "learning_rate", "clip"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise InputError(f"--{name.replace('_', '-')}: expected more than 0, got {value}")
+        for name in ("seed", "weight_decay", "warmup_steps", "save_minutes"):
+            value = getattr(self, name)
+            if not 0 <= value < float("inf"):
+                raise InputError(f"--{name.replace('_', '-')}: expected at least 0, got {value}")
         if self.tokens is not None:
             return max(1, round(self.tokens / positions_per_step)), None
         return self.steps, self.seconds

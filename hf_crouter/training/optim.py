@@ -24,7 +24,7 @@ def build_optimizers(
     Raises:
         ValueError: nothing is trainable.
 
-    Source: Muon, kellerjordan.github.io/posts/muon; rate matching, arXiv 2502.16982.
+    Source: Muon as in torch.optim.Muon; rate matching, arXiv 2502.16982.
     """
     embeddings = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
     matrices, rest, seen = [], [], set()

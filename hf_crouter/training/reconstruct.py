@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -42,6 +43,17 @@ class ReconstructArguments(LoopArguments):
     )
     ragged_share: float = field(default=0.2, metadata={"help": "share of chunks with a random length"})
     shard_size: str = field(default="15MB", metadata={"help": "largest file of the saved weights"})
+
+    def check(self) -> None:
+        """Refuses what would only be noticed during or after the training.
+
+        Raises:
+            InputError: a share outside 0 to 1, or a shard size that is none.
+        """
+        if not 0 <= self.ragged_share <= 1:
+            raise InputError(f"--ragged-share: expected 0 to 1, got {self.ragged_share}")
+        if not re.fullmatch(r"[1-9]\d*(KB|MB|GB|KIB|MIB|GIB)", self.shard_size.upper()):
+            raise InputError(f"--shard-size: expected a size such as 15MB, got {self.shard_size!r}")
 
 
 class ReconstructionLoss(nn.Module):
@@ -126,6 +138,7 @@ def train_reconstruction(arguments: ReconstructArguments) -> dict[str, Any]:
     Raises:
         InputError: no data, data or a tokenizer of another vocabulary than the weights, or a damaged checkpoint.
     """
+    arguments.check()
     data, output = Path(arguments.data), Path(arguments.output)
     # everything is read before the training, so that nothing can fail after it for want of a file
     tokens = TokenArray.load(data / "train.safetensors")
@@ -197,7 +210,7 @@ def calibrate(crouter: CRouterModel, tokens: TokenArray, *, bf16: bool = False, 
     weights.load_state_dict(crouter.state_dict())  # float32 copies of what is saved
     nn.Module.to(weights, crouter.device)
     score = reconstruction_score(weights, torch.from_numpy(ids), torch.from_numpy(mask), bf16=bf16, batch_size=8)
-    return Calibration.fit(score.residual.tolist(), len(tokens.names), crouter_fingerprint(crouter))
+    return Calibration.fit(score.residual.tolist(), len(tokens.names), crouter_fingerprint(crouter, decoder=True))
 
 
 def _record(

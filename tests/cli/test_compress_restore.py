@@ -70,7 +70,7 @@ def test_json(text, crouter, tiny_host, tmp_path, capsys):
 
 
 def test_verdicts_come_from_the_crouters_calibration(text, crouter, tmp_path, capsys):
-    fingerprint = crouter_fingerprint(load_crouter(crouter)[0])
+    fingerprint = crouter_fingerprint(load_crouter(crouter)[0], decoder=True)
     Calibration.fit([0.5] * 100, 3, fingerprint).save(crouter)
     words = ["compress", str(text), "-o", str(tmp_path / "c.safetensors"), "--crouter", str(crouter), "--json"]
     assert main(words) == 0

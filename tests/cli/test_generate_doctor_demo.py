@@ -119,7 +119,7 @@ def checks(capsys, argv, status):
 
 
 def test_doctor_finds_that_all_fits(pair, capsys):
-    fingerprint = crouter_fingerprint(load_crouter(pair[0])[0])
+    fingerprint = crouter_fingerprint(load_crouter(pair[0])[0], decoder=True)
     Calibration.fit([99.0] * 100, 3, fingerprint).save(pair[0])
     found = checks(capsys, words("doctor", pair), 0)
     assert {"python", "torch", "transformers", "device", "crouter", "calibration", "host", "tokenizers",

@@ -68,7 +68,7 @@ def test_the_folder_holds_all_that_a_crouter_is(trained):
     assert (folder / "split.json").read_bytes() == (prepared()[0] / "split.json").read_bytes()
     assert json.loads((folder / "training.json").read_text()) == [trained[1]]
     calibration = Calibration.load(folder)
-    assert calibration is not None and calibration.fingerprint == crouter_fingerprint(crouter)
+    assert calibration is not None and calibration.fingerprint == crouter_fingerprint(crouter, decoder=True)
     held_out = TokenArray.load(prepared()[0] / "calibration.safetensors")
     assert calibration.documents == len(held_out.names) > 0
     ids, mask = held_out.chunks(LENGTH, 2048)
