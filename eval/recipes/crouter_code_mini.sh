@@ -28,7 +28,7 @@ align)
     --chunks 1 2 4 8 --log-every 20 --seconds "$align_seconds"
   ;;
 calibrate)  # on packages that are in neither training nor test
-  python3 -m hf_crouter calibrate --crouter "$work/$name/crouter" --chunks 600 --corpus "wheels:django,flask,sphinx,\
+  python3 -m hf_crouter calibrate --crouter "$work/$name/crouter" --chunks 1000 --corpus "wheels:django,flask,sphinx,\
 celery,scrapy,tornado,fastapi,starlette,sqlalchemy,marshmallow,dask,black,paramiko,docutils,beets,mako"
   ;;
 measure)

@@ -27,8 +27,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--crouter", required=True, help="folder of the crouter; gets the new calibration.json")
     parser.add_argument("--corpus", action="append", required=True,
                         help="documents kept out of training and of every test; may be repeated")  # fmt: skip
-    parser.add_argument("--chunks", type=positive, default=600, metavar="N",
-                        help="chunks measured, evenly spread over the documents (default: 600)")  # fmt: skip
+    parser.add_argument("--chunks", type=positive, default=1000, metavar="N",
+                        help="chunks measured, evenly spread over the documents (default: 1000)")  # fmt: skip
     parser.add_argument("--device", default="cpu", help="where to compute (default: cpu)")
     parser.add_argument("--json", action="store_true", help="print the calibration as JSON")
 
