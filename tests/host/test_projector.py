@@ -114,7 +114,8 @@ class TestFind:
             find_projector(crouter, host, "other")
 
     def test_none_names_the_command(self, host, crouter):
-        with pytest.raises(MismatchError, match="hf-crouter align --host HOST --crouter .*crouter --corpus .* --seconds .*$") as error:
+        command = "hf-crouter align --host HOST --crouter .*crouter --corpus .* --output .* --seconds .*$"
+        with pytest.raises(MismatchError, match=command) as error:
             find_projector(crouter, host)
         assert "\n" not in str(error.value)
 
