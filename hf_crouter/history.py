@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 import torch
 
@@ -148,19 +148,40 @@ class CompressedHistory(HistoryProcessor):
             return HistoryReport((), (), 0, 0, 0, 0, self.reader.projector is not None)
         return self._trace.report(self.crouter if residuals else None)
 
-    @torch.no_grad()
+    @overload
     def score(
         self, input_ids: torch.Tensor, last: int = 512, attention_mask: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    ) -> torch.Tensor: ...
+
+    @overload
+    def score(
+        self,
+        input_ids: torch.Tensor,
+        last: int = 512,
+        attention_mask: torch.Tensor | None = None,
+        *,
+        greedy: Literal[True],
+    ) -> tuple[torch.Tensor, torch.Tensor]: ...
+
+    @torch.no_grad()
+    def score(
+        self,
+        input_ids: torch.Tensor,
+        last: int = 512,
+        attention_mask: torch.Tensor | None = None,
+        *,
+        greedy: bool = False,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """Log-probabilities of the last tokens as `generate` would have seen them, one after the other.
 
         Args:
             input_ids: `[B, T]`, left-padded.
             last: tokens scored at the end of each row; fewer than the shortest row has.
             attention_mask: `[B, T]`.
+            greedy: also tell which tokens greedy decoding would have chosen.
 
         Returns:
-            `[B, last]`, float32, nats.
+            `[B, last]`, float32, nats; with `greedy` also `[B, last]`, bool: the token had the highest score.
 
         Raises:
             InputError: `last` is not below the shortest row's length, or a mask with holes.
@@ -172,7 +193,7 @@ class CompressedHistory(HistoryProcessor):
             raise InputError(f"last: expected 1 to {width - max(pads) - 1} (tokens of a row but one), got {last}")
         cache = CompressedDynamicCache(config=host.config.get_text_config(decoder=True))
         cache.rows, cache.layout = tuple(Row(pad) for pad in pads), torch.empty(len(pads), 0, dtype=torch.long)
-        cache.ids, pieces = input_ids[:, :0], []
+        cache.ids, pieces, best = input_ids[:, :0], [], []
         first = width - last
         options = {"return_dict": True, "use_cache": True}
         while first < width:
@@ -190,9 +211,12 @@ class CompressedHistory(HistoryProcessor):
             )
             targets = input_ids[:, first:end].to(out.logits.device)
             pieces.append(_log_probabilities(out.logits, targets))
+            if greedy:
+                best.append(out.logits.argmax(-1) == targets)
             first = end
         self.finished(cache)
-        return torch.cat(pieces, dim=1)
+        scores = torch.cat(pieces, dim=1)
+        return (scores, torch.cat(best, dim=1)) if greedy else scores
 
     def _segment(self, rows: tuple[Row, ...], input_ids: torch.Tensor, first: int) -> int:
         """Column after the longest run of targets from `first` on that see the same compressed chunks."""
