@@ -28,6 +28,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments."""
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
     parser.add_argument("--batch-sizes", nargs="+", type=int, default=[64])
+    parser.add_argument("--compile-mode", default="default", help="mode of torch.compile")
     parser.add_argument("--profile", metavar="FILE", help="also write a table of the kernels of three steps")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--result", default="training-gpu")
@@ -45,7 +46,7 @@ def run(args: argparse.Namespace) -> None:
             torch.manual_seed(args.seed)
             torch._dynamo.reset()
             config = SHAPES[name]
-            step = training_step(config, batch, device)
+            step = training_step(config, batch, device, args.compile_mode)
             for _ in range(WARM_UP):
                 step()
             torch.cuda.synchronize()
@@ -60,15 +61,20 @@ def run(args: argparse.Namespace) -> None:
             print(f"{key:12s} {tokens:12,.0f} tokens/s  MFU {metrics[f'{key}.mfu']:.1%}", flush=True)
             if args.profile:
                 profile(step, Path(args.profile).with_suffix(f".{key}.txt"))
-    config = {"shapes": args.shapes, "batch_sizes": args.batch_sizes, "chunk_length": 512}
+    config = {
+        "shapes": args.shapes,
+        "batch_sizes": args.batch_sizes,
+        "chunk_length": 512,
+        "compile": args.compile_mode,
+    }
     print(write_result(args.result, metrics, seed=args.seed, config=config, notes="bf16 autocast, torch.compile."))
 
 
-def training_step(config: CRouterConfig, batch: int, device: torch.device):
+def training_step(config: CRouterConfig, batch: int, device: torch.device, mode: str = "default"):
     """A function that does one whole optimiser step on the same random full chunks."""
     module = ReconstructionLoss(CRouterModel(config)).to(device)
     optimizers = build_optimizers(module, 1e-3)
-    compiled = torch.compile(module, dynamic=False)
+    compiled = torch.compile(module, dynamic=False, mode=mode)
     ids = torch.randint(0, config.vocab_size, (batch, config.chunk_length), device=device)
     mask = torch.ones_like(ids, dtype=torch.bool)
 

@@ -1,7 +1,9 @@
 """Stage 2: trains a projector so that a frozen host reads a crouter's latents as soft prompts.
 
-Loss: next-token cross-entropy plus the KL divergence to the same host with full raw history. Tokens are not weighted
-by how much history helped on them: such a weight depends on the target and the objective is no longer proper.
+Loss: next-token cross-entropy plus, as far as the host's positions reach, the KL divergence to the same host with full
+raw history. Tokens are not weighted by how much history helped on them: such a weight depends on the target and the
+objective is no longer proper. Tasks, mixed over the batches: continue the document; go on copying from a place in the
+older chunks whose first tokens end the window (`copy`); recite the older chunks without a window (`rebuild`).
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ import itertools
 import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -41,7 +43,13 @@ class AlignArguments(LoopArguments):
     target: int = field(default=512, metadata={"help": "predicted tokens"})
     keep_first: int = field(default=4, metadata={"help": "raw tokens kept at the start (attention sinks)"})
     kl_weight: float = field(default=1.0, metadata={"help": "weight of the KL to the full-history host"})
+    copy_share: float = field(default=0.2, metadata={"help": "share of batches that copy out of the older chunks"})
+    rebuild_share: float = field(default=0.1, metadata={"help": "share of batches that recite the older chunks"})
     hidden_size: int = field(default=576, metadata={"help": "width of the projector's hidden layer"})
+
+
+CUE = 64  # tokens of the place to copy from that end the window
+Task = Literal["continue", "copy", "rebuild"]
 
 
 @dataclass(frozen=True)
@@ -65,8 +73,24 @@ class Sample:
     target: np.ndarray
 
 
-def cut_sample(ids: np.ndarray, chunker: Any, chunks: int, arguments: AlignArguments) -> Sample | None:
-    """Cuts a document window `[L]` into prefix, `chunks` chunks, window and target; none if it is too short."""
+def cut_sample(
+    ids: np.ndarray,
+    chunker: Any,
+    chunks: int,
+    arguments: AlignArguments,
+    task: Task = "continue",
+    place: float = 0.0,
+) -> Sample | None:
+    """Cuts a document window `[L]` into prefix, `chunks` chunks, window and target; none if it is too short.
+
+    Args:
+        ids: the document window.
+        chunker: cuts the chunks.
+        chunks: their number.
+        arguments: lengths of prefix, window and target; the target of the other tasks is half as long.
+        task: what stands in window and target.
+        place: where in the older chunks `copy` starts, 0 to 1.
+    """
     start = arguments.keep_first
     pieces = chunker.chunk(ids.tolist(), start=start, limit=chunks)
     if len(pieces) < chunks:
@@ -75,7 +99,15 @@ def cut_sample(ids: np.ndarray, chunker: Any, chunks: int, arguments: AlignArgum
     split, stop = end + arguments.window, end + arguments.window + arguments.target
     if len(ids) < stop:
         return None
-    return Sample(ids[:split], ids[:start], pieces.input_ids, pieces.attention_mask, ids[end:split], ids[split:stop])
+    window, target = ids[end:split], ids[split:stop]
+    if task != "continue":
+        cue = min(CUE, arguments.window, (end - start) // 2) if task == "copy" else 0
+        length = min(max(1, arguments.target // 2), end - start - cue)
+        first = start + int(place * (end - start - cue - length)) if task == "copy" else start
+        window = np.concatenate([window[: len(window) - cue], ids[first : first + cue]]) if cue else ids[:0]
+        target = ids[first + cue : first + cue + length]
+    return Sample(np.concatenate([ids[:end], window]), ids[:start], pieces.input_ids, pieces.attention_mask,
+                  window, target)  # fmt: skip
 
 
 def compressed_logits(
@@ -131,14 +163,18 @@ class AlignmentLoss(nn.Module):
         window: torch.Tensor,
         target: torch.Tensor,
     ) -> dict[str, torch.Tensor]:
-        """Scalars `loss`, `nll` and `kl`, nats/token; shapes as in `Sample` with a leading batch axis."""
+        """Scalars `loss`, `nll` and `kl`, nats/token; shapes as in `Sample` with a leading batch axis.
+
+        `kl` is 0 where there is no teacher: with a weight of 0, or a history beyond the host's positions.
+        """
         keep = target.shape[1]
         raw = torch.cat([window, target[:, :-1]], dim=1)
         logits = compressed_logits(self.host, self.soft_prompts(chunks, chunk_mask), prefix, raw, keep)
         student = logits.float().log_softmax(-1)
         nll = F.nll_loss(student.flatten(0, 1), target.flatten())
-        if not self.kl_weight:
-            return {"loss": nll, "nll": nll.detach()}
+        positions = getattr(self.host.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        if not self.kl_weight or (positions and history.shape[1] + keep > positions):
+            return {"loss": nll, "nll": nll.detach(), "kl": torch.zeros_like(nll)}
         with torch.no_grad():
             full = torch.cat([history, target[:, :-1]], dim=1)
             mask = F.pad(history_mask, (0, keep - 1), value=1)
@@ -160,13 +196,21 @@ class AlignmentData:
         arguments: chunk counts, window, target and seed.
         separator: id that pads; its place is masked.
         positions: most positions that the host was trained on.
+        latents: slots a chunk.
 
     Raises:
-        InputError: no chunk count, no document is long enough, or a window longer than the host was trained on.
+        InputError: no chunk count, shares that are none, no document is long enough, or more slots than the host was
+            trained on.
     """
 
     def __init__(
-        self, tokens: TokenArray, chunker: Any, arguments: AlignArguments, separator: int, positions: int | None = None
+        self,
+        tokens: TokenArray,
+        chunker: Any,
+        arguments: AlignArguments,
+        separator: int,
+        positions: int | None = None,
+        latents: int = 8,
     ):
         self.tokens, self.chunker, self.arguments, self.separator = tokens, chunker, arguments, separator
         if not arguments.chunks or min(arguments.chunks) < 1 or min(arguments.window, arguments.target) < 1:
@@ -174,16 +218,19 @@ class AlignmentData:
                 "expected at least one of each of --chunks, --window and --target, "
                 f"got {arguments.chunks}, {arguments.window} and {arguments.target}"
             )
+        shares = arguments.copy_share, arguments.rebuild_share
+        if min(shares) < 0 or sum(shares) > 1:
+            raise InputError(f"--copy-share, --rebuild-share: expected shares of at most 1 together, got {shares}")
         raw = arguments.keep_first + arguments.window + arguments.target
         chunk = chunker.chunk_length if chunker.same_tokenizer else self._longest_chunk()
         self.length = {n: raw + n * chunk for n in arguments.chunks}
         self.sizes = np.diff(tokens.starts) - 1
         self.eligible = {n: np.flatnonzero(self.sizes >= length) for n, length in self.length.items()}
         for n, found in self.eligible.items():
-            if positions is not None and self.length[n] > positions:
+            slots = raw + n * latents
+            if positions is not None and slots > positions:
                 raise InputError(
-                    f"expected windows of at most {positions} tokens, which the host was trained on, "
-                    f"got {self.length[n]} for {n} chunks"
+                    f"expected at most {positions} slots, which the host was trained on, got {slots} for {n} chunks"
                 )
             if not len(found):
                 raise InputError(f"expected documents of {self.length[n]} tokens for {n} chunks, got none")
@@ -199,20 +246,23 @@ class AlignmentData:
         return math.ceil(slack * longest)
 
     def batch(self, index: int) -> Batch:
-        """Batch number `index`; its rows share one chunk count.
+        """Batch number `index`; its rows share one chunk count and one task.
 
         Raises:
             InputError: hardly any window holds as many chunks as asked for.
         """
         generator = np.random.Generator(np.random.Philox(key=[self.arguments.seed, index]))
         chunks = int(generator.choice(self.arguments.chunks))
+        draw, task = generator.random(), "continue"
+        if draw < self.arguments.copy_share + self.arguments.rebuild_share:
+            task = "copy" if draw < self.arguments.copy_share else "rebuild"
         samples: list[Sample] = []
         for _ in range(100 * self.arguments.batch_size):
             document = int(generator.choice(self.eligible[chunks]))
             start = int(generator.integers(0, self.sizes[document] - self.length[chunks] + 1))
             first = int(self.tokens.starts[document]) + start
             ids = np.asarray(self.tokens.ids[first : first + self.length[chunks]], dtype=np.int64)
-            sample = cut_sample(ids, self.chunker, chunks, self.arguments)
+            sample = cut_sample(ids, self.chunker, chunks, self.arguments, task, generator.random())
             if sample is not None:
                 samples.append(sample)
             if len(samples) == self.arguments.batch_size:
@@ -273,7 +323,8 @@ def train_alignment(arguments: AlignArguments) -> dict[str, Any]:
         hidden_size=arguments.hidden_size,
     )
     positions = getattr(host.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    data = AlignmentData(tokens, chunker, arguments, tokens.separator_id, positions)
+    latents = crouter.config.num_latents
+    data = AlignmentData(tokens, chunker, arguments, tokens.separator_id, positions, latents)
     module = AlignmentLoss(host, crouter, projector, arguments.kl_weight)
     result = run_loop(
         module,

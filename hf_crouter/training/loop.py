@@ -165,8 +165,10 @@ def run_loop(
             result.seconds = earlier.seconds + time.monotonic() - clock
         if max_seconds is None:
             return result.steps / (max_steps or 1)
-        share = torch.tensor(result.seconds / max_seconds, device=accelerator.device)
-        return torch.as_tensor(broadcast(share) if world > 1 else share).item()
+        share = result.seconds / max_seconds
+        if world == 1:
+            return share  # nothing that would make the device wait for the next step's launches
+        return torch.as_tensor(broadcast(torch.tensor(share, device=accelerator.device))).item()
 
     def save() -> None:
         # by one process without any exchange: the others wait for it in the next step's gradients
