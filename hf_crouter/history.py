@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import os
 from collections.abc import Iterator
@@ -220,14 +221,17 @@ class CompressedHistory(HistoryProcessor):
 
     def _segment(self, rows: tuple[Row, ...], input_ids: torch.Tensor, first: int) -> int:
         """Column after the longest run of targets from `first` on that see the same compressed chunks."""
-        extended = [self.reader.extend(row, input_ids[i, row.pad : first]) for i, row in enumerate(rows)]
-        for end in range(first + 1, min(first + SCORE_COLUMNS, input_ids.shape[1])):
-            for i, row in enumerate(extended):
-                later = self.reader.extend(row, input_ids[i, row.pad : end])
-                if len(later.chunks) != len(row.chunks):
-                    return end
-                extended[i] = later
-        return min(first + SCORE_COLUMNS, input_ids.shape[1])
+        limit = min(first + SCORE_COLUMNS, input_ids.shape[1])
+        end = limit
+        for i, row in enumerate(rows):
+            row = self.reader.extend(row, input_ids[i, row.pad : first])
+
+            def grown(column: int, i: int = i, row: Row = row) -> bool:
+                return len(self.reader.extend(row, input_ids[i, row.pad : column]).chunks) > len(row.chunks)
+
+            # a chunk once compressed stays so: the first column at which there is one more is found by halving
+            end = first + 1 + bisect.bisect_left(range(first + 1, end), True, key=grown)
+        return end
 
 
 def _log_probabilities(logits: torch.Tensor, targets: torch.Tensor, block: int = 64) -> torch.Tensor:
