@@ -94,6 +94,23 @@ def mask_and_positions(
     return None if bool(mask.all()) else mask.long().to(device), positions.to(device)
 
 
+def capacity(host: Any, reader: Reader, prefix: int) -> int | None:
+    """Most tokens a row whose slots fit the positions that the host was trained on; None where any number does.
+
+    Args:
+        host: the plain host.
+        reader: its rule; where host and crouter do not share their tokens the answer is an estimate.
+        prefix: raw tokens kept at the start of the row.
+    """
+    positions = getattr(host.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    chunk = reader.chunker.chunk_length
+    raw = prefix + reader.window + chunk - 1
+    if not positions or (raw <= positions and not reader.num_latents):
+        return None
+    chunks = max(0, positions - raw) // reader.num_latents if reader.num_latents else 0
+    return min(positions, raw) + chunks * chunk
+
+
 def check_capacity(host: Any, reader: Reader, prefix: int, slots: int) -> None:
     """Refuses more slots than the positions that the host was trained on.
 
@@ -103,11 +120,8 @@ def check_capacity(host: Any, reader: Reader, prefix: int, slots: int) -> None:
     positions = getattr(host.config.get_text_config(decoder=True), "max_position_embeddings", None)
     if not positions or slots <= positions:
         return
-    chunk = reader.chunker.chunk_length
-    raw = prefix + reader.window + chunk - 1
-    chunks = max(0, positions - raw) // reader.num_latents if reader.num_latents else 0
+    about = "" if reader.chunker.same_tokenizer else "about "
     raise CapacityError(
-        f"history: expected at most {'' if reader.chunker.same_tokenizer else 'about '}"
-        f"{min(positions, raw) + chunks * chunk} tokens a row (the host's {positions} positions, {prefix} of them raw "
-        f"prefix, window {reader.window}), got a history of {slots} slots"
+        f"history: expected at most {about}{capacity(host, reader, prefix) or positions} tokens a row (the host's "
+        f"{positions} positions, {prefix} of them raw prefix, window {reader.window}), got a history of {slots} slots"
     )
