@@ -14,7 +14,7 @@ from typing import NoReturn
 from ..errors import InputError
 from .console import quiet
 
-COMMANDS = ("demo", "host", "compress", "restore", "generate", "train", "align", "calibrate", "doctor")
+COMMANDS = ("demo", "host", "compress", "restore", "generate", "train", "align", "calibrate", "lm-eval", "doctor")
 """One module of this folder each: `NAME`, `HELP`, `EXAMPLE`, `configure(parser)` and `run(args) -> int`."""
 
 
@@ -74,7 +74,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="replace")  # a terminal that knows fewer characters is no reason to fail
     try:
         # only the command that runs is imported
-        args = _parser(words[:1] if words[:1] and words[0] in COMMANDS else COMMANDS).parse_args(words)
+        parser = _parser(words[:1] if words[:1] and words[0] in COMMANDS else COMMANDS)
+        args, rest = parser.parse_known_args(words)
+        if rest and not hasattr(args, "rest"):
+            parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        args.rest = rest  # for a command that hands them on
         with quiet():
             status = args.run(args)
         sys.stdout.flush()  # here, so that a full disk behind stdout is reported too

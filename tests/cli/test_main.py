@@ -14,7 +14,7 @@ from hf_crouter.cli.main import COMMANDS, main
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_has_help_with_an_example(name, capsys):
-    module = importlib.import_module(f"hf_crouter.cli.{name}")
+    module = importlib.import_module(f"hf_crouter.cli.{name.replace('-', '_')}")
     assert name == module.NAME
     assert main([name, "--help"]) == 0
     out = capsys.readouterr().out
