@@ -1,0 +1,1 @@
+"""The past of one row, kept off the accelerator: what copying draws from."""
