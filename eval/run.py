@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import sys
 
-from eval import demo, reconstruction, soft
-from eval.benchmarks import prefill, training
+from eval import demo, lm_eval_tasks, reconstruction, soft
+from eval.benchmarks import prefill, suffix_index, training
 from hf_crouter.errors import InputError
 
 EXPERIMENTS = {
@@ -14,7 +14,9 @@ EXPERIMENTS = {
     "tra-mini": reconstruction,
     "soft-mini": soft,
     "compress-cpu": prefill,
+    "suffix-index": suffix_index,
     "training-gpu": training,
+    "lm-eval": lm_eval_tasks,
 }
 
 
