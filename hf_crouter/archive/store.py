@@ -235,21 +235,22 @@ class Archive:
             orders: numbers of last tokens.
         """
         remembered = sum(order <= len(common) for order in orders)
-        tokens, counts, weights = self._counted(early, late, lengths, remembered, np.array(orders))
+        furthest = int(lengths.max(initial=0))
+        reached = max(remembered, sum(order <= furthest for order in orders))
+        tokens, counts, weights = self._counted(early, late, lengths, remembered, np.array(orders[:reached]))
         totals = counts.sum(1, dtype=np.int64).tolist()
         results: list[tuple[np.ndarray, np.ndarray, int]] = []
-        for i, order in enumerate(orders):
+        for i, order in enumerate(orders[:reached]):
             if i < remembered and self._static:
                 low, high = common[order - 1]
                 known = self._static.followers(low, high)
                 results.append((*_sum(known, tokens, counts[i], weights[i], totals[i]), high - low + totals[i]))
-            elif not totals[i]:
-                results.append((_NO_TOKENS, _NO_WEIGHTS, 0))
             elif i > remembered and totals[i] == totals[i - 1]:
                 results.append(results[-1])  # the same occurrences
             else:
                 some = counts[i].nonzero()[0]
                 results.append((tokens[some], weights[i, some], totals[i]))
+        results += (len(orders) - reached) * [(_NO_TOKENS, _NO_WEIGHTS, 0)]
         return tuple(zip(*results, strict=True))  # pyright: ignore[reportReturnType]
 
     def _counted(
