@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from eval import demo, reconstruction, soft
+from eval import demo, lm_eval_tasks, reconstruction, soft
 from eval.benchmarks import prefill, suffix_index, training
 from hf_crouter.errors import InputError
 
@@ -16,6 +16,7 @@ EXPERIMENTS = {
     "compress-cpu": prefill,
     "suffix-index": suffix_index,
     "training-gpu": training,
+    "lm-eval": lm_eval_tasks,
 }
 
 
