@@ -34,14 +34,16 @@ def device_name() -> str:
 
 
 def commit() -> str:
-    """The checkout's commit, with `+` when tracked files differ from it; `CROUTER_COMMIT` where there is no git."""
+    """The checkout's commit, with `+` when tracked files differ from it; `CROUTER_COMMIT` says it for a mere copy."""
+    if "CROUTER_COMMIT" in os.environ:
+        return os.environ["CROUTER_COMMIT"]
     root = Path(__file__).parent.parent
     try:
         git = ["git", "-C", str(root)]
         name = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
         changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("CROUTER_COMMIT", "unknown")
+        return "unknown"
     lines = [line for line in changed.stdout.splitlines() if "eval/results/" not in line]
     return name.stdout.strip() + ("+" if lines else "")
 

@@ -5,7 +5,7 @@
 # that were used; train-b became the shipped one (NAME=b), by its residual on calibration documents.
 set -euo pipefail
 step=$1 work=$2 tokenizer=$3 host=${4:-}
-seconds=${SECONDS_TRAIN:-470} align_seconds=${SECONDS_ALIGN:-90} name=${NAME:-b}
+seconds=${SECONDS_TRAIN:-470} align_seconds=${SECONDS_ALIGN:-240} name=${NAME:-b}
 common=(--data "$work/data" --tokenizer "$tokenizer" --bf16 --compile --batch-size 64 --learning-rate 2e-3
         --log-every 100 --seconds "$seconds")
 case $step in
@@ -25,7 +25,7 @@ train-b)  # wider, applied twice, a smaller embedding
 align)
   python3 -m hf_crouter align --host "$host" --crouter "$work/$name/crouter" --data "$work/data" \
     --output "$work/$name/align" --bf16 --batch-size 8 --learning-rate 1e-3 --warmup-steps 50 \
-    --chunks 1 2 4 8 --log-every 20 --seconds "$align_seconds"
+    --chunks 1 2 4 8 8 16 32 64 --log-every 50 --seconds "$align_seconds"
   ;;
 calibrate)  # on packages that are in neither training nor test
   python3 -m hf_crouter calibrate --crouter "$work/$name/crouter" --chunks 1000 --corpus "wheels:django,flask,sphinx,\
@@ -35,7 +35,7 @@ measure)
   python3 -m eval.run tra-mini --crouter "$work/$name/crouter" --data "$work/data" --result "${RESULT:-tra-mini}" \
     --text ${TEXTS:-}
   python3 -m eval.run soft-mini --host "$host" --crouter "$work/$name/crouter" --data "$work/data" \
-    --documents 48 --batch-size 16 --chunks 8 --parts packages files
+    --documents 304 --batch-size 16
   ;;
 *) echo "unknown step $step" >&2; exit 2 ;;
 esac
