@@ -68,7 +68,7 @@ class ReconstructionLoss(nn.Module):
         """`[B, T]` ids and mask to `loss` (nats/token) and `tra` (share of rebuilt tokens, 0 to 1).
 
         A token counts as rebuilt where no logit is above its own: unlike an argmax, that comes with the loss's own pass
-        over the logits, which is what a narrow crouter spends much of its time on.
+        over the logits, on which a narrow crouter spends much of its time.
         """
         logits = self.crouter.decode(self.crouter.encode(input_ids, attention_mask), length=input_ids.shape[1]).float()
         nll = F.cross_entropy(logits.flatten(0, 1), input_ids.flatten(), reduction="none").view(input_ids.shape)
