@@ -5,21 +5,23 @@ from __future__ import annotations
 import bisect
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal, overload
 
 import torch
 
+from .archive.copying import Gate
 from .chunking import SameTokenizerChunker, make_chunker
 from .compressor import CRouterModel
 from .errors import InputError, MismatchError
 from .host.advance import advance, mask_and_positions
 from .host.cache import CompressedCache, CompressedDynamicCache, Row
-from .host.generation import HistoryProcessor, always_on, is_active, mount, row_pads, unmount
+from .host.generation import HistoryProcessor, active_call, always_on, mount, row_pads, unmount
 from .host.projector import Projector, find_projector
 from .host.reader import FirstTurn, Reader, local_tokenizer
 from .host.report import ChunkRecord, HistoryReport, RowRecord, Trace
 from .host.unwrap import unwrap
+from .past import Copier, Past, Rebuilder, find_gate, special_ids
 
 CHUNK_LENGTH = 512  # where no crouter says otherwise
 SCORE_COLUMNS = 512  # most logits a row at once
@@ -28,13 +30,22 @@ SCORE_COLUMNS = 512  # most logits a row at once
 class CompressedHistory(HistoryProcessor):
     """A logits processor: the `generate` calls that it is passed to read their past compressed.
 
-    Scores pass through it unchanged. Without it, and after `detach()`, the host is bit for bit its plain self.
+    It mixes what followed the last tokens in the compressed past into the scores (copying). Without it, after
+    `detach()` and before anything is compressed, the host is bit for bit its plain self.
 
     Args:
         host: decoder, plain or wrapped (PEFT, `torch.compile`, accelerate, pipeline).
         crouter: chunk autoencoder; None only with `soft=False`.
         window: fewest raw tokens kept at the end.
-        soft: read compressed chunks as soft prompts; False drops them, so that the window is all there is.
+        soft: read compressed chunks as soft prompts; False leaves them out of what the host attends to.
+        copy: copy from the compressed past: its own ids (True), or "rebuilt", what the crouter's decoder makes of the
+            latents alone, each token weighted by its confidence.
+        copy_strength: factor on the weight of copying, 0 to 1.
+        copy_generated: archive generated tokens as well; a model that copies itself tends to loop.
+        copy_exclude: spans `(start, end)` of a row's tokens, counted from its first real one, that may be read but not
+            copied.
+        gate: weighs copying against the host: a folder or a `Gate`; None finds the host's in the crouter's folder, or
+            takes the generic one.
         keep_first: raw tokens kept at the start; "auto": the chat template's system turn, or else 4 (attention sinks).
         projector: a folder or a `Projector`; None finds the one in the crouter's folder.
         tokenizer: of the host; looked for beside the host (never on the network) where it is needed.
@@ -57,6 +68,11 @@ class CompressedHistory(HistoryProcessor):
         *,
         window: int = 512,
         soft: bool = True,
+        copy: bool | Literal["rebuilt"] = True,
+        copy_strength: float = 1.0,
+        copy_generated: bool = False,
+        copy_exclude: Sequence[tuple[int, int]] = (),
+        gate: str | os.PathLike | Gate | None = None,
         keep_first: int | Literal["auto"] = "auto",
         projector: str | os.PathLike | Projector | None = None,
         tokenizer: Any = None,
@@ -69,6 +85,14 @@ class CompressedHistory(HistoryProcessor):
             raise InputError(f"keep_first: expected a number of tokens or 'auto', got {keep_first!r}")
         if soft and crouter is None:
             raise InputError("crouter: expected one, got None; without a crouter pass soft=False")
+        if copy not in (True, False, "rebuilt"):
+            raise InputError(f"copy: expected True, False or 'rebuilt', got {copy!r}")
+        if copy == "rebuilt" and crouter is None:
+            raise InputError("crouter: expected one, got None; without a crouter nothing can be rebuilt to copy from")
+        if not 0 <= copy_strength <= 1:
+            raise InputError(f"copy_strength: expected 0 to 1, got {copy_strength}")
+        if any(not 0 <= start <= end for start, end in copy_exclude):
+            raise InputError(f"copy_exclude: expected spans (start, end) of tokens, got {list(copy_exclude)}")
         made = None
         if soft and crouter is not None:
             embedding: Any = self.host.get_input_embeddings()
@@ -77,9 +101,19 @@ class CompressedHistory(HistoryProcessor):
             tokenizer = local_tokenizer(self.host.name_or_path)
         keep = FirstTurn(tokenizer) if keep_first == "auto" else lambda ids: keep_first
         self.crouter = crouter
+        self.copy, self.copy_strength, self.copy_generated = copy, copy_strength, copy_generated
+        self.copy_exclude, self.stop_ids = tuple(copy_exclude), special_ids(tokenizer, self.host)
+        self.gate = None
+        if copy and copy_strength:
+            self.gate = gate if isinstance(gate, Gate) else find_gate(crouter, self.host, gate)
+        chunker = self._chunker(crouter, made, tokenizer, crouter_tokenizer)
+        self._rebuild = None
+        if copy == "rebuilt" and crouter is not None:
+            own = crouter_tokenizer or local_tokenizer(crouter.name_or_path)
+            self._rebuild = Rebuilder(crouter, None if chunker.same_tokenizer else (own, tokenizer))
         self.reader = Reader(
             window=window,
-            chunker=self._chunker(crouter, made, tokenizer, crouter_tokenizer),
+            chunker=chunker,
             prefix=keep,
             crouter=crouter,
             projector=made,
@@ -113,14 +147,29 @@ class CompressedHistory(HistoryProcessor):
         return make_chunker(length, tokenizer, other)
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        """The scores `[B, V]` unchanged.
+        """Scores `[B, V]` with copying mixed in, as log-probabilities; a token at -inf stays there.
+
+        The same scores where nothing is compressed yet or nothing matches, and in calls of other models.
 
         Raises:
             InputError: a long history, and the host's `generate` was not reached: compression was silently skipped.
         """
-        if self.mounted and not is_active(self.host) and self._is_long(input_ids):
+        call = active_call(self.host)
+        if self.mounted and call is None and self._is_long(input_ids):
             raise InputError("compression was skipped: expected a generate call of this history's own host")
-        return scores
+        if call is None or call.processor is not self or self.gate is None:
+            return scores
+        if call.cache is None or not call.cache.compressed or len(call.cache.rows) != len(input_ids):
+            return scores
+        if call.state is None:
+            call.state = self._copier(call.prompt or input_ids.shape[1], scores.shape[-1])
+        return call.state.step(call.cache, input_ids, scores)
+
+    def _copier(self, width: int, vocab_size: int) -> Copier | None:
+        if self.gate is None:
+            return None
+        past = Past(vocab_size, self.stop_ids, self.copy_exclude, self._rebuild)
+        return Copier(past, self.gate, self.copy_strength, width, None if self.copy_generated else width)
 
     def _is_long(self, input_ids: torch.Tensor) -> bool:
         return input_ids.shape[1] > self.reader.fewest + 1024  # room for a raw prefix, whose length is not known here
@@ -135,9 +184,11 @@ class CompressedHistory(HistoryProcessor):
         """Forgets the call before: what is not finished has no report."""
         self._trace = None
 
-    def finished(self, cache: CompressedCache) -> None:
+    def finished(self, cache: CompressedCache, sequences: torch.Tensor, state: Copier | None) -> None:
         """Keeps what the report needs of the call that just ended."""
-        self._trace = Trace(cache, self.reader.projector is not None)
+        pasts = state.pasts(cache) if state is not None else []
+        copied = state.taken(cache, pasts, sequences) if state is not None else []
+        self._trace = Trace(cache, self.reader.projector is not None, copied, pasts)
 
     def report(self, residuals: bool = True) -> HistoryReport:
         """About the latest `generate` or `score`: chunks with residuals, slots, bytes.
@@ -195,7 +246,7 @@ class CompressedHistory(HistoryProcessor):
         cache = CompressedDynamicCache(config=host.config.get_text_config(decoder=True))
         cache.rows, cache.layout = tuple(Row(pad) for pad in pads), torch.empty(len(pads), 0, dtype=torch.long)
         cache.ids, pieces, best = input_ids[:, :0], [], []
-        first = width - last
+        first, copier = width - last, None
         options = {"return_dict": True, "use_cache": True}
         while first < width:
             end = self._segment(cache.rows, input_ids, first)
@@ -211,11 +262,13 @@ class CompressedHistory(HistoryProcessor):
                 **options,
             )
             targets = input_ids[:, first:end].to(out.logits.device)
-            pieces.append(_log_probabilities(out.logits, targets))
-            if greedy:
-                best.append(out.logits.argmax(-1) == targets)
+            if copier is None and cache.compressed:
+                copier = self._copier(width - last, out.logits.shape[-1])
+            scored, chosen = _scored(out.logits, targets, copier, cache, input_ids, first)
+            pieces.append(scored)
+            best.append(chosen)
             first = end
-        self.finished(cache)
+        self.finished(cache, input_ids, copier)
         scores = torch.cat(pieces, dim=1)
         return (scores, torch.cat(best, dim=1)) if greedy else scores
 
@@ -234,14 +287,45 @@ class CompressedHistory(HistoryProcessor):
         return end
 
 
-def _log_probabilities(logits: torch.Tensor, targets: torch.Tensor, block: int = 64) -> torch.Tensor:
-    """`[B, T, V]` and `[B, T]` to `[B, T]`, float32; a few columns at once, so that no float32 copy of all exists."""
-    pieces = []
+def _scored(
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    copier: Copier | None,
+    cache: CompressedCache,
+    input_ids: torch.Tensor,
+    first: int,
+    block: int = 64,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probabilities of targets, and whether each had the highest.
+
+    Args:
+        logits: `[B, T, V]`; a few columns at once become float32.
+        targets: `[B, T]`.
+        copier: mixes the archives in; None leaves the host's own.
+        cache: that the logits come from.
+        input_ids: `[B, width]`.
+        first: column of `input_ids` in which the first target stands.
+        block: columns at once.
+
+    Returns:
+        `[B, T]`, float32, and `[B, T]`, bool.
+    """
+    scores, hits = [], []
     for start in range(0, targets.shape[1], block):
-        part = logits[:, start : start + block].float()
-        chosen = part.gather(2, targets[:, start : start + block, None])[..., 0]
-        pieces.append(chosen - part.logsumexp(-1))
-    return torch.cat(pieces, dim=1)
+        part, chosen = logits[:, start : start + block].flatten(0, 1), targets[:, start : start + block]
+        mixture = None
+        if copier is not None:
+            columns = range(first + start, first + start + chosen.shape[1])
+            mixture = copier.mix(copier.look(cache, input_ids, columns), part)
+        if mixture is None:
+            part = part.float()
+            found = part.gather(1, chosen.reshape(-1, 1))[:, 0] - part.logsumexp(-1)
+            best = part.argmax(-1)
+        else:
+            found, best = mixture.of(chosen.flatten(), part), mixture.greedy()
+        scores.append(found.view_as(chosen))
+        hits.append(best.view_as(chosen) == chosen)
+    return torch.cat(scores, dim=1), torch.cat(hits, dim=1)
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ from .test_chunking import TEXT, byte_tokenizer
 from .tiny import CHUNK, FAMILIES, LATENTS, VOCAB, prompt, tiny_crouter, tiny_host, tiny_projector
 
 WINDOW, PREFIX = 8, 3
-GREEDY = {"do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+GREEDY = {"do_sample": False, "return_dict_in_generate": True, "output_logits": True, "output_scores": True}
 torch.set_num_threads(1)
 
 
@@ -437,12 +437,13 @@ class TestScore:
         out = run(host, ids, mask, new=50, logits_processor=[history])
         mask = torch.cat([mask, torch.ones(2, 50, dtype=torch.long)], 1)
         score = history.score(out.sequences, last=50, attention_mask=mask)
-        steps = torch.stack(out.logits, 1).log_softmax(-1).gather(2, out.sequences[:, -50:, None])[..., 0]
+        steps = torch.stack(out.scores, 1).log_softmax(-1).gather(2, out.sequences[:, -50:, None])[..., 0]
         assert score.dtype == torch.float32
         torch.testing.assert_close(score, steps, atol=1e-4, rtol=0)
 
     @pytest.mark.parametrize("last", [1, 30, 69])
-    def test_any_length(self, host, crouter, history, last):
+    def test_any_length(self, host, crouter, last):
+        history = make(host, crouter, copy=False)
         ids, _ = prompt(70)
         score = history.score(ids, last=last)
         for k in range(0, last, 7):
@@ -572,5 +573,5 @@ class TestCrossTokenizer:
         logits = host(inputs_embeds=torch.cat(parts)[None], use_cache=False).logits[0, -1]
         torch.testing.assert_close(again.logits[0][0], logits, atol=1e-4, rtol=0)
         score = history.score(stepwise.sequences, last=60)
-        steps = torch.stack(stepwise.logits, 1).log_softmax(-1).gather(2, stepwise.sequences[:, -60:, None])[..., 0]
+        steps = torch.stack(stepwise.scores, 1).log_softmax(-1).gather(2, stepwise.sequences[:, -60:, None])[..., 0]
         torch.testing.assert_close(score, steps, atol=1e-4, rtol=0)

@@ -95,14 +95,16 @@ def collect(matches: Sequence[Matches]) -> Candidates:
             whole = float(weights.sum())
             if whole <= 0:  # rebuilt with no confidence at all
                 continue
-            top, occurrences = int(weights.argmax()), match.occurrences[k]
+            ids, occurrences = match.tokens[k], match.occurrences[k]
+            tied = np.flatnonzero(weights >= weights.max() * (1 - 1e-6))
+            top = int(tied[ids[tied].argmin()])  # whatever order they come in
             available[n, k], best[n, k] = True, total + top
             share = float(weights[top]) / whole
             features[n, _FROM_INDEX * k : _FROM_INDEX * (k + 1)] = (
                 1.0, math.log1p(occurrences) / 8, math.log1p(len(weights)) / 8, share, whole / occurrences
             )  # fmt: skip
-            tops.append(match.tokens[k][top])
-            tokens.append(match.tokens[k])
+            tops.append(ids[top])
+            tokens.append(ids)
             probabilities.append(weights / whole)
             cells.append((n, k))
             sizes.append(len(weights))
@@ -272,12 +274,14 @@ class Mixture:
         host: the host's log-probabilities at them.
         normaliser: `[N]`, what the host's scores are above its log-probabilities.
         weights: `[N, 1 + K]`, log-weights, the host's first.
+        vocab_size: V.
     """
 
     candidates: Candidates
     host: HostView
     normaliser: torch.Tensor
     weights: torch.Tensor
+    vocab_size: int
 
     @property
     def share(self) -> torch.Tensor:
@@ -310,7 +314,7 @@ class Mixture:
 
     def greedy(self) -> torch.Tensor:
         """The most probable token, `[N]`: the host's own or a candidate."""
-        entries, places = self.candidates, len(self.candidates)
+        entries = self.candidates
         best, token = self.host.best + self.weights[:, 0], self.host.token.clone()
         if not len(entries.tokens):
             return token
@@ -318,12 +322,9 @@ class Mixture:
         total = torch.zeros(cells.shape[1], device=best.device).index_add_(0, inverse, self.added())
         own = torch.full_like(total, -math.inf).index_put_((inverse,), self.host.candidates)
         total = torch.logaddexp(own + self.weights[cells[0], 0], total.log())
-        for place in range(places):  # few candidates a place
-            here = (cells[0] == place).nonzero()[:, 0]
-            if len(here):
-                top = here[total[here].argmax()]
-                if total[top] > best[place]:
-                    token[place] = cells[1, top]
+        highest = torch.full_like(best, -math.inf).scatter_reduce_(0, cells[0], total, "amax")
+        top = (total == highest[cells[0]]) & (total > best[cells[0]])
+        token[cells[0][top]] = cells[1][top]
         return token
 
 
@@ -344,4 +345,4 @@ def mix(scores: torch.Tensor, candidates: Candidates, gate: Gate, strength: floa
         orders = weights[:, 1:] + (math.log(strength) if strength else -math.inf)
         own = torch.log1p(-orders.exp().sum(-1, keepdim=True).clamp(max=1 - 1e-7))
         weights = torch.cat([own, orders], dim=1)
-    return Mixture(candidates, host, normaliser, weights)
+    return Mixture(candidates, host, normaliser, weights, scores.shape[-1])

@@ -15,7 +15,7 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from transformers import LogitsProcessor, PreTrainedModel, StaticCache
+from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, StaticCache
 
 from ..errors import InputError
 from .advance import advance, mask_and_positions
@@ -44,8 +44,8 @@ class HistoryProcessor(LogitsProcessor):
     def started(self) -> None:
         """Called when a `generate` call begins."""
 
-    def finished(self, cache: CompressedCache) -> None:
-        """Called with the cache of a `generate` call that ended well."""
+    def finished(self, cache: CompressedCache, sequences: torch.Tensor, state: Any) -> None:
+        """Called when a `generate` call has ended well, with its cache, the ids `[rows, T]` it gave and its state."""
 
 
 @dataclass
@@ -57,20 +57,22 @@ class Call:
         prompt: columns of its `input_ids` at the start; all that comes later in the first step is drafted.
         cache: the compressed cache, once there is one.
         started: the first step was prepared.
+        state: what the processor keeps for this call.
     """
 
     processor: HistoryProcessor
     prompt: int | None
     cache: CompressedCache | None = None
     started: bool = False
+    state: Any = None
 
 
 _CALLS: ContextVar[Mapping[int, Call | None]] = ContextVar("hf_crouter_calls", default=MappingProxyType({}))
 
 
-def is_active(host: PreTrainedModel) -> bool:
-    """Whether a `generate` call of this host is running in this context with a compressed past."""
-    return _CALLS.get().get(id(host)) is not None
+def active_call(host: PreTrainedModel) -> Call | None:
+    """The `generate` call of this host that is running in this context with a compressed past."""
+    return _CALLS.get().get(id(host))
 
 
 class CompressedGenerationMixin:
@@ -97,6 +99,8 @@ class CompressedGenerationMixin:
                     f"got {list(ids.shape)}"
                 )
             call = Call(processor, ids.shape[1] if ids is not None else None)
+            if not any(p is processor for p in logits_processor or ()):  # always on
+                logits_processor = LogitsProcessorList([*(logits_processor or ()), processor])
             processor.started()
         token = _CALLS.set(MappingProxyType({**_CALLS.get(), id(self): call}))
         try:
@@ -110,7 +114,7 @@ class CompressedGenerationMixin:
                     "compression was skipped: this way to generate does not prepare its inputs by the host"
                 )
             if call.cache is not None:
-                call.processor.finished(call.cache)
+                call.processor.finished(call.cache, sequences, call.state)
         return result
 
     def prepare_inputs_for_generation(
@@ -168,9 +172,13 @@ class CompressedGenerationMixin:
         return host_inputs(input_ids[:, -main:], None, cache, mask)
 
     def _get_candidate_generator(self, input_ids, model_kwargs, **kwargs):
-        """See the host's own; drafts end before the next compaction."""
-        generator = super()._get_candidate_generator(input_ids=input_ids, model_kwargs=model_kwargs, **kwargs)  # pyright: ignore
+        """See the host's own; drafts end before the next compaction, and are made without the history's processor."""
         call = _CALLS.get().get(id(self))
+        if call is not None and kwargs.get("logits_processor") is not None:
+            # an assistant has its own past; prompt lookup asks for made-up scores
+            others = (p for p in kwargs["logits_processor"] if not isinstance(p, HistoryProcessor))
+            kwargs["logits_processor"] = LogitsProcessorList(others)
+        generator = super()._get_candidate_generator(input_ids=input_ids, model_kwargs=model_kwargs, **kwargs)  # pyright: ignore
         if call is None:
             return generator
         first = Row(row_pads(model_kwargs.get("attention_mask"), input_ids)[0])

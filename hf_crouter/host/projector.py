@@ -191,7 +191,8 @@ def find_projector(crouter: CRouterModel, host: Any, name: str | None = None) ->
     """
     origin = str(getattr(crouter.config, "_name_or_path", "") or "")
     found = []
-    for path in sorted(_crouter_folder(origin).glob(f"projectors/{name or '*'}/{CONFIG}")) if origin else []:
+    pattern = f"projectors/{name or '*'}/{CONFIG}"
+    for path in sorted(crouter_folder(origin, "projectors").glob(pattern)) if origin else []:
         found.append((path.parent, _read_config(path.parent)[0]))
     wanted = (host_fingerprint(host), crouter_fingerprint(crouter))
     for folder, config in found:
@@ -219,11 +220,12 @@ def display_name(host: Any) -> str:
     return Path(str(host.config._name_or_path or "")).name or host.config.model_type
 
 
-def _crouter_folder(origin: str) -> Path:
+def crouter_folder(origin: str, part: str) -> Path:
+    """The local folder of a crouter, a copy of its `part` folder where it comes from the hub."""
     if Path(origin).is_dir():
         return Path(origin)
     try:
-        return Path(huggingface_hub.snapshot_download(origin, allow_patterns=["projectors/**"]))
+        return Path(huggingface_hub.snapshot_download(origin, allow_patterns=[f"{part}/**"]))
     except (HfHubHTTPError, HFValidationError, OSError, ValueError):
         return Path(origin)  # holds no projectors: the caller says which command makes one
 

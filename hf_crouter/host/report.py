@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -25,6 +27,7 @@ class ChunkRecord:
         tokens: crouter tokens of the chunk.
         residual: nats/token with which the latents rebuild it; None without a crouter.
         accuracy: share of its tokens rebuilt exactly at their position (TRA), 0 to 1; None without a crouter.
+        copied: generated tokens that copying brought from it.
     """
 
     row: int
@@ -34,6 +37,7 @@ class ChunkRecord:
     tokens: int
     residual: float | None = None
     accuracy: float | None = None
+    copied: int = 0
 
 
 @dataclass(frozen=True)
@@ -69,7 +73,11 @@ class HistoryReport:
         peak_slots: most slots at any time, a row.
         kv_bytes: keys and values at the peak, all rows.
         kv_bytes_full: what the full history would take in the same layers and dtype, all rows.
-        soft: whether chunks are read as soft prompts; otherwise they were dropped.
+        soft: whether chunks are read as soft prompts; otherwise the host attends to none of them.
+        copied: generated tokens that copying brought.
+        archive_tokens: tokens that can be copied, all rows.
+        archive_bytes: their ids (and confidences) in main memory, indexes left out.
+        index_bytes: bytes of the indexes over them, which are made again when needed.
     """
 
     chunks: tuple[ChunkRecord, ...]
@@ -79,6 +87,10 @@ class HistoryReport:
     kv_bytes: int
     kv_bytes_full: int
     soft: bool
+    copied: int = 0
+    archive_tokens: int = 0
+    archive_bytes: int = 0
+    index_bytes: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """Plain lists and numbers, for JSON."""
@@ -94,14 +106,21 @@ class HistoryReport:
                 f"({row.prefix} prefix, {row.soft} soft, {row.raw} raw window)"
             )
         if self.chunks:
-            lines.append("row  chunk        span  tokens  residual   TRA" if self.soft else "row  chunk        span")
+            lines.append("row  chunk        span  tokens  residual   TRA  copied")
             for c in self.chunks:
-                line = f"{c.row:>3}  {c.index:>5}  {f'{c.start}-{c.end}':>10}"
-                if c.residual is not None and c.accuracy is not None:
-                    line += f"  {c.tokens:>6}  {c.residual:>8.3f}  {c.accuracy:>4.0%}"
-                lines.append(line if self.soft else f"{line}  dropped")
+                residual = "       -" if c.residual is None else f"{c.residual:>8.3f}"
+                accuracy = "   -" if c.accuracy is None else f"{c.accuracy:>4.0%}"
+                span = f"{f'{c.start}-{c.end}':>10}"
+                lines.append(f"{c.row:>3}  {c.index:>5}  {span}  {c.tokens:>6}  {residual}  {accuracy}  {c.copied:>6}")
         else:
             lines.append("Nothing was compressed: the history is shorter than window and chunk together.")
+        if self.archive_tokens:
+            lines.append(
+                f"Copying: {self.copied} tokens came from an archive of {self.archive_tokens:,} tokens "
+                f"({self.archive_bytes:,} bytes of main memory, {self.index_bytes:,} of index)"
+            )
+        elif self.chunks and not self.soft:
+            lines.append("The chunks are dropped: neither soft prompts nor copying reads them.")
         lines.append(
             f"KV: {self.kv_bytes:,} bytes at the peak of {self.peak_slots} slots; "
             f"{self.kv_bytes_full:,} for the full history"
@@ -115,10 +134,16 @@ class Trace:
     Args:
         cache: of the call that ended.
         soft: whether chunks were read as soft prompts.
+        copied: the tokens that copying brought: `row` and `chunk`.
+        pasts: of each row, with its `archive`.
     """
 
-    def __init__(self, cache: CompressedCache, soft: bool):
+    def __init__(self, cache: CompressedCache, soft: bool, copied: Sequence[Any] = (), pasts: Sequence[Any] = ()):
         self.soft = soft
+        self.copied = Counter((place.row, place.chunk) for place in copied)
+        archives = list({id(past.archive): past.archive for past in pasts}.values())  # beams share theirs
+        self.archive = tuple(map(sum, ([len(a) for a in archives], [a.nbytes for a in archives],
+                                       [a.index_bytes for a in archives])))  # fmt: skip
         width, batch = cache.width, len(cache.rows)
         self.rows, self.chunks = [], []
         for i, row in enumerate(cache.rows):
@@ -139,10 +164,11 @@ class Trace:
         records = []
         for k, (row, index, start, end, ids) in enumerate(self.chunks):
             residual, accuracy = self.measured[k] if self.measured else (None, None)
-            records.append(ChunkRecord(row, index, start, end, len(ids), residual, accuracy))
+            records.append(ChunkRecord(row, index, start, end, len(ids), residual, accuracy, self.copied[row, index]))
         return HistoryReport(
-            tuple(records), tuple(self.rows), self.slots, self.peak, self.kv_bytes, self.kv_bytes_full, self.soft
-        )
+            tuple(records), tuple(self.rows), self.slots, self.peak, self.kv_bytes, self.kv_bytes_full, self.soft,
+            self.copied.total(), *self.archive,
+        )  # fmt: skip
 
 
 @torch.no_grad()

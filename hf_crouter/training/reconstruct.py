@@ -67,7 +67,7 @@ class ReconstructionLoss(nn.Module):
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> dict[str, torch.Tensor]:
         """`[B, T]` ids and mask to `loss` (nats/token) and `tra` (share of rebuilt tokens, 0 to 1).
 
-        A token counts as rebuilt where no logit is above its own: unlike an argmax, that comes with the loss's own pass
+        A token counts as rebuilt where no logit is above its own: unlike an argmax, that comes with the loss's pass
         over the logits, on which a narrow crouter spends much of its time.
         """
         logits = self.crouter.decode(self.crouter.encode(input_ids, attention_mask), length=input_ids.shape[1]).float()
