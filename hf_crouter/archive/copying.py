@@ -33,6 +33,7 @@ WEIGHTS, CONFIG = "gate.safetensors", "gate.json"
 _FROM_INDEX, _FROM_HOST = 5, 2  # features of an order
 INDEX_FEATURES = _FROM_INDEX * len(ORDERS) + 3
 HOST_FEATURES = _FROM_HOST * len(ORDERS) + 3
+_LOWEST = torch.finfo(torch.float32).min
 BLOCK = 64  # places whose whole distribution is held in float32 at once
 
 
@@ -147,11 +148,12 @@ def view_host(scores: torch.Tensor, candidates: Candidates) -> tuple[HostView, t
     parts: list[tuple[torch.Tensor, ...]] = []
     for start in range(0, len(scores), BLOCK):
         part = scores[start : start + BLOCK].float()
-        normaliser = part.logsumexp(-1)
-        logp = part - normaliser[:, None]
-        best, token = logp.max(-1)
-        entropy = -(logp.exp() * logp).nan_to_num(0.0, 0.0, 0.0).sum(-1)  # 0 log 0 is 0
-        parts.append((normaliser, best, token, entropy))
+        best, token = part.max(-1)
+        shares = part.softmax(-1)
+        log_best = shares.gather(1, token[:, None])[:, 0].log()
+        normaliser = best - log_best
+        entropy = normaliser - (shares * part.clamp(min=_LOWEST)).sum(-1)  # 0 times -inf is 0
+        parts.append((normaliser, log_best, token, entropy))
     normaliser, best, token, entropy = (torch.cat(values) for values in zip(*parts, strict=True))
     at = scores[candidates.places, candidates.tokens].float() - normaliser[candidates.places]
     return HostView(at, best, token, entropy), normaliser
@@ -296,10 +298,10 @@ class Mixture:
     def log_probabilities(self, scores: torch.Tensor) -> torch.Tensor:
         """The whole mixture, `[N, V]`, float32; places without candidates keep the host's."""
         entries = self.candidates
-        extra = torch.zeros_like(scores, dtype=torch.float32)
-        extra.index_put_((entries.places, entries.tokens), self.added(), accumulate=True)
-        own = scores.float() - self.normaliser[:, None] + self.weights[:, :1]
-        return torch.logaddexp(own, extra.log())
+        at = (entries.places, entries.tokens)
+        own = scores.float() - (self.normaliser - self.weights[:, 0])[:, None]
+        extra = torch.zeros_like(own).index_put_(at, self.added(), accumulate=True)
+        return own.index_put_(at, torch.logaddexp(own[at], extra[at].log()))  # the same value for a token's every order
 
     def of(self, targets: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Log-probability of one token a place, `[N]`."""
