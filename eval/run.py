@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from eval import demo, lm_eval_tasks, reconstruction, soft
+from eval import demo, hgr, lm_eval_tasks, reconstruction, soft
 from eval.benchmarks import prefill, suffix_index, training
 from hf_crouter.errors import InputError
 
@@ -17,6 +17,7 @@ EXPERIMENTS = {
     "suffix-index": suffix_index,
     "training-gpu": training,
     "lm-eval": lm_eval_tasks,
+    "hgr": hgr,
 }
 
 

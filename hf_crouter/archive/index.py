@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from pydivsufsort import divsufsort
 
 LONGEST = 64  # tokens that a match is followed back; as many stand as padding before every text
 LATEST = 64  # positions that a match names
@@ -99,6 +98,8 @@ class SuffixIndex:
             weights: confidence of each token in 255ths, uint8, `[tokens]`.
             proposable: bool, `[tokens]`; only these positions are indexed. None: all of them.
         """
+        from pydivsufsort import divsufsort  # a short archive is never sorted: it works without
+
         text = ids[LONGEST:]
         # Position `len(text)` is sorted as well: the text's end, which nothing follows.
         ends = len(text) - divsufsort(np.ascontiguousarray(text[::-1]))
