@@ -26,7 +26,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from torch import nn
 
-from eval.documents import EVALUATION, Record, Windows, place
+from eval.documents import CHUNK, CHUNKS, EVALUATION, PREFIX, SCORED, WINDOW, Record, Windows, place
 from eval.results import write_result
 from hf_crouter.archive.copying import (
     Candidates,
@@ -73,11 +73,11 @@ class Layout:
         recalled: chunks that a recall arm reads.
     """
 
-    prefix: int = 4
-    chunk: int = 512
-    chunks: int = 8
-    window: int = 512
-    target: int = 512
+    prefix: int = PREFIX
+    chunk: int = CHUNK
+    chunks: int = CHUNKS
+    window: int = WINDOW
+    target: int = SCORED
     latents: int = 8
     recalled: int = 2
 
@@ -684,7 +684,7 @@ def about_of(path: Path) -> dict[str, Any]:
         return json.loads((file.metadata() or {}).get("about", "{}"))
 
 
-def wait_for(paths: Sequence[Path], seconds: float = 900) -> None:
+def wait_for(paths: Sequence[Path], seconds: float = 300) -> None:
     """Until other processes have written these files.
 
     Raises:
@@ -716,10 +716,11 @@ def collect_gate_places(reader: Reader, args: argparse.Namespace, path: Path) ->
     save_arrays(path, {**arrays, "groups": np.array(groups, np.int64)}, about(args))
 
 
-def fit(name: str, paths: Sequence[Path], config: GateConfig, args: argparse.Namespace, device) -> nn.Module:
+def fit(
+    name: str, files: Sequence[dict[str, np.ndarray]], config: GateConfig, args: argparse.Namespace, device: Any
+) -> nn.Module:
     """Fits one gate on what all shards recorded, and saves it."""
     sources = POOLED if name == "pooled" else ("copy",) if name in ("generic", "nine") else (name,)
-    files = [load_file(path) for path in paths]
 
     def load(field: str) -> np.ndarray:
         arrays = [file[f"{source}.{field}"] for source in sources for file in files]
@@ -838,6 +839,13 @@ def collect_pairs(reader: Reader, args: argparse.Namespace, gate: nn.Module) -> 
     reader.layout = whole
 
 
+def layout_of(crouter: Any) -> Layout:
+    """Of the sets' rows, for a crouter that cuts chunks of their length."""
+    if crouter.config.chunk_length != CHUNK:
+        raise InputError(f"expected a crouter for chunks of {CHUNK} tokens, got {crouter.config.chunk_length}")
+    return Layout(latents=crouter.config.num_latents)
+
+
 def run_collect(args: argparse.Namespace) -> None:
     """The stage on the accelerator."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -847,7 +855,7 @@ def run_collect(args: argparse.Namespace) -> None:
         projector = find_projector(crouter, host).to(device)
         for model in (host, crouter, projector):
             model.requires_grad_(False)
-        layout = Layout(latents=crouter.config.num_latents, chunk=crouter.config.chunk_length)
+        layout = layout_of(crouter)
         stop_ids = frozenset(tokenizer.all_special_ids)
         reader = Reader(host, crouter, projector, layout, stop_ids, searchers, args.tokens, args.seed)
         shard, shards = args.shard
@@ -860,9 +868,11 @@ def run_collect(args: argparse.Namespace) -> None:
                 if about_of(path) != about(args):
                     raise InputError(f"{path}: made with other settings; delete it")
             config = GateConfig(host_name=display_name(host), host_fingerprint=host_fingerprint(host))
+            files = [load_file(path) for path in paths]
             for name in GATES[shard::shards]:
                 if not finished(args.save, name).exists():
-                    fit(name, paths, config, args, device)
+                    fit(name, files, config, args, device)
+            del files
             wait_for([finished(args.save, name) for name in GATES])
         gates = load_gates(args.save, device)
         for name in args.sets:
@@ -966,6 +976,8 @@ def set_metrics(losses: Losses, n: int, seed: int, draws: int, layout: Layout) -
     out: dict[str, float] = {"documents": len(losses.records)}
     bootstrap = Bootstrap([record.cluster for record in losses.records], seed, draws)
     domains = usable_domains(losses, n)
+    if domains:
+        out["domains"] = len(domains)  # over which ratios are averaged
     keys = [
         key.split(".", 1)[1]
         for key, values in losses.arrays.items()

@@ -1,0 +1,290 @@
+import argparse
+import itertools
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file, save_file
+
+from eval import documents, hgr
+from eval.documents import Record
+from eval.hgr import ARMS, GATES, Bootstrap, Layout, Losses, Reader, Searchers
+from eval.statistics import clustered_interval
+from hf_crouter.archive.copying import Gate, mix, view_host
+from hf_crouter.archive.store import ORDERS
+
+from ..tiny import CHUNK, LATENTS, VOCAB, tiny_crouter, tiny_host, tiny_projector
+
+LAYOUT = Layout(prefix=4, chunk=CHUNK, chunks=4, window=CHUNK, target=CHUNK, latents=LATENTS)
+COUNTS = [2, 4]
+
+
+def make_rows(count=5, seed=0):
+    """Rows with repeats, so that there is something to copy."""
+    generator = np.random.default_rng(seed)
+    words = generator.integers(3, VOCAB, (6, 7))
+    rows = [np.concatenate(words[generator.integers(0, 6, 20)])[: LAYOUT.length] for _ in range(count)]
+    return np.stack(rows).astype(np.uint16)
+
+
+def make_records(count=5, domain="code"):
+    return [Record(f"p{i % 3}/{i}.py", f"p{i % 3}", domain, 0.1 * i) for i in range(count)]
+
+
+def make_reader(workers=0, tokens=500):
+    host, crouter = tiny_host(), tiny_crouter()
+    return Reader(
+        host, crouter, tiny_projector(host, crouter), LAYOUT, frozenset({0, 1, 2}), Searchers(workers), tokens
+    )
+
+
+def make_gates(bias=1.0):
+    gates = {}
+    for name in GATES:
+        if name == "nine":
+            gates[name] = hgr.NineWeights()
+            gates[name].logit.data.fill_(bias)
+        else:
+            gates[name] = Gate().requires_grad_(False)
+            gates[name].down.bias[0] = -bias if np.isfinite(bias) else 1e9
+        gates[name].requires_grad_(False)
+    return gates
+
+
+def make_block(reader, rows):
+    partner = hgr.partners(make_records(len(rows)), 0)
+    archives = hgr.archives_of(LAYOUT, COUNTS)
+    return reader.prepare(np.arange(len(rows)), rows.astype(np.int64), rows[partner].astype(np.int64), archives)
+
+
+@pytest.fixture(scope="module")
+def measured():
+    reader, rows = make_reader(), make_rows()
+    return reader, rows, hgr.measure(reader, make_block(reader, rows), COUNTS, make_gates(), oracle=[0, 2])
+
+
+def plain_loss(reader, *parts, soft=None):
+    """Loss of the last tokens, from embeddings put together here."""
+    ids = torch.from_numpy(np.concatenate(parts).astype(np.int64))[None]
+    embeddings = reader.host.get_input_embeddings()(ids)
+    if soft is not None:
+        embeddings = torch.cat([embeddings[:, :4], soft, embeddings[:, 4:]], dim=1)
+    with torch.no_grad():
+        logits = reader.host(inputs_embeds=embeddings[:, :-1]).logits[0, -LAYOUT.target :]
+    return torch.nn.functional.cross_entropy(logits, ids[0, -LAYOUT.target :]).item()
+
+
+def test_arms_read_what_they_say(measured):
+    reader, rows, found = measured
+    chunks = [slice(4 + CHUNK * i, 4 + CHUNK * (i + 1)) for i in range(4)]
+    for i, row in enumerate(rows):
+        prefix, recent = row[:4], row[4 + 4 * CHUNK :]
+        pair = [row[chunks[c]] for c in found["n4.bm25_2.chunks"][i]]
+        latents = torch.cat([reader.crouter.encode(torch.from_numpy(row[s].astype(np.int64))[None]) for s in chunks])
+        soft = reader.projector(latents).flatten(0, 1)[None]
+        expected = {
+            "n2.window": plain_loss(reader, prefix, recent),
+            "n4.full": plain_loss(reader, row),
+            "n2.full": plain_loss(reader, prefix, row[chunks[2].start :]),
+            "n4.recent_same_slots": plain_loss(reader, prefix, row[4 + 4 * CHUNK - 4 * LATENTS :]),
+            "n4.recent_same_slots_recall": plain_loss(reader, prefix, row[4 + 2 * CHUNK - 4 * LATENTS :]),
+            "n4.last2": plain_loss(reader, prefix, row[chunks[2].start :]),
+            "n4.bm25_2": plain_loss(reader, prefix, *pair, recent),
+            "n4.soft": plain_loss(reader, prefix, recent, soft=soft),
+            "n2.soft": plain_loss(reader, prefix, recent, soft=soft[:, 2 * LATENTS :]),
+            "n4.soft_recall2": plain_loss(reader, prefix, *pair, recent, soft=soft),
+        }
+        for key, value in expected.items():
+            assert found[key][i] == pytest.approx(value, abs=1e-4), key
+
+
+def test_slots_are_the_positions_before_the_target():
+    reader, rows = make_reader(), make_rows(1).astype(np.int64)
+    block = make_block(reader, rows)
+    for (name, arm), count in itertools.product(ARMS.items(), COUNTS):
+        if arm.exists(LAYOUT, count):
+            before = reader.forwarded
+            list(reader.forward(block, arm, count, reader.wanted(block, arm, count)))
+            assert reader.forwarded - before == arm.slots(LAYOUT, count) + LAYOUT.target - 1, name
+
+
+def test_shuffled_latents_and_random_chunks_differ(measured):
+    found = measured[2]
+    assert not np.isclose(found["n4.soft"], found["n4.shuffled"]).any()
+    assert (hgr.partners(make_records(), 0) != np.arange(5)).all()
+    assert hgr.partners(make_records(), 0)[0] == 3  # of the same package
+    assert hgr.recalled(LAYOUT, make_rows()[0], 4, "random2", 0) == hgr.recalled(
+        LAYOUT, make_rows()[0], 4, "random2", 0
+    )
+
+
+def test_no_pair_beats_the_oracle(measured):
+    found = measured[2]
+    for pair, key in itertools.product(("last2", "bm25_2", "random2"), ("oracle2",)):
+        assert (found[f"n4.{key}"][[0, 2]] <= found[f"n4.{pair}"][[0, 2]] + 1e-5).all()
+    assert (found["n4.oracle2_copy"][[0, 2]] <= found["n4.recall2_copy"][[0, 2]] + 1e-5).all()
+    assert np.isnan(found["n4.oracle2"][[1, 3, 4]]).all() and "n2.oracle2" not in found and "n2.last2" not in found
+
+
+def test_weight_zero_is_the_host_alone():
+    reader, rows = make_reader(), make_rows(2)
+    found = hgr.measure(reader, make_block(reader, rows), COUNTS, make_gates(bias=-np.inf))
+    for name, arm in ARMS.items():
+        for key, _, gate in arm.readings:
+            if gate != "nine":
+                for n in COUNTS:
+                    if f"n{n}.{key}" in found:
+                        assert np.allclose(found[f"n{n}.{key}"], found[f"n{n}.{name}"], atol=1e-5), key
+    assert np.allclose(found["n4.copy.right"], found["n4.window.right"])
+
+
+def test_copying_equals_the_packages_mixture(measured):
+    reader, rows, found = measured
+    row = rows[0].astype(np.int64)
+    gate = make_gates()["copy"]
+    work = hgr.Search(LAYOUT, row, None, ((4, ""),), VOCAB, frozenset({0, 1, 2}))
+    candidates = hgr.joined([hgr.search(work)[4, ""]], LAYOUT.target, "cpu")
+    ids = torch.from_numpy(np.concatenate([row[:4], row[LAYOUT.old : -1]]))[None]
+    with torch.no_grad():
+        scores = reader.host(ids).logits[0, -LAYOUT.target :]
+        mixture = mix(scores, candidates, gate)
+    targets = torch.from_numpy(row[LAYOUT.split :])
+    assert found["n4.copy"][0] == pytest.approx(-mixture.of(targets, scores).mean().item(), abs=1e-4)
+    places = hgr.Places.read(scores, targets)
+    assert torch.equal(places.greedy(candidates, mixture.weights), mixture.greedy())
+    assert found["n4.copy.right"][0] == pytest.approx((mixture.greedy() == targets).float().mean().item())
+    host, normaliser = view_host(scores, candidates)
+    assert torch.allclose(places.entropy, host.entropy, atol=1e-5)
+    assert torch.allclose(places.normaliser, normaliser, atol=1e-5) and torch.equal(places.token, host.token)
+    assert len(candidates.tokens) > 0
+
+
+def test_an_archive_excludes_what_is_raw():
+    row = np.arange(LAYOUT.length)
+    for (name, arm), count in itertools.product(ARMS.items(), COUNTS):
+        for _, archive, _ in arm.readings:
+            if archive == "past" and arm.exists(LAYOUT, count):
+                extra = LAYOUT.extra(hgr.archive_of(arm, archive), count)
+                past = set(LAYOUT.past(row, count, extra).tolist())
+                raw = set(LAYOUT.raw(row, LAYOUT.extra(arm.longer, count)).tolist())
+                older = set(LAYOUT.past(row, count).tolist())
+                if arm.longer == "full":
+                    assert past == older
+                else:
+                    assert past | raw >= older and not past & raw, name
+
+
+def test_candidates_come_from_the_archive_that_is_named():
+    row = np.full(LAYOUT.length, 5)
+    row[LAYOUT.old - LATENTS * 4 : LAYOUT.old] = 7  # only what the longer window holds
+    work = hgr.Search(LAYOUT, row, (np.full(64, 9), np.ones(64, np.float32)), ((4, ""), (4, "soft"), (4, "rebuilt")),
+                      VOCAB, frozenset())  # fmt: skip
+    found = hgr.search(work)
+    assert 7 in found[4, ""]["tokens"] and 7 not in found[4, "soft"]["tokens"]
+    assert len(found[4, "soft"]["tokens"]) and not len(found[4, "rebuilt"]["tokens"])
+
+
+def test_bm25_finds_the_chunk_that_shares_rare_ids():
+    chunks = [np.array([1, 1, 2, 2]), np.array([1, 1, 8, 9]), np.array([1, 2, 1, 2])]
+    scores = hgr.bm25(np.array([1, 8, 9]), chunks)
+    assert scores.argmax() == 1
+    # by hand for the first: only id 1, in all of three chunks
+    assert scores[0] == pytest.approx(np.log1p(0.5 / 3.5) * 2 * 2.2 / (2 + 1.2))
+
+
+def test_nine_weights_take_the_longest_order():
+    nine = hgr.NineWeights()
+    nine.logit.data = torch.linspace(-2, 2, len(ORDERS))
+    available = torch.zeros(2, len(ORDERS), dtype=torch.bool)
+    available[0, :3] = True
+    weights = nine(torch.zeros(2, 1), available).exp()
+    assert torch.allclose(weights.sum(1), torch.ones(2))
+    assert weights[0, 3].item() == pytest.approx(torch.sigmoid(nine.logit[2]).item()) and weights[1, 0] == 1
+
+
+def test_the_bootstrap_is_that_of_clustered_interval():
+    values, groups = np.random.default_rng(0).normal(size=30), [f"g{i % 7}" for i in range(30)]
+    bootstrap = Bootstrap(groups, seed=4, draws=100)
+    drawn = bootstrap.sums(values) / bootstrap.sums(np.ones(30))
+    mine = hgr.interval("x", drawn)
+    expected = clustered_interval(lambda rows: values[rows].mean(), groups, seed=4, draws=100)
+    assert list(mine.values()) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("domain", ["code", "novels"])
+def test_metrics_have_the_promised_keys(measured, domain):
+    arrays = measured[2]
+    arrays = {**arrays, "n4.full": arrays["n4.window"] - 0.1, "n2.full": arrays["n2.window"] - 0.1}
+    found = hgr.metrics({"set": Losses(arrays, make_records(domain=domain))}, COUNTS, 0, draws=50, slots=LAYOUT)
+    for arm in ("soft", "shuffled", "copy", "copy_rebuilt", "soft_copy", "recall2", "all", "recent_same_slots", "nine",
+                "recent_same_slots_copy", "last2", "random2", "oracle2", "streaming", "full_copy", "recall2_copy",
+                "copy_pooled", "copy_rebuilt_pooled", "all_pooled", "recent_same_slots_recall_copy"):  # fmt: skip
+        for end in ("hgr", "hgr.lo", "hgr.hi", "slots", "loss"):
+            assert f"set.n4.{arm}.{end}" in found, (arm, end)
+    for key in ("n4.copy.diff.lo", "n4.all.diff.hi", "n4.soft_minus_shuffled", "n4.loss.window", "n4.loss.full",
+                "n4.documents", "n4.tra", "n4.copy.third1.hgr", "n4.all.third3.hgr", "n4.copy.worst_document",
+                "n4.bm25_is_last2", "n4.copy.accuracy", "n2.soft.diff"):  # fmt: skip
+        assert f"set.{key}" in found, key
+    assert found["set.n4.window.hgr"] == 0 and found["set.n4.full.hgr"] == pytest.approx(1)
+    assert found["set.n4.copy.slots"] == 4 + CHUNK and found["set.n4.all.slots"] == 4 + 4 * LATENTS + 3 * CHUNK
+    assert found["set.n4.recent_same_slots_recall.slots"] == found["set.n4.all.slots"]
+    assert found["set.n4.oracle2.documents"] == 2
+    assert ("set.novels.n4.copy.hgr" in found) == (domain == "novels")
+    assert "nan" not in hgr.table(found).split()
+
+
+def write_set(folder, name, monkeypatch, count=5, domain="code", seed=0):
+    monkeypatch.setattr(documents, "LENGTH", LAYOUT.length)
+    save_file({"ids": make_rows(count, seed)}, folder / f"{name}.safetensors")
+    records = [vars(record) for record in make_records(count, domain)]
+    (folder / f"{name}.json").write_text(json.dumps({"documents": records, "dropped": {}}))
+
+
+def test_both_stages_and_two_shards_agree_with_one(tmp_path, monkeypatch):
+    for seed, name in enumerate(("young", "gate_code", "gate_prose")):
+        write_set(tmp_path, name, monkeypatch, domain="prose" if "prose" in name else "code", seed=seed)
+    host, crouter = tiny_host(), tiny_crouter()
+    projector = tiny_projector(host, crouter)
+    tokenizer = argparse.Namespace(all_special_ids=[0, 1, 2])
+    monkeypatch.setattr(hgr, "load_host", lambda *args: (host, tokenizer))
+    monkeypatch.setattr(hgr, "load_crouter", lambda *args: (crouter, None))
+    monkeypatch.setattr(hgr, "find_projector", lambda *args: projector)
+    monkeypatch.setattr(hgr, "layout_of", lambda _: LAYOUT)
+    monkeypatch.setenv("CROUTER_RESULTS", str(tmp_path))
+    parser = argparse.ArgumentParser()
+    hgr.configure(parser)
+
+    def run(stage, save, *more):
+        words = [
+            stage,
+            "--data",
+            str(tmp_path),
+            "--save",
+            str(tmp_path / save),
+            "--sets",
+            "young",
+            "--chunks",
+            "2",
+            "4",
+        ]
+        hgr.run(parser.parse_args([*words, "--workers", "0", "--steps", "30", "--oracle-documents", "2", *more]))
+
+    run("collect", "one", "--pairs", "12", "--workers", "1")
+    run("report", "one")
+    metrics = json.loads((tmp_path / "hgr.json").read_text())["metrics"]
+    assert metrics["young.n4.documents"] == 5 and "gate.pooled.held_out_gain" in metrics
+    pairs = load_file(tmp_path / "one" / "pairs.0of1.safetensors")
+    assert (
+        (pairs["split"] == 1).sum() == 2 * 4 and (pairs["split"] == 0).sum() == 10 * 5 and pairs["loss"].shape[1] == 2
+    )
+    for name in GATES:  # the same gates, so that only the splitting differs
+        (tmp_path / "two" / name).mkdir(parents=True)
+        for path in (tmp_path / "one" / name).iterdir():
+            (tmp_path / "two" / name / path.name).write_bytes(path.read_bytes())
+    for shard in ("0/2", "1/2"):
+        run("collect", "two", "--shard", shard)
+    one, two = (hgr.losses_of(tmp_path / name, "young", tmp_path).arrays for name in ("one", "two"))
+    assert set(one) == set(two)
+    for key, values in one.items():
+        assert np.allclose(values, two[key], atol=1e-5, equal_nan=True), key
