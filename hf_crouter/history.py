@@ -11,6 +11,7 @@ from typing import Any, Literal, overload
 import torch
 
 from .archive.copying import Gate
+from .archive.recall import Recall, Scorer, make_scorer
 from .chunking import SameTokenizerChunker, make_chunker
 from .compressor import CRouterModel
 from .errors import InputError, MismatchError
@@ -19,7 +20,7 @@ from .host.cache import CompressedCache, CompressedDynamicCache, Row
 from .host.generation import HistoryProcessor, active_call, always_on, mount, row_pads, unmount
 from .host.projector import Projector, find_projector
 from .host.reader import FirstTurn, Reader, local_tokenizer
-from .host.report import ChunkRecord, HistoryReport, RowRecord, Trace
+from .host.report import ChunkRecord, HistoryReport, RecallRecord, RowRecord, Trace
 from .host.unwrap import unwrap
 from .past import Copier, Past, Rebuilder, find_gate, special_ids
 
@@ -46,6 +47,11 @@ class CompressedHistory(HistoryProcessor):
             copied.
         gate: weighs copying against the host: a folder or a `Gate`; None finds the host's in the crouter's folder, or
             takes the generic one.
+        recall: compressed chunks that come back raw, in order, between soft prompts and window.
+        refresh: they are chosen at the prompt's end, whenever a chunk is compressed and at every multiple of so many
+            tokens of a row.
+        scorer: says which ones matter: a `Scorer` or the folder of a learned one; None: overlap with the last 128
+            tokens (BM25).
         keep_first: raw tokens kept at the start; "auto": the chat template's system turn, or else 4 (attention sinks).
         projector: a folder or a `Projector`; None finds the one in the crouter's folder.
         tokenizer: of the host; looked for beside the host (never on the network) where it is needed.
@@ -73,6 +79,9 @@ class CompressedHistory(HistoryProcessor):
         copy_generated: bool = False,
         copy_exclude: Sequence[tuple[int, int]] = (),
         gate: str | os.PathLike | Gate | None = None,
+        recall: int = 0,
+        refresh: int = 128,
+        scorer: Scorer | str | os.PathLike | None = None,
         keep_first: int | Literal["auto"] = "auto",
         projector: str | os.PathLike | Projector | None = None,
         tokenizer: Any = None,
@@ -81,6 +90,10 @@ class CompressedHistory(HistoryProcessor):
         self.host = unwrap(host)
         if window < 1:
             raise InputError(f"window: expected at least 1 token, got {window}")
+        if recall < 0:
+            raise InputError(f"recall: expected a number of chunks, got {recall}")
+        if refresh < 1:
+            raise InputError(f"refresh: expected at least 1 token, got {refresh}")
         if keep_first != "auto" and (not isinstance(keep_first, int) or keep_first < 0):
             raise InputError(f"keep_first: expected a number of tokens or 'auto', got {keep_first!r}")
         if soft and crouter is None:
@@ -117,6 +130,9 @@ class CompressedHistory(HistoryProcessor):
             prefix=keep,
             crouter=crouter,
             projector=made,
+            recall=recall,
+            refresh=refresh,
+            chooser=Recall(recall, make_scorer(scorer)),
         )
         self._trace: Trace | None = None
         self.mounted = True
@@ -244,9 +260,10 @@ class CompressedHistory(HistoryProcessor):
         if not 1 <= last < width - max(pads):
             raise InputError(f"last: expected 1 to {width - max(pads) - 1} (tokens of a row but one), got {last}")
         cache = CompressedDynamicCache(config=host.config.get_text_config(decoder=True))
-        cache.rows, cache.layout = tuple(Row(pad) for pad in pads), torch.empty(len(pads), 0, dtype=torch.long)
-        cache.ids, pieces, best = input_ids[:, :0], [], []
         first, copier = width - last, None
+        cache.rows = tuple(Row(pad, prompt=first - pad) for pad in pads)
+        cache.layout = torch.empty(len(pads), 0, dtype=torch.long)
+        cache.ids, pieces, best = input_ids[:, :0], [], []
         options = {"return_dict": True, "use_cache": True}
         while first < width:
             end = self._segment(cache.rows, input_ids, first)
@@ -273,11 +290,12 @@ class CompressedHistory(HistoryProcessor):
         return (scores, torch.cat(best, dim=1)) if greedy else scores
 
     def _segment(self, rows: tuple[Row, ...], input_ids: torch.Tensor, first: int) -> int:
-        """Column after the longest run of targets from `first` on that see the same compressed chunks."""
+        """Column after the longest run of targets from `first` on that see the same chunks compressed and recalled."""
         limit = min(first + SCORE_COLUMNS, input_ids.shape[1])
         end = limit
         for i, row in enumerate(rows):
             row = self.reader.extend(row, input_ids[i, row.pad : first])
+            end = min(end, row.pad + self.reader.next_choice(row, first - row.pad))
 
             def grown(column: int, i: int = i, row: Row = row) -> bool:
                 return len(self.reader.extend(row, input_ids[i, row.pad : column]).chunks) > len(row.chunks)
@@ -345,4 +363,4 @@ def attach(host: Any, crouter: CRouterModel | None, **options: Any) -> Iterator[
         history.detach()
 
 
-__all__ = ["ChunkRecord", "CompressedHistory", "HistoryReport", "RowRecord", "attach"]
+__all__ = ["ChunkRecord", "CompressedHistory", "HistoryReport", "RecallRecord", "RowRecord", "attach"]

@@ -1,5 +1,7 @@
 """Compressed history from scratch, slow and obvious: one row, one forward a token, no cache, no chunking code."""
 
+import math
+
 import torch
 
 
@@ -12,9 +14,38 @@ def pieces(length, prefix, chunk, window):
     return kept, chunks, rest
 
 
+def bm25(chunks, query):
+    """BM25 of lists of ids for a list of ids, straight from its formula."""
+    mean = sum(len(chunk) for chunk in chunks) / len(chunks)
+    scores = []
+    for chunk in chunks:
+        score = 0.0
+        for token in query:
+            having = sum(token in other for other in chunks)
+            count = chunk.count(token)
+            idf = math.log(1 + (len(chunks) - having + 0.5) / (having + 0.5))
+            score += idf * count * 2.5 / (count + 1.5 * (0.25 + 0.75 * len(chunk) / mean))
+        scores.append(score)
+    return scores
+
+
+def recalled(row, prompt, prefix, chunk, window, k, refresh, last):
+    """Numbers of the chunks that stand raw after `row` (a list of ids), whose first `prompt` ids were the prompt."""
+    chosen, before = [], 0
+    for length in range(prompt, len(row) + 1):
+        chunks = pieces(length, prefix, chunk, window)[1]
+        if length == prompt or length % refresh == 0 or len(chunks) > before:
+            ids = [[row[position] for position in positions] for positions in chunks]
+            scores = bm25(ids, row[max(0, length - last) : length]) if ids else []
+            best = sorted(range(len(ids)), key=lambda i: (scores[i], i), reverse=True)[:k]
+            chosen = sorted(best)
+        before = len(chunks)
+    return chosen
+
+
 @torch.no_grad()
-def next_logits(host, crouter, projector, row, prefix, window):
-    """Logits of the token after `row` (1-D ids), read as `[prefix, soft prompts, raw window]`; float32 `[V]`.
+def next_logits(host, crouter, projector, row, prefix, window, raw=()):
+    """Logits of the token after `row` (1-D ids), read as `[prefix, soft prompts, raw chunks, window]`; float32 `[V]`.
 
     Without a projector the compressed chunks are left out.
     """
@@ -23,6 +54,7 @@ def next_logits(host, crouter, projector, row, prefix, window):
     parts = [embed(row[kept])]
     if projector is not None:
         parts += [projector(crouter.encode(row[chunk][None]))[0] for chunk in chunks]
+    parts += [embed(row[chunks[i]]) for i in raw]
     inputs = torch.cat([*parts, embed(row[rest])])[None]
     positions = torch.arange(inputs.shape[1])[None]
     mask = torch.ones_like(positions)

@@ -33,12 +33,13 @@ def advance(
         InputError: latents that are not finite.
     """
     width = input_ids.shape[1]
-    rows = [reader.extend(row, input_ids[i, row.pad : verified]) for i, row in enumerate(cache.rows)]
+    tokens = [input_ids[i, row.pad : verified] for i, row in enumerate(cache.rows)]
+    rows = [reader.choose(reader.extend(row, ids), ids) for row, ids in zip(cache.rows, tokens, strict=True)]
     compressed = any(row.chunks for row in rows)
-    codes = [
-        row_layout(width - row.pad, row.prefix or 0, [(c.start, c.end) for c in row.chunks], reader.num_latents)
-        for row in rows
-    ]
+    codes = []
+    for row in rows:
+        spans, recalled = ([(c.start, c.end) for c in chunks] for chunks in (row.chunks, row.recalled))
+        codes.append(row_layout(width - row.pad, row.prefix or 0, spans, reader.num_latents, recalled))
     check_capacity(host, reader, max(row.prefix or 0 for row in rows), max(len(code) for code in codes))
     layout = stack_rows(codes, 0 if compressed else width)
     slots = layout.shape[1]
@@ -104,10 +105,15 @@ def capacity(host: Any, reader: Reader, prefix: int) -> int | None:
     """
     positions = getattr(host.config.get_text_config(decoder=True), "max_position_embeddings", None)
     chunk = reader.chunker.chunk_length
-    raw = prefix + reader.window + chunk - 1
-    if not positions or (raw <= positions and not reader.num_latents):
+    latents, raw = reader.num_latents, prefix + reader.window + chunk - 1
+    if not positions or (raw + reader.recall * chunk <= positions and not latents):
         return None
-    chunks = max(0, positions - raw) // reader.num_latents if reader.num_latents else 0
+    room = max(0, positions - raw)
+    recalled = min(reader.recall, room // (latents + chunk))
+    if recalled < reader.recall:  # each chunk takes more slots than it frees
+        left = room - recalled * (latents + chunk)
+        return min(positions, raw) + recalled * chunk + max(0, left - latents)
+    chunks = recalled + (room - recalled * (latents + chunk)) // latents if latents else 0
     return min(positions, raw) + chunks * chunk
 
 
@@ -121,7 +127,9 @@ def check_capacity(host: Any, reader: Reader, prefix: int, slots: int) -> None:
     if not positions or slots <= positions:
         return
     about = "" if reader.chunker.same_tokenizer else "about "
+    recalled = f", {reader.recall} recalled chunks" if reader.recall else ""
     raise CapacityError(
         f"history: expected at most {about}{capacity(host, reader, prefix) or positions} tokens a row (the host's "
-        f"{positions} positions, {prefix} of them raw prefix, window {reader.window}), got a history of {slots} slots"
+        f"{positions} positions, {prefix} of them raw prefix, window {reader.window}{recalled}), "
+        f"got a history of {slots} slots"
     )

@@ -1,13 +1,14 @@
 """A KV cache that knows what stands in each of its slots.
 
-A row reads `[padding | raw prefix | soft prompts of chunks 1..n | raw window]`; `layout [B, S]` (int64, on the CPU)
-holds one code a slot: `PAD`, a token's position in the row (>= 0), or a soft prompt (`< PAD`). What `generate` does to
-the cache (reorder beams, repeat, select, roll back drafts) is mirrored on that state, so the cache carries all of it.
+A row reads `[padding | raw prefix | soft prompts of chunks 1..n | recalled chunks, raw | raw window]`; `layout [B, S]`
+(int64, on the CPU) holds one code a slot: `PAD`, a token's position in the row (>= 0), or a soft prompt (`< PAD`).
+What `generate` does to the cache (reorder beams, repeat, select, roll back drafts) is mirrored on that state, so the
+cache carries all of it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -37,6 +38,23 @@ class CompressedChunk:
 
 
 @dataclass(frozen=True, eq=False)
+class Choice:
+    """The chunks that a row recalled from some length on.
+
+    Attributes:
+        at: tokens of the row when it was made; it depends on nothing later.
+        count: chunks that were compressed then.
+        chunks: numbers of the recalled ones, ascending.
+        scores: why, for each of them: parts of its score by name.
+    """
+
+    at: int
+    count: int
+    chunks: tuple[int, ...]
+    scores: tuple[dict[str, float], ...]
+
+
+@dataclass(frozen=True, eq=False)
 class Row:
     """What the cache knows of one row; all counts in host tokens.
 
@@ -46,6 +64,9 @@ class Row:
         chunks: the compressed spans, contiguous, from `prefix` on.
         pending: the next chunk, already cut but still in the raw window.
         probed: tokens after the last chunk up to which a next chunk was looked for.
+        prompt: tokens of the call's prompt.
+        index: of the chunks, for recall; made when first needed, and may lag behind.
+        choices: what was recalled in this call, one after the other; the last one is in force.
     """
 
     pad: int
@@ -53,6 +74,14 @@ class Row:
     chunks: tuple[CompressedChunk, ...] = ()
     pending: CompressedChunk | None = None
     probed: int = 0
+    prompt: int = 0
+    index: Sized | None = None
+    choices: tuple[Choice, ...] = ()
+
+    @property
+    def recalled(self) -> tuple[CompressedChunk, ...]:
+        """The chunks that stand raw before the window."""
+        return tuple(self.chunks[i] for i in self.choices[-1].chunks) if self.choices else ()
 
     @property
     def raw_start(self) -> int:
@@ -60,7 +89,13 @@ class Row:
         return self.chunks[-1].end if self.chunks else self.prefix or 0
 
 
-def row_layout(length: int, prefix: int, spans: Sequence[tuple[int, int]], num_latents: int) -> torch.Tensor:
+def row_layout(
+    length: int,
+    prefix: int,
+    spans: Sequence[tuple[int, int]],
+    num_latents: int,
+    recalled: Sequence[tuple[int, int]] = (),
+) -> torch.Tensor:
     """Codes of one row's slots, `[slots]`.
 
     Args:
@@ -68,11 +103,13 @@ def row_layout(length: int, prefix: int, spans: Sequence[tuple[int, int]], num_l
         prefix: tokens kept raw at the start.
         spans: compressed spans `(start, end)`, contiguous from `prefix` on.
         num_latents: slots a compressed chunk takes, M; 0 drops them.
+        recalled: those of the spans that stand raw as well, in order.
     """
     if not spans:
         return torch.arange(length)
     soft = PAD - 1 - torch.arange(len(spans) * num_latents)
-    return torch.cat([torch.arange(prefix), soft, torch.arange(spans[-1][1], length)])
+    raw = [torch.arange(start, end) for start, end in (*recalled, (spans[-1][1], length))]
+    return torch.cat([torch.arange(prefix), soft, *raw])
 
 
 def soft_index(codes: torch.Tensor) -> torch.Tensor:
@@ -165,7 +202,8 @@ class CompressedCache(Cache):
             latents = next((len(chunk.soft) for chunk in row.chunks if chunk.soft is not None), 0)
             layout[i, layout[i] >= shared] = STALE
             layout[i, (layout[i] < PAD) & (soft_index(layout[i]) >= len(chunks) * latents)] = STALE
-            rows.append(Row(pad, row.prefix if chunks else None, chunks))
+            index = row.index if row.index is not None and len(chunks) >= len(row.index) else None
+            rows.append(Row(pad, row.prefix if chunks else None, chunks, index=index))
         self.rows, self.layout = tuple(rows), layout
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:

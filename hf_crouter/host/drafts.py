@@ -1,4 +1,4 @@
-"""Assisted decoding: drafts end before the next compaction, so that every draft is judged as if decoded alone."""
+"""Assisted decoding: drafts end before the layout changes next, so that every draft is judged as if decoded alone."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .reader import Reader
 
 
 def trim_drafts(generator: Any, reader: Reader, row: Callable[[], Row]) -> Any:
-    """Makes a candidate generator of transformers hold back the drafts that would follow a compaction.
+    """Makes a candidate generator of transformers hold back the drafts after a compaction or choice of recall.
 
     Args:
         generator: its `get_candidates` is replaced on the instance.
@@ -25,8 +25,8 @@ def trim_drafts(generator: Any, reader: Reader, row: Callable[[], Row]) -> Any:
         ids, logits = draft(input_ids, *args, **kwargs)
         decided, before = input_ids.shape[1], row()
         now = reader.extend(before, ids[0, before.pad : decided])
-        allowed = 0
-        while decided + allowed < ids.shape[1]:
+        allowed, most = 0, min(ids.shape[1], reader.next_choice(now, decided - before.pad) + before.pad - 1)
+        while decided + allowed < most:
             later = reader.extend(now, ids[0, before.pad : decided + allowed + 1])
             if len(later.chunks) > len(now.chunks):
                 break

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from threading import Lock
 from types import MappingProxyType
 from typing import Any
@@ -250,6 +250,7 @@ def open_cache(host: Any, reader: Reader, given: Any, input_ids: torch.Tensor, p
         if len(given.rows) != len(pads):
             raise InputError(f"past_key_values: expected {len(pads)} rows, got {len(given.rows)}")
         given.rebase(input_ids, pads, [verified - pad - reader.window for pad in pads], reader.lookahead)
+        given.rows = tuple(replace(row, prompt=verified - row.pad) for row in given.rows)
         given.heal()
         return given
     if int(given.get_seq_length()):
@@ -260,22 +261,22 @@ def open_cache(host: Any, reader: Reader, given: Any, input_ids: torch.Tensor, p
         longest = full - min(pads)
         if longest < reader.fewest:
             return given
-        room = full
+        room = most = full + reader.recall * reader.num_latents  # recalled chunks stand beside their soft prompts
         if reader.chunker.same_tokenizer:
-            chunks = (longest - reader.window) // reader.chunker.chunk_length
+            length = reader.chunker.chunk_length
+            chunks = (longest - reader.window) // length
             # the prefix is at most what the prompt holds beside its chunks
             prefix = max(
                 (reader.prefix(row[pad:].tolist()) or width for row, pad in zip(input_ids, pads, strict=True))
             )
-            room = (
-                min(pads) + prefix + chunks * reader.num_latents + reader.window + reader.chunker.chunk_length + DRAFTS
-            )
-        cache = CompressedStaticCache(config=config, max_cache_len=min(full, room))
+            soft, recalled = chunks * reader.num_latents, min(chunks, reader.recall) * length
+            room = min(pads) + prefix + soft + recalled + reader.window + length + DRAFTS
+        cache = CompressedStaticCache(config=config, max_cache_len=min(most, room))
     else:
         cache = CompressedDynamicCache(config=config)
         if is_recording(given):
             cache.activate_past_recording()  # assisted decoding armed the cache that this one replaces
-    cache.rows = tuple(Row(pad) for pad in pads)
+    cache.rows = tuple(Row(pad, prompt=verified - pad) for pad in pads)
     cache.layout = torch.empty(len(pads), 0, dtype=torch.long)
     cache.ids = input_ids[:, :0]
     return cache

@@ -2,26 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Sequence, Sized
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
+import numpy as np
 import torch
 from transformers import AutoTokenizer
 
 from ..chunking import Chunker
 from ..compressor import CRouterModel
 from ..errors import InputError, MismatchError
-from .cache import CompressedChunk, Row
+from .cache import Choice, CompressedChunk, Row
 from .projector import Projector
 
 SINKS = 4  # first tokens that attention leans on, arXiv 2309.17453
 ENCODE_BATCH = 8
 
 
+class Chooser(Protocol):
+    """Chooses the chunks that come back raw: a pure function of what it is given.
+
+    Attributes:
+        query: last tokens that it wants to see.
+    """
+
+    query: int
+
+    def __call__(
+        self, index: Any, new: Sequence[np.ndarray], recent: np.ndarray
+    ) -> tuple[Sized, tuple[int, ...], tuple[dict[str, float], ...]]:
+        """The index of all chunks, the numbers of those chosen, ascending, and why: parts of each one's score by name.
+
+        Args:
+            index: of the chunks before, as it was given back; None at first.
+            new: token ids of the chunks since then, `[tokens]` each.
+            recent: last tokens of the row, at most `query`.
+        """
+        ...
+
+
 @dataclass(frozen=True, eq=False)
 class Reader:
-    """The rule that turns a row's tokens into `[raw prefix | chunks | raw window]`.
+    """The rule that turns a row's tokens into `[raw prefix | chunks | recalled chunks, raw | raw window]`.
 
     Attributes:
         window: fewest raw tokens after the last compressed chunk.
@@ -29,6 +53,10 @@ class Reader:
         prefix: tokens of a row to keep raw at its start, from its ids so far; None where that cannot be told yet.
         crouter: encodes the chunks; None where they are dropped.
         projector: makes soft prompts of the latents; None where chunks are dropped.
+        recall: compressed chunks that also stand raw before the window.
+        refresh: they are chosen anew at every multiple of so many tokens of the row, at the prompt's end and whenever
+            a chunk is compressed.
+        chooser: chooses them; needed where `recall` is not 0.
     """
 
     window: int
@@ -36,6 +64,9 @@ class Reader:
     prefix: Callable[[list[int]], int | None]
     crouter: CRouterModel | None = None
     projector: Projector | None = None
+    recall: int = 0
+    refresh: int = 128
+    chooser: Chooser | None = None
 
     @property
     def num_latents(self) -> int:
@@ -89,6 +120,49 @@ class Reader:
     def _cut(self, ids: torch.Tensor):
         chunks = self.chunker.chunk(ids.tolist())
         return zip(chunks.spans, chunks.input_ids, chunks.attention_mask, strict=True)
+
+    def choose(self, row: Row, ids: torch.Tensor) -> Row:
+        """The row with the chunks that its tokens up to the last anchor recall.
+
+        Anchors are the row's lengths at which a choice is made: a function of the tokens and of where the prompt ends,
+        so prefill, stepwise generation, beams and one-pass scores agree.
+
+        Args:
+            row: its chunks, as `extend` gives them.
+            ids: the row's tokens without padding, drafts excluded, `[T]`.
+
+        Raises:
+            InputError: scores that do not fit the chunks.
+        """
+        if not self.recall or self.chooser is None or not row.chunks:
+            return row
+        at = len(ids) - len(ids) % self.refresh
+        if row.choices and row.choices[-1].count == len(row.chunks):
+            at = max(at, row.choices[-1].at)
+            if at == row.choices[-1].at:
+                return row
+        else:
+            at = max(at, min(row.prompt, len(ids)), self._compressed_at(row.chunks[-1], ids))
+        indexed = 0 if row.index is None else len(row.index)
+        new = [ids[chunk.start : chunk.end].cpu().numpy() for chunk in row.chunks[indexed:]]
+        recent = ids[max(0, at - self.chooser.query) : at].cpu().numpy()
+        index, chosen, scores = self.chooser(row.index, new, recent)
+        return replace(row, index=index, choices=(*row.choices, Choice(at, len(row.chunks), chosen, scores)))
+
+    def next_choice(self, row: Row, length: int) -> int:
+        """Tokens of the row, more than `length`, at which recall is chosen anew if no chunk is compressed before."""
+        return (length // self.refresh + 1) * self.refresh if self.recall and row.chunks else sys.maxsize
+
+    def _compressed_at(self, chunk: CompressedChunk, ids: torch.Tensor) -> int:
+        """Tokens of the row at which a chunk was compressed."""
+        length = chunk.end + self.window
+        if self.chunker.same_tokenizer:
+            return length
+        # after a short window it may not have been known yet where the chunk ends
+        step, known = self.chunker.step, ids.tolist()
+        while length < len(ids) and self.chunker.next_chunk(known[:length], chunk.start) is None:
+            length += step - (length - chunk.start) % step
+        return min(length, len(ids))
 
     def fill(self, rows: Sequence[Row], device: torch.device, dtype: torch.dtype) -> tuple[Row, ...]:
         """The rows with soft prompts for every chunk; equal chunks (of beams) are encoded once.

@@ -41,6 +41,28 @@ class ChunkRecord:
 
 
 @dataclass(frozen=True)
+class RecallRecord:
+    """One chunk that came back raw.
+
+    Attributes:
+        row: row of the batch.
+        length: tokens of the row when it was chosen; it stood there until the row's next choice.
+        chunk: its number in the row.
+        scores: why: the parts of its score by name.
+    """
+
+    row: int
+    length: int
+    chunk: int
+    scores: dict[str, float]
+
+    @property
+    def reason(self) -> str:
+        """The parts of the score, such as "bm25 3.1, recency 0.2"."""
+        return ", ".join(f"{name} {value:.1f}" for name, value in self.scores.items())
+
+
+@dataclass(frozen=True)
 class RowRecord:
     """Where one row's tokens stand at the end of the call; counts of slots.
 
@@ -49,17 +71,19 @@ class RowRecord:
         prefix: slots of the raw prefix.
         soft: slots of soft prompts.
         raw: slots of the raw window.
+        recalled: slots of chunks that stand raw before the window.
     """
 
     tokens: int
     prefix: int
     soft: int
     raw: int
+    recalled: int = 0
 
     @property
     def slots(self) -> int:
         """All of the row's slots."""
-        return self.prefix + self.soft + self.raw
+        return self.prefix + self.soft + self.recalled + self.raw
 
 
 @dataclass(frozen=True)
@@ -78,6 +102,7 @@ class HistoryReport:
         archive_tokens: tokens that can be copied, all rows.
         archive_bytes: their ids (and confidences) in main memory, indexes left out.
         index_bytes: bytes of the indexes over them, which are made again when needed.
+        recalls: every chunk of every choice of recall, row after row; the last of a row are those that stand there.
     """
 
     chunks: tuple[ChunkRecord, ...]
@@ -91,20 +116,33 @@ class HistoryReport:
     archive_tokens: int = 0
     archive_bytes: int = 0
     index_bytes: int = 0
+    recalls: tuple[RecallRecord, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain lists and numbers, for JSON."""
         return asdict(self)
+
+    def _recalled(self, row: int) -> list[str]:
+        """One line about the chunks of a row that stand raw now."""
+        records = [record for record in self.recalls if record.row == row]
+        if not records:
+            return []
+        lengths = {record.length for record in records}
+        last = [f"{r.chunk} ({r.reason})" for r in records if r.length == records[-1].length]
+        times = f", chosen {len(lengths)} times" if len(lengths) > 1 else ""
+        return [f"       recalled at {records[-1].length} tokens: chunks {', '.join(last)}{times}"]
 
     def __str__(self) -> str:
         if not self.rows:
             return "Nothing was read yet."
         lines = []
         for i, row in enumerate(self.rows):
+            recalled = f"{row.recalled} recalled, " if row.recalled else ""
             lines.append(
                 f"row {i}: {row.tokens} tokens in {row.slots} slots "
-                f"({row.prefix} prefix, {row.soft} soft, {row.raw} raw window)"
+                f"({row.prefix} prefix, {row.soft} soft, {recalled}{row.raw} raw window)"
             )
+            lines += self._recalled(i)
         if self.chunks:
             lines.append("row  chunk        span  tokens  residual   TRA  copied")
             for c in self.chunks:
@@ -119,7 +157,7 @@ class HistoryReport:
                 f"Copying: {self.copied} tokens came from an archive of {self.archive_tokens:,} tokens "
                 f"({self.archive_bytes:,} bytes of main memory, {self.index_bytes:,} of index)"
             )
-        elif self.chunks and not self.soft:
+        elif self.chunks and not self.soft and not self.recalls:
             lines.append("The chunks are dropped: neither soft prompts nor copying reads them.")
         lines.append(
             f"KV: {self.kv_bytes:,} bytes at the peak of {self.peak_slots} slots; "
@@ -145,12 +183,19 @@ class Trace:
         self.archive = tuple(map(sum, ([len(a) for a in archives], [a.nbytes for a in archives],
                                        [a.index_bytes for a in archives])))  # fmt: skip
         width, batch = cache.width, len(cache.rows)
-        self.rows, self.chunks = [], []
+        self.rows, self.chunks, self.recalls = [], [], []
         for i, row in enumerate(cache.rows):
             length = width - row.pad
             latents = sum(len(c.soft) for c in row.chunks if c.soft is not None)
             prefix = min(row.prefix or 0, length) if row.chunks else 0
-            self.rows.append(RowRecord(length, prefix, latents, length - (row.raw_start if row.chunks else 0)))
+            recalled = sum(c.end - c.start for c in row.recalled)
+            raw = length - (row.raw_start if row.chunks else 0)
+            self.rows.append(RowRecord(length, prefix, latents, raw, recalled))
+            self.recalls += [
+                RecallRecord(i, choice.at, chunk, scores)
+                for choice in row.choices
+                for chunk, scores in zip(choice.chunks, choice.scores, strict=True)
+            ]
             self.chunks += [(i, j, c.start, c.end, c.ids) for j, c in enumerate(row.chunks)]
         self.slots, self.peak = cache.layout.shape[1], cache.peak
         self.kv_bytes = batch * cache.slot_bytes(cache.peak)
@@ -167,7 +212,7 @@ class Trace:
             records.append(ChunkRecord(row, index, start, end, len(ids), residual, accuracy, self.copied[row, index]))
         return HistoryReport(
             tuple(records), tuple(self.rows), self.slots, self.peak, self.kv_bytes, self.kv_bytes_full, self.soft,
-            self.copied.total(), *self.archive,
+            self.copied.total(), *self.archive, recalls=tuple(self.recalls),
         )  # fmt: skip
 
 

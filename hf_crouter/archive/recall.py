@@ -1,0 +1,395 @@
+"""Recall: which compressed chunks matter enough now to be read raw again.
+
+Scores are cheap and depend on a row's tokens alone: lexical overlap with the last tokens (BM25 over token ids, from
+posting lists), recency, and how much copying drew from a chunk. Axes: `N` chunks, `F` features.
+
+Source: BM25 as in Robertson and Zaragoza, "The Probabilistic Relevance Framework" (2009), idf with one added inside.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import zlib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load as load_safetensors
+from safetensors.torch import save as save_safetensors
+from torch import nn
+
+from ..errors import InputError
+from ..storage import replaced_file
+
+K1, B = 1.5, 0.75  # saturation of a token's count, weight of a chunk's length
+QUERY = 512  # last tokens of a row that a scorer is given
+BLOCK = 1024  # chunks a block of posting lists at most: bounds what one merge costs
+Draws = np.ndarray | None  # how much copying drew from each chunk lately
+WEIGHTS, CONFIG = "scorer.safetensors", "scorer.json"
+FEATURES = (
+    "bm25_128", "bm25_512", "rank_128", "rank_512", "log_bm25_128", "log_bm25_512", "recency", "place", "draws",
+    "drawn", "log_chunks",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class _Block:
+    """Posting lists of a run of chunks.
+
+    Attributes:
+        chunks: number of chunks.
+        tokens: ids that occur, ascending, int64.
+        starts: first posting of each token, and the end of the last one's, int64, one longer.
+        where: chunk of each posting, counted from the block's first, ascending within a token, uint16.
+        counts: how often the token stands in the chunk, uint16.
+    """
+
+    chunks: int
+    tokens: np.ndarray
+    starts: np.ndarray
+    where: np.ndarray
+    counts: np.ndarray
+
+    @classmethod
+    def of(cls, chunks: Sequence[np.ndarray]) -> _Block:
+        sizes = [len(chunk) for chunk in chunks]
+        keys = np.concatenate(chunks) * len(chunks) + np.repeat(np.arange(len(chunks)), sizes)
+        keys, counts = np.unique(keys, return_counts=True)
+        return cls._sorted(len(chunks), keys // len(chunks), keys % len(chunks), counts)
+
+    @classmethod
+    def merged(cls, a: _Block, b: _Block) -> _Block:
+        tokens = np.concatenate([np.repeat(block.tokens, np.diff(block.starts)) for block in (a, b)])
+        where = np.concatenate([a.where, b.where + np.uint16(a.chunks)])
+        order = tokens.argsort(kind="stable")  # chunks of a token stay in order
+        counts = np.concatenate([a.counts, b.counts])
+        return cls._sorted(a.chunks + b.chunks, tokens[order], where[order], counts[order])
+
+    @classmethod
+    def _sorted(cls, chunks: int, tokens: np.ndarray, where: np.ndarray, counts: np.ndarray) -> _Block:
+        starts = np.concatenate([[0], (tokens[1:] != tokens[:-1]).nonzero()[0] + 1]) if len(tokens) else np.zeros(0)
+        starts = starts.astype(np.int64)
+        counts = counts.clip(max=np.iinfo(np.uint16).max).astype(np.uint16)
+        return cls(chunks, tokens[starts], np.append(starts, len(tokens)), where.astype(np.uint16), counts)
+
+    @property
+    def nbytes(self) -> int:
+        return self.tokens.nbytes + self.starts.nbytes + self.where.nbytes + self.counts.nbytes
+
+
+@dataclass(frozen=True, eq=False)
+class ChunkIndex:
+    """Posting lists of one row's chunks; a value: extending it gives another one that shares its memory.
+
+    Attributes:
+        blocks: of consecutive chunks, the sizes as in a binary counter, up to `BLOCK`.
+        lengths: tokens of each chunk, int32 `[N]`.
+    """
+
+    blocks: tuple[_Block, ...] = ()
+    lengths: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
+
+    def __len__(self) -> int:
+        """Number of chunks N."""
+        return len(self.lengths)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the index; what it shares with others is counted in full."""
+        return self.lengths.nbytes + sum(block.nbytes for block in self.blocks)
+
+    def extended(self, *chunks: np.ndarray) -> ChunkIndex:
+        """With more chunks behind the others; token ids, integers `[tokens]` each."""
+        if not chunks:
+            return self
+        blocks, pieces = list(self.blocks), [np.asarray(chunk, np.int64) for chunk in chunks]
+        done = 0
+        while done < len(pieces):  # many at once: whole blocks, not one merge after the other
+            taken = 1 << min(BLOCK.bit_length() - 1, (len(pieces) - done).bit_length() - 1)
+            blocks.append(_Block.of(pieces[done : done + taken]))
+            done += taken
+            while len(blocks) > 1 and blocks[-2].chunks <= blocks[-1].chunks:
+                if blocks[-2].chunks + blocks[-1].chunks > BLOCK:
+                    break
+                last = blocks.pop()
+                blocks.append(_Block.merged(blocks.pop(), last))
+        lengths = np.array([len(piece) for piece in pieces], np.int32)
+        return ChunkIndex(tuple(blocks), np.concatenate([self.lengths, lengths]))
+
+    def bm25(self, query: np.ndarray) -> np.ndarray:
+        """BM25 of every chunk, float64 `[N]`; a token that the query repeats counts as often.
+
+        Args:
+            query: token ids, integers `[tokens]`.
+        """
+        scores, total = np.zeros(len(self)), len(self)
+        tokens, repeats = np.unique(np.asarray(query, np.int64), return_counts=True)
+        if not total or not len(tokens):
+            return scores
+        found, occurs = [], np.zeros(len(tokens), np.int64)
+        for block in self.blocks:
+            at = block.tokens.searchsorted(tokens)
+            at[at == len(block.tokens)] = 0  # some other token than the one asked for
+            at = np.where(block.tokens[at] == tokens, at, -1) if len(block.tokens) else np.full(len(tokens), -1)
+            sizes = np.where(at >= 0, block.starts[at + 1] - block.starts[at], 0)
+            occurs += sizes
+            found.append((block, at, sizes))
+        weights = repeats * np.log1p((total - occurs + 0.5) / (occurs + 0.5)) * (K1 + 1)
+        mean = max(float(self.lengths.mean()), 1.0)
+        norms, first = K1 * (1 - B + B * self.lengths / mean), 0
+        for block, at, sizes in found:
+            # the postings of all tokens as one array of places
+            ends = sizes.cumsum()
+            places = np.arange(ends[-1]) + np.repeat(block.starts[at] - (ends - sizes), sizes)
+            where, counts = block.where[places], block.counts[places]
+            last = first + block.chunks
+            parts = np.repeat(weights, sizes) * (counts / (counts + norms[first:last][where]))
+            scores[first:last] = np.bincount(where, parts, minlength=block.chunks)
+            first = last
+        return scores
+
+
+@runtime_checkable
+class Scorer(Protocol):
+    """Says how much each chunk matters now.
+
+    A pure function of what it is given: equal tokens give equal choices, in prefill, step by step and in beams. One
+    that also has `parts` (the same arguments; arrays by name that sum to the scores) has its reasons reported.
+    """
+
+    def scores(self, index: ChunkIndex, recent_ids: np.ndarray, draws: Draws = None) -> np.ndarray:
+        """Higher matters more, `[N]`.
+
+        Args:
+            index: of the row's compressed chunks.
+            recent_ids: last tokens of the row, int64, at most `QUERY`.
+            draws: how much copying drew from each chunk lately, `[N]`; None where that is not known.
+        """
+        ...
+
+
+class _Parts:
+    def parts(self, index: ChunkIndex, recent_ids: np.ndarray, draws: Draws = None) -> dict[str, np.ndarray]:
+        """What the scores are the sum of, by name."""
+        raise NotImplementedError
+
+    def scores(self, index: ChunkIndex, recent_ids: np.ndarray, draws: Draws = None) -> np.ndarray:
+        """See `Scorer.scores`."""
+        return sum(self.parts(index, recent_ids, draws).values(), np.zeros(len(index)))
+
+
+class Bm25Scorer(_Parts):
+    """Lexical overlap with the last tokens.
+
+    Args:
+        last: tokens of the query, at most `QUERY`.
+        recency: share of the best overlap that the latest chunk gets on top; the one before gets half of that, then a
+            third, and so on.
+
+    Raises:
+        InputError: no tokens in the query.
+    """
+
+    def __init__(self, last: int = 128, recency: float = 0.0):
+        if not 1 <= last <= QUERY:
+            raise InputError(f"last: expected 1 to {QUERY} tokens, got {last}")
+        self.last, self.recency = last, recency
+
+    def parts(self, index: ChunkIndex, recent_ids: np.ndarray, draws: Draws = None) -> dict[str, np.ndarray]:
+        """See `Scorer`."""
+        overlap = index.bm25(recent_ids[-self.last :])
+        if not self.recency or not len(index):
+            return {"bm25": overlap}
+        return {"bm25": overlap, "recency": self.recency * overlap.max() * recency(len(index))}
+
+
+class RecencyScorer(_Parts):
+    """The latest chunks."""
+
+    def parts(self, index: ChunkIndex, recent_ids: np.ndarray, draws: Draws = None) -> dict[str, np.ndarray]:
+        """See `Scorer`."""
+        return {"recency": recency(len(index))}
+
+
+class RandomScorer(_Parts):
+    """Any chunks, the same ones for the same tokens; to compare with."""
+
+    def __init__(self, seed: int = 0):
+        self.seed = seed
+
+    def parts(self, index: ChunkIndex, recent_ids: np.ndarray, draws: Draws = None) -> dict[str, np.ndarray]:
+        """See `Scorer`."""
+        seeds = [self.seed, len(index), zlib.crc32(np.asarray(recent_ids, np.int64).tobytes())]
+        return {"random": np.random.default_rng(seeds).random(len(index))}
+
+
+def recency(chunks: int) -> np.ndarray:
+    """1 for the latest chunk, a half for the one before, then a third and so on, `[N]`."""
+    return 1 / np.arange(chunks, 0, -1)
+
+
+def features(index: ChunkIndex, recent_ids: np.ndarray, draws: Draws = None) -> np.ndarray:
+    """What a learned scorer sees of each chunk, float32 `[N, F]`, in the order of `FEATURES`; see `Scorer.scores`."""
+    chunks, drawn = len(index), draws is not None
+    draws = np.zeros(chunks) if draws is None else np.asarray(draws, np.float64)
+    columns, logs, ranks = [], [], []
+    for last in (128, 512):
+        overlap = index.bm25(recent_ids[-last:])
+        columns.append(overlap / max(overlap.max(initial=0), 1e-9))
+        order = overlap.argsort(kind="stable").argsort()
+        ranks.append(order / max(chunks - 1, 1))
+        logs.append(np.log1p(overlap) / 5)
+    columns += [*ranks, *logs, recency(chunks), np.arange(1, chunks + 1) / max(chunks, 1)]
+    columns += [draws / max(draws.sum(), 1e-9), np.full(chunks, float(drawn)), np.full(chunks, math.log1p(chunks) / 8)]
+    return np.stack(columns, axis=1).astype(np.float32)
+
+
+@dataclass(frozen=True)
+class ScorerConfig:
+    """What a learned scorer reads and where it comes from.
+
+    Attributes:
+        hidden_size: width of its one hidden layer.
+        features: names of what it sees of a chunk.
+        training: record of the fit.
+    """
+
+    hidden_size: int = 16
+    features: tuple[str, ...] = FEATURES
+    training: dict[str, Any] = field(default_factory=dict)
+
+
+class LearnedScorer(nn.Module):
+    """A small network over `features`, fitted on what recalling a chunk gained (`hf_crouter.training.scorer`)."""
+
+    def __init__(self, config: ScorerConfig | None = None):
+        super().__init__()
+        self.config = config or ScorerConfig()
+        self.up = nn.Linear(len(self.config.features), self.config.hidden_size)
+        self.down = nn.Linear(self.config.hidden_size, 1)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Features `[N, F]` to scores `[N]`."""
+        return self.down(F.gelu(self.up(inputs), approximate="tanh"))[:, 0]
+
+    @torch.no_grad()
+    def parts(self, index: ChunkIndex, recent_ids: np.ndarray, draws: Draws = None) -> dict[str, np.ndarray]:
+        """See `Scorer`."""
+        inputs = torch.from_numpy(features(index, recent_ids, draws)).to(self.up.weight)
+        return {"learned": self(inputs).double().cpu().numpy()}
+
+    def scores(self, index: ChunkIndex, recent_ids: np.ndarray, draws: Draws = None) -> np.ndarray:
+        """See `Scorer.scores`."""
+        return self.parts(index, recent_ids, draws)["learned"]
+
+    def save(self, folder: str | Path) -> None:
+        """Writes `scorer.safetensors` and `scorer.json`, the JSON, with a checksum, last."""
+        folder = Path(folder)
+        tensors = {name: value.detach().float().cpu().contiguous() for name, value in self.state_dict().items()}
+        data = save_safetensors(tensors, {"format": "pt"})
+        text = json.dumps({**asdict(self.config), "sha256": hashlib.sha256(data).hexdigest()}, indent=1) + "\n"
+        with replaced_file(folder / WEIGHTS) as part:
+            part.write_bytes(data)
+        with replaced_file(folder / CONFIG) as part:
+            part.write_text(text, encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: str | Path) -> LearnedScorer:
+        """Reads what `save` wrote.
+
+        Raises:
+            InputError: missing, truncated or altered files, or a scorer of another version's features.
+        """
+        folder = Path(folder)
+        try:
+            record = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+            checksum = record.pop("sha256")
+            config = ScorerConfig(**{**record, "features": tuple(record["features"])})
+            data = (folder / WEIGHTS).read_bytes()
+        except OSError as error:
+            raise InputError(
+                f"{folder}: expected {CONFIG} and {WEIGHTS}, cannot be read ({error.strerror})"
+            ) from error
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"{folder / CONFIG}: not a scorer's description ({error})") from error
+        if hashlib.sha256(data).hexdigest() != checksum:
+            raise InputError(f"{folder / WEIGHTS}: truncated or altered since it was written (checksum differs)")
+        if config.features != FEATURES:
+            raise InputError(
+                f"{folder / CONFIG}: expected a scorer of this version's {len(FEATURES)} features, "
+                f"got one of {', '.join(config.features)}"
+            )
+        scorer = cls(config)
+        try:
+            scorer.load_state_dict(load_safetensors(data))
+        except (SafetensorError, RuntimeError) as error:
+            line = str(error).splitlines()[0]
+            raise InputError(f"{folder / WEIGHTS}: expected the weights of its scorer.json, got {line}") from error
+        return scorer.eval()
+
+
+def make_scorer(scorer: Scorer | str | os.PathLike | None) -> Scorer:
+    """The scorer itself, the learned one in a folder, or BM25 of the last 128 tokens for None.
+
+    Raises:
+        InputError: something that gives no scores, or a folder that holds no scorer of this version.
+    """
+    if scorer is None:
+        return Bm25Scorer()
+    if isinstance(scorer, str | os.PathLike):
+        return LearnedScorer.load(os.fspath(scorer))
+    if not isinstance(scorer, Scorer):
+        raise InputError(f"scorer: expected a folder or an object with scores(), got {type(scorer).__name__}")
+    return scorer
+
+
+def choose(scores: np.ndarray, k: int) -> np.ndarray:
+    """Indices of the `k` highest scores (or of all), ascending, int64; of equal ones the later."""
+    order = np.asarray(scores).argsort(kind="stable")
+    return np.sort(order[max(0, len(order) - k) :])
+
+
+class Recall:
+    """Chooses the `k` chunks of a row that come back raw, with the reasons.
+
+    Args:
+        k: chunks.
+        scorer: says how much each one matters.
+    """
+
+    query = QUERY
+
+    def __init__(self, k: int, scorer: Scorer | None = None):
+        self.k, self.scorer = k, scorer or Bm25Scorer()
+
+    def __call__(
+        self, index: ChunkIndex | None, new: Sequence[np.ndarray], recent: np.ndarray
+    ) -> tuple[ChunkIndex, tuple[int, ...], tuple[dict[str, float], ...]]:
+        """The index with the new chunks in it, the numbers of those chosen, ascending, and the parts of their scores.
+
+        Args:
+            index: of the chunks before; None at first.
+            new: token ids of the chunks since then, integers `[tokens]` each.
+            recent: last tokens of the row, int64, at most `QUERY`.
+
+        Raises:
+            InputError: a scorer that does not give one finite score a chunk.
+        """
+        index = (index or ChunkIndex()).extended(*new)
+        scorer: Any = self.scorer
+        parts = scorer.parts(index, recent) if hasattr(scorer, "parts") else {"score": scorer.scores(index, recent)}
+        for name, values in parts.items():
+            if np.shape(values) != (len(index),) or not np.isfinite(values).all():
+                raise InputError(
+                    f"scorer: expected {len(index)} finite scores, got {name} of shape {np.shape(values)}"
+                )
+        chosen = choose(sum(parts.values(), np.zeros(len(index))), self.k).tolist()
+        return index, tuple(chosen), tuple({n: float(v[i]) for n, v in parts.items()} for i in chosen)
