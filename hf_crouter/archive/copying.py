@@ -301,7 +301,7 @@ class Mixture:
         at = (entries.places, entries.tokens)
         own = scores.float() - (self.normaliser - self.weights[:, 0])[:, None]
         extra = torch.zeros_like(own).index_put_(at, self.added(), accumulate=True)
-        return own.index_put_(at, torch.logaddexp(own[at], extra[at].log()))  # the same value for a token's every order
+        return own.index_put_(at, torch.logaddexp(own[at], extra[at].log()))  # a token's orders write the same
 
     def of(self, targets: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Log-probability of one token a place, `[N]`."""

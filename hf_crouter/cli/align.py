@@ -1,4 +1,4 @@
-"""`hf-crouter align`: stage 2, a projector lets a frozen host read a crouter's latents."""
+"""`hf-crouter align`: stage 2, a projector and a gate let a frozen host read a compressed past."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from ..host.fetch import resolve_host
 from ..host.projector import align_command
 from ..loading import load_host_tokenizer
 from ..training.align import AlignArguments, train_alignment
+from ..training.copying import train_copying
 from .arguments import add_options, from_options, prepared_data
 from .console import print_json
 
 NAME = "align"
-HELP = "train the projector between a frozen host and a crouter (stage 2)"
+HELP = "train the projector and the copying gate between a frozen host and a crouter (stage 2)"
 EXAMPLE = align_command("smollm2-135m", "runs/code/crouter")
 
 
@@ -30,13 +31,24 @@ def run(options: argparse.Namespace) -> int:
     for name in ("host", "crouter"):
         if not getattr(arguments, name):
             raise InputError(f"--{name}: expected a folder or a hub name, got none")
-    arguments.box(1)  # a wrong box is said before the corpora are prepared
+    if arguments.only != "gate":
+        arguments.box(1)  # a wrong box is said before the corpora are prepared
+    arguments.check()
     arguments.host = str(resolve_host(arguments.host))
     tokenizer = load_host_tokenizer(arguments.host)[1]
     arguments.data = prepared_data(options.corpus, arguments.data, arguments.output, tokenizer)
-    record = train_alignment(arguments)
+    records = []
+    if arguments.only != "gate":
+        records.append(train_alignment(arguments))
+    if arguments.only != "projector":
+        records.append(train_copying(arguments))
     if options.json:
-        print_json(record)
-    else:
-        print(f"{record['path']}: {record['steps']:,} steps, {record['final']}")
+        print_json(records)
+        return 0
+    for record in records:
+        if record["stage"] == "align":
+            print(f"{record['path']}: {record['steps']:,} steps, {record['final']}")
+        else:
+            gain = f"{record['held_out_gain']:.4f} nats/token gained on those held out"
+            print(f"{record['path']}: {record['documents']:,} documents, {gain}")
     return 0

@@ -26,12 +26,12 @@ from ..data.tokens import TokenArray
 from ..errors import InputError
 from ..host.projector import Projector, new_projector
 from ..loading import load_crouter, load_host
-from .loop import Batch, LoopArguments, make_accelerator, run_loop
+from .loop import Batch, LoopArguments, device_name, make_accelerator, run_loop
 
 
 @dataclass
 class AlignArguments(LoopArguments):
-    """Arguments of `hf-crouter align`."""
+    """Arguments of `hf-crouter align`; the box of steps, tokens or seconds is that of the projector."""
 
     host: str = field(default="", metadata={"help": "known name, folder or hub name of the frozen host"})
     crouter: str = field(
@@ -46,6 +46,23 @@ class AlignArguments(LoopArguments):
     copy_share: float = field(default=0.2, metadata={"help": "share of batches that copy out of the older chunks"})
     rebuild_share: float = field(default=0.1, metadata={"help": "share of batches that recite the older chunks"})
     hidden_size: int = field(default=576, metadata={"help": "width of the projector's hidden layer"})
+    only: str = field(default="", metadata={"help": "train only the 'projector' or the 'gate' of copying, not both"})
+    gate_documents: int = field(default=400, metadata={"help": "documents that the gate learns from, at most"})
+
+    def check(self) -> None:
+        """Refuses what would only be noticed later.
+
+        Raises:
+            InputError: a length that is none, an unknown part, or a crouter without a folder of its own.
+        """
+        for name in ("keep_first", "window", "target", "gate_documents"):
+            least = 0 if name == "keep_first" else 1
+            if getattr(self, name) < least:
+                raise InputError(f"--{name.replace('_', '-')}: expected at least {least}, got {getattr(self, name)}")
+        if self.only not in ("", "projector", "gate"):
+            raise InputError(f"--only: expected 'projector' or 'gate', got {self.only!r}")
+        if not Path(self.crouter).is_dir():
+            raise InputError(f"{self.crouter}: expected a crouter's local folder, which gets projector and gate")
 
 
 CUE = 64  # tokens of the place to copy from that end the window
@@ -291,6 +308,33 @@ def collate(samples: list[Sample], pad_id: int) -> tuple[torch.Tensor, ...]:
     )
 
 
+@dataclass(frozen=True, eq=False)
+class Pair:
+    """A host and a crouter with their tokenizers, and the chunker that joins them."""
+
+    host: PreTrainedModel
+    host_tokenizer: Any
+    crouter: CRouterModel
+    crouter_tokenizer: Any
+    chunker: Any
+
+
+def load_pair(arguments: AlignArguments, tokens: TokenArray) -> Pair:
+    """Host and crouter that the arguments name.
+
+    Raises:
+        InputError: one of them is missing, or the tokens are of another vocabulary than the host's.
+    """
+    crouter, crouter_tokenizer = load_crouter(arguments.crouter)
+    host, host_tokenizer = load_host(arguments.host, dtype=torch.bfloat16 if arguments.bf16 else torch.float32)
+    if tokens.vocab_size != len(host_tokenizer):
+        raise InputError(
+            f"expected data of the host's tokenizer with {len(host_tokenizer)} entries, got one of {tokens.vocab_size}"
+        )
+    chunker = make_chunker(crouter.config.chunk_length, host_tokenizer, crouter_tokenizer)
+    return Pair(host, host_tokenizer, crouter, crouter_tokenizer, chunker)
+
+
 def train_alignment(arguments: AlignArguments) -> dict[str, Any]:
     """Trains the projector, writes it to the crouter's `projectors/` folder and returns the record.
 
@@ -300,26 +344,16 @@ def train_alignment(arguments: AlignArguments) -> dict[str, Any]:
     Raises:
         InputError: host, crouter or data are missing or do not fit each other, or no document is long enough.
     """
-    for name in ("keep_first", "window", "target"):
-        least = 0 if name == "keep_first" else 1
-        if getattr(arguments, name) < least:
-            raise InputError(f"--{name.replace('_', '-')}: expected at least {least}, got {getattr(arguments, name)}")
-    if not Path(arguments.crouter).is_dir():
-        raise InputError(f"{arguments.crouter}: expected a crouter's local folder, which gets the projector")
+    arguments.check()
     tokens = TokenArray.load(Path(arguments.data) / "train.safetensors")
     accelerator = make_accelerator(arguments)
-    crouter, crouter_tokenizer = load_crouter(arguments.crouter)
-    host, host_tokenizer = load_host(arguments.host, dtype=torch.bfloat16 if arguments.bf16 else torch.float32)
-    if tokens.vocab_size != len(host_tokenizer):
-        raise InputError(
-            f"expected data of the host's tokenizer with {len(host_tokenizer)} entries, got one of {tokens.vocab_size}"
-        )
-    chunker = make_chunker(crouter.config.chunk_length, host_tokenizer, crouter_tokenizer)
+    pair = load_pair(arguments, tokens)
+    host, crouter, chunker = pair.host, pair.crouter, pair.chunker
     projector = new_projector(
         host,
         crouter,
-        host_tokenizer=host_tokenizer,
-        crouter_tokenizer=crouter_tokenizer,
+        host_tokenizer=pair.host_tokenizer,
+        crouter_tokenizer=pair.crouter_tokenizer,
         hidden_size=arguments.hidden_size,
     )
     positions = getattr(host.config.get_text_config(decoder=True), "max_position_embeddings", None)
@@ -344,7 +378,7 @@ def train_alignment(arguments: AlignArguments) -> dict[str, Any]:
         "seconds": round(result.seconds, 1),
         "final": result.final,
         "torch": torch.__version__,
-        "device": torch.cuda.get_device_name() if accelerator.device.type == "cuda" else "cpu",
+        "device": device_name(accelerator.device),
     }
     if accelerator.is_main_process:
         projector.save(folder, training=record)

@@ -113,6 +113,11 @@ def make_accelerator(arguments: LoopArguments) -> Accelerator:
     )
 
 
+def device_name(device: torch.device) -> str:
+    """The GPU's name, or "cpu"."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
 def run_loop(
     module: torch.nn.Module,
     batch: Callable[[int], Batch],
@@ -176,7 +181,7 @@ def run_loop(
 
     model.train()
     share = used()
-    with _progress_bar(title, main, share) as show:
+    with progress_bar(title, main, share) as show:
         while share < 1:
             factor = learning_rate_factor(result.steps, share, arguments.warmup_steps)
             for optimizer in optimizers:
@@ -277,7 +282,7 @@ class _Log:
 
 
 @contextlib.contextmanager
-def _progress_bar(
+def progress_bar(
     title: str, enabled: bool, start: float
 ) -> Iterator[Callable[[float, dict[str, float], float], None]]:
     """A live bar on a terminal; a plain line for each log entry elsewhere.
