@@ -16,7 +16,7 @@ import multiprocessing
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -401,13 +401,20 @@ class Block:
     soft: dict[str, torch.Tensor]
     tra: np.ndarray
     waiting: list[Callable[[], dict]]
-    found: list[dict] | None = None
+    found: list[dict] = field(default_factory=list)
+    kept: dict[tuple[int, str], Candidates] = field(default_factory=dict)  # of the whole block: most arms share them
 
-    def candidates(self, documents: Sequence[int], count: int, kind: str, places: int, device) -> Candidates:
-        """Of some documents of the block, which may come more than once."""
-        if self.found is None:
+    def candidates(self, documents: Sequence[int], count: int, kind: str, places: int, device: Any) -> Candidates:
+        """Of some documents of the block, which may come more than once; `places` of each."""
+        if not self.found:
             self.found = [wait() for wait in self.waiting]
-        return joined([self.found[i][count, kind] for i in documents], places, device)
+        whole = list(documents) == list(range(len(self.rows)))
+        if whole and (count, kind) in self.kept:
+            return self.kept[count, kind]
+        candidates = joined([self.found[i][count, kind] for i in documents], places, device)
+        if whole:
+            self.kept[count, kind] = candidates
+        return candidates
 
 
 class Reader:

@@ -1,6 +1,7 @@
 import argparse
 import itertools
 import json
+import threading
 
 import numpy as np
 import pytest
@@ -18,6 +19,15 @@ from ..tiny import CHUNK, LATENTS, VOCAB, tiny_crouter, tiny_host, tiny_projecto
 
 LAYOUT = Layout(prefix=4, chunk=CHUNK, chunks=4, window=CHUNK, target=CHUNK, latents=LATENTS)
 COUNTS = [2, 4]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Tiny products: several threads only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def make_rows(count=5, seed=0):
@@ -268,7 +278,7 @@ def test_both_stages_and_two_shards_agree_with_one(tmp_path, monkeypatch):
             "2",
             "4",
         ]
-        hgr.run(parser.parse_args([*words, "--workers", "0", "--steps", "30", "--oracle-documents", "2", *more]))
+        hgr.run(parser.parse_args([*words, "--workers", "0", "--steps", "8", "--oracle-documents", "2", *more]))
 
     run("collect", "one", "--pairs", "12", "--workers", "1")
     run("report", "one")
@@ -278,6 +288,13 @@ def test_both_stages_and_two_shards_agree_with_one(tmp_path, monkeypatch):
     assert (
         (pairs["split"] == 1).sum() == 2 * 4 and (pairs["split"] == 0).sum() == 10 * 5 and pairs["loss"].shape[1] == 2
     )
+    threads = [threading.Thread(target=run, args=("collect", "both", "--shard", f"{i}/2")) for i in range(2)]
+    for thread in threads:  # each fits half of the gates, from what both recorded
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(hgr.losses_of(tmp_path / "both", "young", tmp_path).records) == 5
+    assert all(hgr.finished(tmp_path / "both", name).exists() for name in GATES)
     for name in GATES:  # the same gates, so that only the splitting differs
         (tmp_path / "two" / name).mkdir(parents=True)
         for path in (tmp_path / "one" / name).iterdir():
