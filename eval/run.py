@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from eval import demo, hgr, lm_eval_tasks, reconstruction, soft
+from eval import demo, hgr, lm_eval_tasks, reading, reading_step, reconstruction, soft
 from eval.benchmarks import prefill, suffix_index, training
 from hf_crouter.errors import InputError
 
@@ -18,6 +18,8 @@ EXPERIMENTS = {
     "training-gpu": training,
     "lm-eval": lm_eval_tasks,
     "hgr": hgr,
+    "reading": reading,
+    "copy-cpu": reading_step,
 }
 
 

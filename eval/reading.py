@@ -1,0 +1,123 @@
+"""What a host reads of a compressed past: retrieval, next lines, names, residuals against errors, manners."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from eval import reading_code, reading_manners, reading_retrieval
+from eval.documents import Windows
+from eval.reading_arms import ARMS, Bench
+from eval.results import FOLDER, commit, write_result
+from hf_crouter.loading import load_crouter, load_host
+
+PARTS = ("passkey", "kv", "passkey_paraphrased", "kv_paraphrased", "nextline", "identifiers", "residual", "manners")
+RETRIEVAL = ("full", "window", "soft", "copy", "all", "copy_rebuilt")
+NOTES = (
+    "Host: SmolLM2-135M-Instruct, 4-bit weights in bf16; greedy. passkey, kv: prompts 64 tokens shorter than their "
+    "names say, all records of one statement's wording, near misses among them, in the compressed part; question and "
+    "statement end alike before the value (the host fails on paraphrases even with 2k tokens all raw: _paraphrased); "
+    "that form suits copying. full ends at the host's positions. identifiers: names that last stood in "
+    "compressed chunks. nextline: next line that is not empty and has a letter. residual: AUROC of a chunk's residual "
+    "for target tokens that copying brings from it by the true ids and no longer by what is rebuilt. Intervals: "
+    "bootstrap, clustered by package or record; of retrieval by sample."
+)
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments."""
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--host", default="smollm2-135m")
+    parser.add_argument("--crouter", help="the shipped one by default")
+    parser.add_argument("--data", type=Path, required=True, help="folder of eval.documents: young and prose")
+    parser.add_argument("--save", type=Path, help="folder for single samples, JSON lines")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[4096, 8192, 32768, 131072])
+    parser.add_argument("--arms", nargs="+", choices=["full", *ARMS], help="instead of each part's own")
+    parser.add_argument("--samples", type=int, default=50, help="of a cell of retrieval, and near matches")
+    parser.add_argument("--documents", type=int, default=375, help="of nextline")
+    parser.add_argument("--each", type=int, default=2, help="lines a document of nextline")
+    parser.add_argument("--scored", type=int, default=96, help="documents of a set, of identifiers and residual")
+    parser.add_argument("--free", type=int, default=32, help="documents of temperatures and loops")
+    parser.add_argument("--tokens", type=int, default=256, help="freely generated ones of loops")
+    parser.add_argument("--rebuilt-length", type=int, default=32768, help="longest prompts of copy_rebuilt")
+    parser.add_argument("--window", type=int, default=512)
+    parser.add_argument("--batch", type=int, help="rows at once: 64 on an accelerator, else 2")
+    parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--result", default="reading")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Runs the parts one after the other; each is written as soon as it is measured."""
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    cuda = torch.cuda.is_available()
+    device, dtype = ("cuda", torch.bfloat16) if cuda else ("cpu", torch.float32)
+    host, tokenizer = load_host(args.host, device, dtype)
+    crouter, _ = load_crouter(args.crouter, device, dtype)
+    sets = {name: Windows.load(args.data, name) for name in ("young", "prose")}
+    batch = args.batch or (64 if cuda else 2)
+    bench = Bench(host, tokenizer, crouter, sets, args.window, batch, args.save, args.seed)
+    for name, part in parts(bench, args).items():
+        start = time.monotonic()
+        metrics = part()
+        metrics[f"{name}.seconds"] = time.monotonic() - start
+        path = write_part(args, name, metrics)
+        print(f"{name}: {metrics[f'{name}.seconds']:.0f} s, {path}", file=sys.stderr, flush=True)
+
+
+def parts(bench: Bench, args: argparse.Namespace, shape: reading_code.Shape | None = None
+          ) -> dict[str, Callable[[], dict[str, float]]]:  # fmt: skip
+    """What to run, by name, in the order of `PARTS`; scores are shared between parts."""
+    shape = shape or reading_code.Shape(window=bench.window)
+    scores = reading_code.Scores(bench, shape, args.scored)
+    longest = {"copy_rebuilt": args.rebuilt_length}
+
+    def arms(*names: str) -> list[str]:
+        return args.arms or list(names)
+
+    def retrieval(task: str) -> Callable[[], dict[str, float]]:
+        # paraphrases: one length that every arm can read
+        lengths = [n for n in args.lengths if n <= bench.positions][-1:] if "_" in task else args.lengths
+        return lambda: reading_retrieval.retrieval(bench, task, lengths, arms(*RETRIEVAL), args.samples, longest)
+
+    def manners() -> dict[str, float]:
+        found = reading_manners.near_matches(bench, arms("window", "copy", "full"), args.lengths[0], args.samples)
+        found |= reading_manners.temperatures(bench, shape, arms("window", "copy"), args.free)
+        return found | reading_manners.loops(
+            bench, shape, arms("window", "copy", "copy_generated"), args.free, args.tokens
+        )
+
+    known: dict[str, Callable[[], dict[str, float]]] = {name: retrieval(name) for name in PARTS[:4]}
+    known["nextline"] = lambda: reading_code.next_lines(
+        bench, shape, arms("full", "window", "copy", "all"), args.documents, args.each
+    )
+    known["identifiers"] = lambda: reading_code.identifiers(scores, arms("full", "window", "soft", "copy", "all"))
+    known["residual"] = lambda: reading_code.residuals(scores, list(bench.sets))
+    known["manners"] = manners
+    return {name: known[name] for name in PARTS if name in args.parts}
+
+
+def write_part(args: argparse.Namespace, name: str, metrics: dict[str, float]) -> Path:
+    """Adds a part's figures to the result, keeping those of the same commit's other parts."""
+    path = Path(os.environ.get("CROUTER_RESULTS", FOLDER)) / f"{args.result}.json"
+    old: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    same = old.get("commit") == commit()
+    about = dict(old["config"].get("parts", {})) if same else {}
+    kept = {key: value for key, value in old["metrics"].items() if not _belongs(key, name)} if same else {}
+    keys = ("lengths", "arms", "samples", "documents", "each", "scored", "free", "tokens", "window", "seed", "batch")
+    about[name] = {key: getattr(args, key) for key in keys}
+    config = {"host": args.host, "crouter": args.crouter or "crouter-code-mini", "parts": about}
+    return write_result(args.result, {**kept, **metrics}, seed=args.seed, config=config, notes=NOTES)
+
+
+def _belongs(key: str, part: str) -> bool:
+    return key.split(".")[0] == part
