@@ -1,4 +1,4 @@
-"""The figures of `hf-crouter demo`: one file of the standard library, read four ways by the real host."""
+"""The figures of `hf-crouter demo`: one file of the standard library, read six ways by the real host."""
 
 from __future__ import annotations
 
@@ -10,9 +10,6 @@ import json
 from eval.results import write_result
 from hf_crouter.cli.main import main as command
 from hf_crouter.errors import InputError
-
-ARMS = ("window", "compressed", "more_raw_tokens", "full_history")
-"""Keys of the demo's arms, in its order."""
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -31,11 +28,13 @@ def run(args: argparse.Namespace) -> None:
         raise InputError(f"demo: expected exit status 0, got {status}")
     found = json.loads(output.getvalue())
     metrics: dict[str, float] = {"tokens": found["tokens"], "worth": found["worth"]["full_history"]}
-    for name, arm in zip(ARMS, found["arms"], strict=True):
+    for arm in found["arms"]:
+        name = arm["key"]
         metrics |= {f"{name}.loss": arm["loss"], f"{name}.slots": arm["kv_slots"], f"{name}.kv_bytes": arm["kv_bytes"]}
-    for name in ("compressed", "more_raw_tokens"):
-        if found["worth"][name] is not None:
-            metrics[f"{name}.recovered"] = found["worth"][name]
+    for name, share in found["worth"].items():
+        if name != "full_history" and share is not None:
+            metrics[f"{name}.recovered"] = share
+    metrics["copied"] = found["copied"]
     residuals = sorted(chunk["residual"] for chunk in found["chunks"])
     metrics |= {"chunks": len(residuals), "residual.median": residuals[len(residuals) // 2]}
     metrics["tra.mean"] = sum(chunk["accuracy"] for chunk in found["chunks"]) / len(residuals)

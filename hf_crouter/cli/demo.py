@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from ..errors import InputError
-from ..history import CompressedHistory
+from ..history import CompressedHistory, HistoryReport
 from ..host.projector import display_name
 from ..loading import load_crouter, load_host
 from .chunks import calibration_of, chunk_records, print_chunks
@@ -52,25 +52,30 @@ def run(args: argparse.Namespace) -> int:
     say(f"{Path(path).name}: {ids.shape[1]:,} tokens, read by {display_name(host)} "
         f"({str(dtype).removeprefix('torch.')}, {torch.get_num_threads()} threads)")  # fmt: skip
 
-    def history(window: int, soft: bool) -> CompressedHistory:
-        return CompressedHistory(host, crouter, window=window, soft=soft, tokenizer=tokenizer,
-                                 crouter_tokenizer=crouter_tokenizer)  # fmt: skip
+    def history(**options: Any) -> CompressedHistory:
+        return CompressedHistory(host, crouter, tokenizer=tokenizer, crouter_tokenizer=crouter_tokenizer,
+                                 **{"window": args.window, **options})  # fmt: skip
 
-    compressed = scored(lambda: history(args.window, True), ids)
-    report = compressed.pop("report")
-    extra = report.rows[0].soft
-    window = scored(lambda: history(args.window, False), ids)
-    wider = scored(lambda: history(args.window + extra, False), ids)
+    plain: dict[str, Any] = {"soft": False, "copy": False, "recall": 0}
+    everything = scored(history, ids)
+    report = everything.pop("report")
+    extra = report.rows[0].soft + report.rows[0].recalled
     most = args.window + crouter.config.chunk_length - 1
-    arms = [
-        {"history": f"raw window only ({args.window} to {most} tokens)", **window},
-        {"history": f"raw window + {extra} soft prompts (compressed)", **compressed},
-        {"history": f"raw window + {extra} more raw tokens", **wider},
-        {"history": "full history", **scored_full(host, ids)},
-    ]
-    for arm in arms:
+    arms = {
+        "window": {"history": f"raw window only ({args.window} to {most} tokens)",
+                   **scored(lambda: history(**plain), ids)},
+        "soft": {"history": f"+ {report.rows[0].soft} soft prompts",
+                 **scored(lambda: history(**{**plain, "soft": True}), ids)},
+        "copy": {"history": "+ copying from the archive", **scored(lambda: history(**{**plain, "copy": True}), ids)},
+        "all": {"history": ways_of(report), **everything},
+        "more_raw": {"history": f"raw window + {extra} more raw tokens",
+                     **scored(lambda: history(**{**plain, "window": args.window + extra}), ids)},
+        "full": {"history": "full history", **scored_full(host, ids)},
+    }  # fmt: skip
+    for arm in arms.values():
         arm.pop("report", None)
-    verdict = sentence(*(arm["loss"] for arm in arms))
+    shares = worth({key: arm["loss"] for key, arm in arms.items()})
+    verdict = sentence(shares)
     chunks = chunk_records(report, calibration_of(crouter, args.crouter))
     if not args.json:
         print(f"next-token loss on the last {LAST} tokens:")
@@ -78,23 +83,37 @@ def run(args: argparse.Namespace) -> int:
                    Column("KV"), Column("seconds")]  # fmt: skip
         print_table(columns, [
             (a["history"], f"{a['loss']:.4f}", f"{a['kv_slots']:,}", size(a["kv_bytes"]), f"{a['seconds']:.1f}")
-            for a in arms
+            for a in arms.values()
         ])  # fmt: skip
         print(verdict)
-        print("\nthe chunks that stand behind the soft prompts:")
+        print("\nthe compressed chunks:")
         print_chunks(chunks)
         print("\ncontinuation, greedy, with compressed history:")
-    continuation = continue_text(host, tokenizer, history(args.window, True), ids, stream=not args.json)
+    last = history()
+    continuation = continue_text(host, tokenizer, last, ids, stream=not args.json)
+    copied = last.report(residuals=False).copied
     truth = tokenizer.decode(rest)
     if args.json:
         print_json({"file": Path(path).name, "tokens": ids.shape[1], "host": display_name(host),
                     "crouter": display_name(crouter), "dtype": str(dtype).removeprefix("torch."),
-                    "threads": torch.get_num_threads(), "last": LAST, "window": args.window, "arms": arms,
-                    "worth": worth(*(arm["loss"] for arm in arms)), "summary": verdict, "chunks": chunks,
-                    "continuation": continuation, "truth": truth})  # fmt: skip
-    elif len(rest):
+                    "threads": torch.get_num_threads(), "last": LAST, "window": args.window,
+                    "arms": [{"key": key, **arm} for key, arm in arms.items()],
+                    "worth": shares, "summary": verdict, "chunks": chunks,
+                    "continuation": continuation, "copied": copied, "truth": truth})  # fmt: skip
+        return 0
+    print(f"\n{copied} of {CONTINUATION} tokens were copied from the archive.")
+    if len(rest):
         print(f"\nwhat the file says there:\n{truth}")
     return 0
+
+
+def ways_of(report: HistoryReport) -> str:
+    """The three ways as a report shows them."""
+    row = report.rows[0]
+    found = [f"{row.soft} soft prompts"] if row.soft else []
+    found += ["copying"] if report.archive_tokens else []
+    found += [f"{row.recalled} recalled tokens"] if row.recalled else []
+    return "+ " + " + ".join(found or ["nothing"])
 
 
 def standard_file() -> Path:
@@ -150,23 +169,25 @@ def scored_full(host: PreTrainedModel, ids: torch.Tensor) -> dict[str, Any]:
             "seconds": time.perf_counter() - began}  # fmt: skip
 
 
-def worth(window: float, compressed: float, wider: float, full: float) -> dict[str, float | None]:
-    """What full history is worth, nats/token, and the share of it that two ways recover; None where it is nothing."""
-    gain = window - full
-    shares = (None, None) if gain <= 0 else ((window - compressed) / gain, (window - wider) / gain)
-    return {"full_history": gain, "compressed": shares[0], "more_raw_tokens": shares[1]}
+def worth(losses: dict[str, float]) -> dict[str, float | None]:
+    """What full history is worth over the window, nats/token, and the share of it that each way recovers.
+
+    The shares are None where full history is worth nothing.
+    """
+    gain = losses["window"] - losses["full"]
+    shares = {key: (losses["window"] - loss) / gain if gain > 0 else None for key, loss in losses.items()}
+    return {"full_history": gain, **{key: shares[key] for key in ("soft", "copy", "all", "more_raw")}}
 
 
-def sentence(window: float, compressed: float, wider: float, full: float) -> str:
+def sentence(found: dict[str, float | None]) -> str:
     """The table's result in one line, from its figures."""
-    found = worth(window, compressed, wider, full)
-    if found["compressed"] is None or found["more_raw_tokens"] is None:
+    if found["all"] is None:
         return f"On this file full history gains nothing over the window ({found['full_history']:+.4f} nats/token)."
-    better = "more" if found["compressed"] > found["more_raw_tokens"] else "no more"
+    shares = {key: f"{100 * (found[key] or 0):.0f}%" for key in ("soft", "copy", "all", "more_raw")}
     return (
-        f"Full history is worth {found['full_history']:.4f} nats/token here. Soft prompts recover "
-        f"{100 * found['compressed']:.1f}% of it, {better} than as many raw tokens "
-        f"({100 * found['more_raw_tokens']:.1f}%): one file, no interval."
+        f"Full history is worth {found['full_history']:.4f} nats/token here. Recovered of it: soft prompts "
+        f"{shares['soft']}, copying {shares['copy']}, everything on {shares['all']}; as many more raw tokens "
+        f"{shares['more_raw']}. One file, no interval."
     )
 
 
