@@ -1,0 +1,173 @@
+import numpy as np
+import pytest
+
+from hf_crouter.archive import recall
+from hf_crouter.archive.recall import (
+    FEATURES,
+    Bm25Scorer,
+    ChunkIndex,
+    LearnedScorer,
+    RandomScorer,
+    Recall,
+    RecencyScorer,
+    Scorer,
+    ScorerConfig,
+    choose,
+    features,
+    make_scorer,
+)
+from hf_crouter.errors import InputError
+from tests.reference import bm25
+
+
+def drawn(seed, count, vocab=40, longest=30):
+    rng = np.random.default_rng(seed)
+    return [rng.integers(0, vocab, rng.integers(1, longest)) for _ in range(count)]
+
+
+def lists(chunks):
+    return [chunk.tolist() for chunk in chunks]
+
+
+class TestIndex:
+    @pytest.mark.parametrize("count", [1, 2, 3, 7, 20, 33])
+    @pytest.mark.parametrize("at_once", [1, 3, 100])
+    def test_bm25_is_the_formulas(self, count, at_once):
+        chunks, index = drawn(count, count), ChunkIndex()
+        for start in range(0, count, at_once):
+            index = index.extended(*chunks[start : start + at_once])
+        assert len(index) == count
+        for seed in range(3):
+            query = np.random.default_rng(seed).integers(0, 50, 12)
+            np.testing.assert_allclose(index.bm25(query), bm25(lists(chunks), query.tolist()))
+
+    def test_blocks_of_a_bounded_size(self, monkeypatch):
+        monkeypatch.setattr(recall, "BLOCK", 4)
+        chunks, index = drawn(0, 23), ChunkIndex()
+        for start, end in ((0, 1), (1, 6), (6, 7), (7, 8), (8, 9), (9, 23)):
+            index = index.extended(*chunks[start:end])
+            assert max(block.chunks for block in index.blocks) <= 4
+            np.testing.assert_allclose(index.bm25(chunks[3]), bm25(lists(chunks[:end]), chunks[3].tolist()))
+
+    def test_an_older_value_stays_as_it_was_and_its_memory_is_shared(self):
+        chunks = drawn(0, 9)
+        old = ChunkIndex().extended(*chunks[:8])
+        before = old.bm25(chunks[0])
+        one, other = old.extended(chunks[8]), old.extended(chunks[0])
+        assert one.blocks[0] is other.blocks[0] is old.blocks[0]
+        np.testing.assert_array_equal(old.bm25(chunks[0]), before)
+        np.testing.assert_allclose(one.bm25(chunks[0]), bm25(lists(chunks), chunks[0].tolist()))
+
+    def test_nothing_to_find(self):
+        assert not len(ChunkIndex().bm25(np.array([1, 2])))
+        assert ChunkIndex().extended().bm25(np.array([], np.int64)).shape == (0,)
+        index = ChunkIndex().extended(np.array([1, 2]), np.array([3]))
+        assert not index.bm25(np.array([9])).any() and not index.bm25(np.array([], np.int64)).any()
+
+    def test_narrow_ids(self):
+        wide, narrow = np.array([65535, 3, 3]), np.array([65535, 3, 3], np.uint16)
+        np.testing.assert_array_equal(
+            ChunkIndex().extended(narrow, wide[1:]).bm25(narrow), ChunkIndex().extended(wide, narrow[1:]).bm25(wide)
+        )
+
+
+class TestChoice:
+    @pytest.mark.parametrize("k", [0, 1, 3, 10, 99])
+    def test_the_best_ascending_and_of_equals_the_later(self, k):
+        for seed in range(20):
+            scores = np.random.default_rng(seed).integers(0, 4, 10).astype(float)
+            expected = sorted(sorted(range(10), key=lambda i: (scores[i], i))[max(0, 10 - k) :])
+            assert choose(scores, k).tolist() == expected
+
+    def test_a_chunk_that_is_quoted_comes_back(self):
+        rng = np.random.default_rng(0)
+        chunks = [rng.integers(0, 5000, 64) for _ in range(50)]
+        for quoted in (0, 17, 49):
+            recent = np.concatenate([rng.integers(0, 5000, 100), chunks[quoted][20:40]])
+            index, chosen, scores = Recall(1)(None, chunks, recent)
+            assert chosen == (quoted,) and set(scores[0]) == {"bm25"} and len(index) == 50
+
+    def test_an_older_index_is_extended(self):
+        chunks, recent = drawn(0, 12), drawn(1, 1)[0]
+        index = Recall(3)(None, chunks[:7], recent)[0]
+        whole, steps = Recall(3)(None, chunks, recent), Recall(3)(index, chunks[7:], recent)
+        assert whole[1] == steps[1]
+        assert [part["bm25"] for part in whole[2]] == pytest.approx([part["bm25"] for part in steps[2]])
+
+    def test_only_the_last_tokens_ask(self):
+        index, query = ChunkIndex().extended(*drawn(0, 9)), drawn(1, 1, longest=20)[0]
+        longer = np.concatenate([drawn(2, 1)[0], query])
+        np.testing.assert_array_equal(
+            Bm25Scorer(len(query)).scores(index, query), Bm25Scorer(len(query)).scores(index, longer)
+        )
+
+    def test_recency(self):
+        index, recent = ChunkIndex().extended(*drawn(0, 5)), drawn(1, 1)[0]
+        assert choose(RecencyScorer().scores(index, recent), 2).tolist() == [3, 4]
+        overlap = Bm25Scorer().scores(index, recent)
+        np.testing.assert_allclose(
+            Bm25Scorer(recency=0.5).scores(index, recent), overlap + overlap.max() * 0.5 / np.array([5, 4, 3, 2, 1])
+        )
+
+    def test_random_is_a_function_of_tokens_and_seed(self):
+        index, recent = ChunkIndex().extended(*drawn(0, 50)), drawn(1, 1)[0]
+        same = RandomScorer(3).scores(index, recent)
+        np.testing.assert_array_equal(same, RandomScorer(3).scores(index, recent.astype(np.uint16)))
+        assert (same != RandomScorer(4).scores(index, recent)).any()
+        assert (same != RandomScorer(3).scores(index, recent[1:])).any()
+
+
+class TestLearned:
+    def test_features(self):
+        chunks, recent = drawn(0, 9), drawn(1, 1)[0]
+        index = ChunkIndex().extended(*chunks)
+        found = features(index, recent)
+        assert found.shape == (9, len(FEATURES)) and found.dtype == np.float32 and np.isfinite(found).all()
+        by_name = dict(zip(FEATURES, found.T, strict=True))
+        overlap = index.bm25(recent)
+        assert by_name["bm25_128"].argmax() == by_name["rank_128"].argmax() == overlap.argmax()
+        assert by_name["bm25_128"].max() == by_name["rank_128"].max() == 1
+        assert not by_name["draws"].any() and not by_name["drawn"].any()
+        with_draws = dict(zip(FEATURES, features(index, recent, np.arange(9)).T, strict=True))
+        assert with_draws["draws"].argmax() == 8 and with_draws["drawn"].all()
+        assert features(index, np.array([99], np.int64)).shape == (9, len(FEATURES))
+        assert features(ChunkIndex(), recent).shape == (0, len(FEATURES))
+
+    def test_saved_and_loaded(self, tmp_path):
+        scorer, index, recent = LearnedScorer(), ChunkIndex().extended(*drawn(0, 9)), drawn(1, 1)[0]
+        scorer.save(tmp_path)
+        loaded = make_scorer(tmp_path)
+        assert isinstance(loaded, LearnedScorer) and loaded.config == scorer.config
+        np.testing.assert_array_equal(loaded.scores(index, recent), scorer.scores(index, recent))
+        np.testing.assert_allclose(scorer.parts(index, recent)["learned"], scorer.scores(index, recent))
+
+    def test_what_is_no_scorer_of_this_version(self, tmp_path):
+        with pytest.raises(InputError, match="cannot be read"):
+            make_scorer(tmp_path)
+        LearnedScorer(ScorerConfig(features=("bm25",))).save(tmp_path)
+        with pytest.raises(InputError, match="this version's"):
+            make_scorer(tmp_path)
+        LearnedScorer().save(tmp_path)
+        weights = tmp_path / "scorer.safetensors"
+        weights.write_bytes(weights.read_bytes()[:-1])
+        with pytest.raises(InputError, match="truncated"):
+            make_scorer(tmp_path)
+        (tmp_path / "scorer.json").write_text("[]")
+        with pytest.raises(InputError, match="not a scorer's"):
+            make_scorer(tmp_path)
+
+    def test_any_object_with_scores_is_a_scorer(self):
+        assert isinstance(make_scorer(None), Bm25Scorer)
+        for scorer in (Bm25Scorer(), RecencyScorer(), RandomScorer(), LearnedScorer()):
+            assert isinstance(scorer, Scorer) and make_scorer(scorer) is scorer
+        with pytest.raises(InputError, match="scores"):
+            make_scorer(object())
+
+    @pytest.mark.parametrize("wrong", [np.zeros(2), np.full(3, np.nan)])
+    def test_scores_that_do_not_fit(self, wrong):
+        class Wrong:
+            def scores(self, index, recent_ids, draws=None):
+                return wrong
+
+        with pytest.raises(InputError, match="3 finite scores"):
+            Recall(1, Wrong())(None, drawn(0, 3), np.array([1]))
