@@ -6,7 +6,7 @@ import argparse
 import sys
 
 from eval import demo, hgr, lm_eval_tasks, reading, reading_step, reconstruction, soft
-from eval.benchmarks import prefill, suffix_index, training
+from eval.benchmarks import prefill, recall_choice, suffix_index, training
 from hf_crouter.errors import InputError
 
 EXPERIMENTS = {
@@ -15,6 +15,7 @@ EXPERIMENTS = {
     "soft-mini": soft,
     "compress-cpu": prefill,
     "suffix-index": suffix_index,
+    "recall-choice": recall_choice,
     "training-gpu": training,
     "lm-eval": lm_eval_tasks,
     "hgr": hgr,

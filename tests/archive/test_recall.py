@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+import torch
 
 from hf_crouter.archive import recall
 from hf_crouter.archive.recall import (
@@ -140,6 +141,9 @@ class TestLearned:
         assert isinstance(loaded, LearnedScorer) and loaded.config == scorer.config
         np.testing.assert_array_equal(loaded.scores(index, recent), scorer.scores(index, recent))
         np.testing.assert_allclose(scorer.parts(index, recent)["learned"], scorer.scores(index, recent))
+        with torch.no_grad():
+            expected = scorer(torch.from_numpy(features(index, recent))).numpy()
+        np.testing.assert_allclose(scorer.scores(index, recent), expected, atol=1e-6)
 
     def test_what_is_no_scorer_of_this_version(self, tmp_path):
         with pytest.raises(InputError, match="cannot be read"):
