@@ -283,10 +283,10 @@ class LearnedScorer(nn.Module):
     @torch.no_grad()
     def parts(self, index: ChunkIndex, recent_ids: np.ndarray, draws: Draws = None) -> dict[str, np.ndarray]:
         """See `Scorer`; in NumPy, as a product so small costs torch mostly the waking of its threads."""
-        up, bias, down, shift = (value.double().cpu().numpy() for value in self.parameters())
+        up, bias, down, shift = (value.float().cpu().numpy() for value in self.parameters())
         hidden = features(index, recent_ids, draws) @ up.T + bias
-        hidden *= 0.5 * (1 + np.tanh(math.sqrt(2 / math.pi) * (hidden + 0.044715 * hidden**3)))
-        return {"learned": (hidden @ down.T + shift)[:, 0]}
+        hidden *= 0.5 * (1 + np.tanh(math.sqrt(2 / math.pi) * hidden * (1 + 0.044715 * hidden * hidden)))
+        return {"learned": (hidden @ down.T + shift)[:, 0].astype(np.float64)}
 
     def scores(self, index: ChunkIndex, recent_ids: np.ndarray, draws: Draws = None) -> np.ndarray:
         """See `Scorer.scores`."""
