@@ -1,4 +1,4 @@
-"""`hf-crouter doctor`: whether versions, device, host, tokenizer, crouter and projector fit each other."""
+"""`hf-crouter doctor`: whether versions, device, host, tokenizer, crouter, projector and gate fit each other."""
 
 from __future__ import annotations
 
@@ -22,12 +22,13 @@ from ..host.fetch import cached_host, list_hosts
 from ..host.fingerprint import crouter_fingerprint, host_fingerprint
 from ..host.projector import align_command, find_projector
 from ..loading import load_calibration, load_crouter, load_host
+from ..past import find_gate
 from ..routing.calibration import verdict
 from .console import Column, print_json, print_table
 from .inputs import add_crouter, add_json
 
 NAME = "doctor"
-HELP = "check that versions, device, host, tokenizer, crouter and projector fit; exit status 1 if one does not"
+HELP = "check that versions, device, host, tokenizer, crouter, projector and gate fit; exit 1 if one does not"
 EXAMPLE = "hf-crouter doctor --host smollm2-135m"
 DEFAULT_HOST = "smollm2-135m"
 
@@ -131,6 +132,14 @@ def parts(host_name: str | None, crouter_name: str | None) -> Iterator[Check]:
     except InputError as error:
         yield Check("projector", "fail", str(error),
                     align_command(name, str(crouter.name_or_path)))  # fmt: skip
+    try:
+        gate = find_gate(crouter, host)
+        own = bool(gate.config.host_fingerprint)
+        yield Check("gate", "ok" if own else "warn",
+                    f"{gate.config.host_name}, fitted on this host" if own else "the generic one: this host has none",
+                    "" if own else f"{align_command(name, str(crouter.name_or_path))} --only gate")  # fmt: skip
+    except InputError as error:
+        yield Check("gate", "fail", str(error), "fit it again: hf-crouter align --only gate")
 
 
 def crouter_checks(crouter: CRouterModel, tokenizer: PreTrainedTokenizerBase, name: str | None) -> Iterator[Check]:

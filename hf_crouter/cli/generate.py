@@ -15,11 +15,12 @@ from ..history import CompressedHistory
 from ..loading import load_crouter, load_host
 from .chunks import calibration_of, chunk_records, print_chunks
 from .console import note, print_json, size
-from .inputs import add_crouter, add_device, add_json, device, host_dtype, positive, read_text, share
+from .inputs import add_crouter, add_device, add_json, count, device, host_dtype, positive, read_text, share
 
 NAME = "generate"
 HELP = "let a host continue a prompt, its past beyond a raw window compressed; only the continuation goes to stdout"
 EXAMPLE = "hf-crouter generate --host smollm2-135m --prompt-file long.py --max-new-tokens 64"
+COPY = {"ids": True, "rebuilt": "rebuilt", "off": False}
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -34,7 +35,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--window", type=positive, default=512, metavar="N",
                         help="fewest raw tokens kept at the end (default: 512)")  # fmt: skip
     parser.add_argument("--chat", action="store_true", help="wrap the prompt in the host's chat template")
-    parser.add_argument("--no-soft", action="store_true", help="drop what is compressed instead of reading it")
+    parser.add_argument("--no-soft", action="store_true", help="no soft prompts of what is compressed")
+    parser.add_argument("--copy", choices=["ids", "rebuilt", "off"], default="ids",
+                        help="copy from the compressed past: its ids (default), or what the latents rebuild")
+    parser.add_argument("--recall", type=count, default=0, metavar="K",
+                        help="compressed chunks that come back raw, chosen anew as the text goes on (default: 0)")
     parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default)")
     parser.add_argument("--top-p", type=share, default=1.0, metavar="P", help="default: 1.0")
     parser.add_argument("--top-k", type=int, default=0, metavar="K", help="0 is off (default)")
@@ -53,8 +58,8 @@ def run(args: argparse.Namespace) -> int:
     inputs = encode(tokenizer, text, chat=args.chat)
     crouter, crouter_tokenizer = load_crouter(args.crouter, device=where)
     history = CompressedHistory(
-        host, crouter, window=args.window, soft=not args.no_soft, tokenizer=tokenizer,
-        crouter_tokenizer=crouter_tokenizer,
+        host, crouter, window=args.window, soft=not args.no_soft, copy=COPY[args.copy], recall=args.recall,
+        tokenizer=tokenizer, crouter_tokenizer=crouter_tokenizer,
     )  # fmt: skip
     sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     if args.temperature:
@@ -70,13 +75,14 @@ def run(args: argparse.Namespace) -> int:
     finally:
         history.detach()
     seconds = time.perf_counter() - began
-    new, report = output[0, inputs.shape[1] :], history.report(residuals=not args.no_soft)
+    new, report = output[0, inputs.shape[1] :], history.report()
     chunks = chunk_records(report, calibration_of(crouter, args.crouter))
     if args.json:
         print_json({
             "text": tokenizer.decode(new, skip_special_tokens=True), "prompt_tokens": inputs.shape[1],
             "new_tokens": len(new), "seconds": seconds, "slots": report.slots, "peak_slots": report.peak_slots,
-            "kv_bytes": report.kv_bytes, "kv_bytes_full": report.kv_bytes_full, "chunks": chunks,
+            "kv_bytes": report.kv_bytes, "kv_bytes_full": report.kv_bytes_full, "copied": report.copied,
+            "archive_bytes": report.archive_bytes, "chunks": chunks,
         })  # fmt: skip
         return 0
     sys.stdout.flush()
@@ -85,6 +91,9 @@ def run(args: argparse.Namespace) -> int:
         print_chunks(chunks, sys.stderr)
         note(f"KV: {size(report.kv_bytes)} in {report.peak_slots:,} slots at the peak; full history would take "
              f"{size(report.kv_bytes_full)}")  # fmt: skip
+        if report.archive_tokens:
+            note(f"copied: {report.copied} of {len(new)} tokens, from an archive of {report.archive_tokens:,} tokens "
+                 f"({size(report.archive_bytes)} of main memory)")  # fmt: skip
     else:
         note(f"nothing was compressed: the text is shorter than the window and one chunk together, "
              f"{args.window} + {crouter.config.chunk_length} tokens")  # fmt: skip

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import time
 from pathlib import Path
 
 import torch
@@ -113,6 +112,13 @@ def kv_bytes(config: PretrainedConfig, dtype: torch.dtype | None = None) -> int:
     return 2 * text.num_hidden_layers * heads * head * torch.empty(0, dtype=saved).element_size()
 
 
+def count(word: str) -> int:
+    """An argument type: a whole number, 0 or more."""
+    if not word.isdecimal():
+        raise argparse.ArgumentTypeError(f"expected a whole number, 0 or more, got {word!r}")
+    return int(word)
+
+
 def share(word: str) -> float:
     """An argument type: a number from 0 to 1."""
     try:
@@ -125,16 +131,6 @@ def share(word: str) -> float:
 
 
 def host_dtype(where: torch.device) -> torch.dtype:
-    """The faster of bfloat16 and float32 on a device: some CPUs only emulate bfloat16."""
-    if where.type != "cpu":
-        return torch.bfloat16
-    seconds = {}
-    for dtype in (torch.bfloat16, torch.float32):
-        left, right = torch.ones(256, 576, dtype=dtype), torch.ones(576, 1536, dtype=dtype)
-        rounds = []
-        for _ in range(6):
-            began = time.perf_counter()
-            torch.mm(left, right)
-            rounds.append(time.perf_counter() - began)
-        seconds[dtype] = min(rounds)
-    return min(seconds, key=lambda dtype: seconds[dtype])
+    """bfloat16 where the device computes in it, else float32: many CPUs only emulate bfloat16, and slowly."""
+    native = where.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()  # as torch's own compiler asks
+    return torch.bfloat16 if native else torch.float32
