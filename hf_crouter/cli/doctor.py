@@ -135,8 +135,8 @@ def parts(host_name: str | None, crouter_name: str | None) -> Iterator[Check]:
     try:
         gate = find_gate(crouter, host)
         own = bool(gate.config.host_fingerprint)
-        yield Check("gate", "ok" if own else "warn",
-                    f"{gate.config.host_name}, fitted on this host" if own else "the generic one: this host has none",
+        yield Check("gate", "ok",
+                    f"{gate.config.host_name}, fitted on this host" if own else "the generic one copies for any host",
                     "" if own else f"{align_command(name, str(crouter.name_or_path))} --only gate")  # fmt: skip
     except InputError as error:
         yield Check("gate", "fail", str(error), "fit it again: hf-crouter align --only gate")

@@ -68,6 +68,20 @@ def test_generate_without_soft_prompts_needs_no_projector(crouter, tiny_host, ca
     assert main([*argv, "--no-soft"]) == 0
 
 
+def test_generate_reads_in_the_ways_that_are_asked_for(pair, capsys):
+    argv = words("generate", pair, "--prompt", TEXT, "--max-new-tokens", 4, "--window", 16, "--json")
+    found = {}
+    for name, more in {"ids": [], "off": ["--copy", "off"], "rebuilt": ["--copy", "rebuilt"],
+                       "recall": ["--recall", "1"]}.items():  # fmt: skip
+        assert main([*argv, *more]) == 0
+        found[name] = json.loads(capsys.readouterr().out)
+    assert found["off"]["archive_bytes"] == found["off"]["copied"] == 0 < found["ids"]["archive_bytes"]
+    assert found["rebuilt"]["archive_bytes"] > found["ids"]["archive_bytes"]  # each token's confidence as well
+    assert found["recall"]["peak_slots"] > found["ids"]["peak_slots"] == found["off"]["peak_slots"]
+    assert main(argv[:-1]) == 0
+    assert "copied: " in capsys.readouterr().err
+
+
 def test_generate_refuses_a_projector_of_another_host_or_crouter(pair, tmp_path, capsys):
     argv = words("generate", pair, "--prompt", TEXT)
     for folder, name in (
@@ -123,7 +137,8 @@ def test_doctor_finds_that_all_fits(pair, capsys):
     Calibration.fit([99.0] * 100, 3, fingerprint).save(pair[0])
     found = checks(capsys, words("doctor", pair), 0)
     assert {"python", "torch", "transformers", "device", "crouter", "calibration", "host", "tokenizers",
-            "projector"} <= set(found)  # fmt: skip
+            "projector", "gate"} <= set(found)  # fmt: skip
+    assert "generic" in found["gate"]["detail"]
     assert all(check["status"] == "ok" for check in found.values()), found
     assert main(words("doctor", pair)) == 0
     assert "what to do" in capsys.readouterr().out
@@ -162,11 +177,13 @@ def test_demo_tells_what_it_measured(pair, long_text, capsys):
     argv = words("demo", pair, "--file", long_text, "--window", 32)
     assert main([*argv, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    window, compressed, wider, full = found["arms"]
+    assert [arm["key"] for arm in found["arms"]] == ["window", "soft", "copy", "all", "more_raw", "full"]
+    window, soft, copy, everything, wider, full = found["arms"]
     assert found["tokens"] == full["kv_slots"] == 1024
-    assert window["kv_slots"] < compressed["kv_slots"] < full["kv_slots"]
-    assert compressed["kv_bytes"] * full["kv_slots"] == full["kv_bytes"] * compressed["kv_slots"]
-    assert f"+ {2 * len(found['chunks'])} more raw" in wider["history"]
+    assert window["kv_slots"] == copy["kv_slots"] < soft["kv_slots"] <= everything["kv_slots"] < full["kv_slots"]
+    assert soft["kv_bytes"] * full["kv_slots"] == full["kv_bytes"] * soft["kv_slots"]
+    assert f"+ {2 * len(found['chunks'])} more raw" in wider["history"] and "copying" in everything["history"]
+    assert copy["loss"] != window["loss"] != soft["loss"] != everything["loss"]
 
     host, tokenizer = load_host(pair[1], dtype=getattr(torch, found["dtype"]))
     ids = torch.tensor([tokenizer(long_text.read_text())["input_ids"]])
@@ -190,9 +207,12 @@ def test_demo_refuses_a_short_text(pair, tmp_path, capsys):
 
 
 def test_demo_sentence_comes_from_the_figures():
-    assert "recover 10.0% of it, more than as many raw tokens (5.0%)" in demo.sentence(3.0, 2.9, 2.95, 2.0)
-    assert "recover -10.0% of it, no more than" in demo.sentence(3.0, 3.1, 2.95, 2.0)
-    assert "gains nothing" in demo.sentence(2.0, 2.0, 2.0, 2.5)
+    losses = {"window": 3.0, "soft": 2.9, "copy": 2.5, "all": 2.2, "more_raw": 3.05, "full": 2.0}
+    found = demo.worth(losses)
+    assert found == pytest.approx({"full_history": 1.0, "soft": 0.1, "copy": 0.5, "all": 0.8, "more_raw": -0.05})
+    text = demo.sentence(found)
+    assert "soft prompts 10%, copying 50%, everything on 80%; as many more raw tokens -5%" in text
+    assert "gains nothing" in demo.sentence(demo.worth({**losses, "full": 3.5}))
 
 
 def test_demo_reads_the_standard_library():
@@ -209,6 +229,6 @@ def test_demo_on_the_real_host(real_host, capsys):
         pytest.skip(str(error))
     assert main(["demo", "--host", str(real_host), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    window, _, _, full = found["arms"]
-    assert full["loss"] < window["loss"] and full["kv_slots"] == 8192
+    loss = {arm["key"]: arm["loss"] for arm in found["arms"]}
+    assert loss["full"] < loss["all"] < loss["copy"] < loss["window"] and found["arms"][-1]["kv_slots"] == 8192
     assert all(chunk["accuracy"] > 0.8 for chunk in found["chunks"])
