@@ -29,12 +29,16 @@ def wheels(argument: str, meter: Meter | None = None) -> Iterator[Document]:
         meter: shows progress.
 
     Raises:
-        InputError: if pip or the index cannot be reached, or an archive is damaged.
+        InputError: if pip or the index cannot be reached, an archive is damaged, or a package holds the texts of
+            benchmarks (`lm_eval`).
     """
     meter = meter or Meter(enabled=False)
     requirements = [entry.strip() for entry in argument.split(",") if entry.strip()]
     if not requirements:
         raise InputError("wheels needs package names: wheels:numpy==2.1.0,flask")
+    for requirement in requirements:
+        if re.match(r"lm[-_.]+eval($|[^A-Za-z0-9_.-])", requirement, re.IGNORECASE):
+            raise InputError(f"wheels: expected packages without evaluation data, got {requirement}")
     return _documents(requirements, meter)
 
 

@@ -207,3 +207,9 @@ def test_a_missing_extra_is_named(monkeypatch):
     monkeypatch.delitem(sys.modules, "hf_crouter.data.hub", raising=False)
     with pytest.raises(InputError, match=r"hf_crouter\[train\]"):
         list(itertools.islice(load_corpus("hub:anything"), 1))
+
+
+@pytest.mark.parametrize("requirement", ["lm_eval", "lm-eval==0.4.13", "LM.Eval[hf]"])
+def test_wheels_refuse_what_holds_benchmarks(requirement):
+    with pytest.raises(InputError, match="evaluation data"):
+        list(load_corpus(f"wheels:six,{requirement}"))
