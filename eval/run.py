@@ -5,14 +5,13 @@ from __future__ import annotations
 import argparse
 import sys
 
-from eval import demo, hgr, lm_eval_tasks, reading, reading_step, reconstruction, soft
+from eval import demo, hgr, lm_eval_tasks, reading, reading_step, reconstruction
 from eval.benchmarks import prefill, recall_choice, suffix_index, training
 from hf_crouter.errors import InputError
 
 EXPERIMENTS = {
     "demo": demo,
     "tra-mini": reconstruction,
-    "soft-mini": soft,
     "compress-cpu": prefill,
     "suffix-index": suffix_index,
     "recall-choice": recall_choice,

@@ -1,6 +1,7 @@
 """The README's tables, made from `eval/results/*.json`: `python -m eval.tables [--check] [FILE]`.
 
-A table stands between `<!-- table: NAME -->` and `<!-- end -->`; NAME is a result's. Nothing else is touched.
+A table stands between `<!-- table: NAME -->` and `<!-- end -->`; NAME is one of `TABLES`, and several may show one
+result. Nothing else is touched.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from eval.results import FOLDER
 from hf_crouter.errors import InputError
@@ -28,7 +29,63 @@ SETS = {
     "prose": "prose",
     "random": "random ids",
 }
-PARTS = {"files": "held-out files", "packages": "held-out packages", "stdlib": "standard library"}
+HGR_SETS = ("young", "files", "packages", "prose")
+FITTED = " †"  # behind arms whose gate was fitted for them, where the others use the shipped one
+HGR_WAYS = {
+    "window": "raw window",
+    "recent_same_slots": "more raw tokens in the soft prompts' slots",
+    "soft": "soft prompts",
+    "shuffled": "soft prompts of another file",
+    "copy_pooled": "copying",
+    "copy_rebuilt_pooled": "copying from rebuilt latents",
+    "soft_copy_pooled": "soft prompts + copying (the defaults)",
+    "recent_same_slots_copy": "more raw tokens in their slots + copying" + FITTED,
+    "last2_copy": "last 2 chunks raw + copying" + FITTED,
+    "recall2_copy_pooled": "recall of 2 + copying",
+    "all_pooled": "soft prompts + copying + recall of 2",
+    "recent_same_slots_recall_copy": "a window longer by their slots + copying" + FITTED,
+    "oracle2_copy": "best 2 chunks, by an oracle, + copying" + FITTED + "‡",
+    "full": "full history",
+    "full_copy_pooled": "full history + copying",
+}
+HGR_DIFFERENCES = {
+    "soft_minus_shuffled": ("soft prompts", "soft prompts of another file"),
+    "soft_copy_pooled.diff": ("soft prompts + copying", "more raw tokens in their slots + copying" + FITTED),
+    "soft_copy.diff": ("soft prompts + copying" + FITTED, "more raw tokens in their slots + copying" + FITTED),
+    "recall2_copy_pooled.diff": ("recall of 2 + copying", "a longer window (1,604 slots) + copying" + FITTED),
+    "all_pooled.diff": ("soft prompts + copying + recall of 2", "a longer window (1,604 slots) + copying" + FITTED),
+    "all.diff": ("soft prompts + copying + recall of 2" + FITTED, "a longer window (1,604 slots) + copying" + FITTED),
+}
+PROSE = {
+    "csv_tables": "CSV tables",
+    "de_law": "German statutes",
+    "dialogue_sgd": "dialogues with assistants",
+    "json_config": "JSON configuration",
+    "latex_math": "LaTeX, mathematics",
+    "logs": "logs",
+    "meetings_qmsum": "transcripts of meetings",
+    "novels_en": "English novels",
+    "speeches_en": "English speeches",
+    "tech_peps": "Python Enhancement Proposals",
+    "wiki_en": "English Wikipedia",
+    "leval_financial_qa": "L-Eval: earnings calls",
+    "leval_gov_report_summ": "L-Eval: government reports",
+    "leval_legal_contract_qa": "L-Eval: contracts",
+    "leval_news_summ": "L-Eval: news",
+    "leval_paper_assistant": "L-Eval: papers",
+    "leval_patent_summ": "L-Eval: patents",
+    "leval_review_summ": "L-Eval: reviews",
+    "leval_tv_show_summ": "L-Eval: television transcripts",
+}
+READERS = {
+    "full": "full history",
+    "window": "raw window",
+    "soft": "soft prompts",
+    "copy": "copying",
+    "copy_rebuilt": "copying from rebuilt latents",
+    "all": "soft prompts + copying + recall of 2",
+}
+SHAPES = {"wide": "6 + 6 layers, 512 wide", "mini": "the shipped one: 2 + 3 layers twice, 448 wide"}
 _BLOCK = re.compile(r"(?P<start><!-- table: (?P<name>\S+) -->\n)(?P<body>.*?)(?P<end><!-- end -->)", re.DOTALL)
 
 
@@ -47,24 +104,150 @@ def tra_table(metrics: dict[str, float]) -> list[str]:
     return lines
 
 
-def soft_table(metrics: dict[str, float]) -> list[str]:
-    """Loss of the host by what it reads, and the share of history's worth that soft prompts recover."""
-    found = {match.groups() for key in metrics if (match := re.match(r"(.+)\.n(\d+)\.loss\.window$", key))}
-    rows = []
-    for part, chunks in sorted(found, key=lambda row: (row[0], int(row[1]))):
-        key = f"{part}.n{chunks}"
-        losses = [
-            _number(metrics.get(f"{key}.loss.{arm}"), 4)
-            for arm in ("window", "recent_same_slots", "soft", "shuffled", "full")
-        ]
-        gains = [_interval(metrics, f"{key}.{name}.hgr") for name in ("soft", "soft_minus_shuffled")]
-        rows.append([PARTS.get(part, part), chunks, *losses, *gains, _number(metrics.get(f"{key}.documents"))])
-    head = ["text", "chunks", "window", "more raw tokens, same slots", "soft", "shuffled", "full",
-            "HGR soft", "HGR soft − shuffled", "documents"]  # fmt: skip
-    lines = _table(head, rows)
-    if rows:
-        lines += ["", "Loss in nats/token; HGR with 95% intervals, clustered by package."]
+def hgr_table(metrics: dict[str, float]) -> list[str]:
+    """What each way recovers of history's worth at 8 chunks, by set, beside the slots that it takes."""
+    rows = [
+        [label, _number(metrics.get(f"young.n8.{arm}.slots")),
+         *(_share(metrics, f"{name}.n8.{arm}.hgr") for name in HGR_SETS)]
+        for arm, label in HGR_WAYS.items()
+    ]  # fmt: skip
+    lines = _table(["way", "KV slots", *HGR_SETS], rows if metrics else [])
+    if metrics:
+        worth = [_per_set(metrics, f"loss.{arm}", lambda value: _number(value, 3)) for arm in ("window", "full")]
+        oracle = {metrics.get(f"{name}.n8.oracle2.documents") for name in HGR_SETS}
+        few = ", ".join(sorted(_number(value) for value in oracle))
+        lines += ["", f"HGR in %, with 95% intervals. † A gate fitted for this way; all others use the shipped gate. "
+                      f"‡ The pair with the least loss on the very tokens that are scored, on {few} documents a set. "
+                      f"Documents: {_per_set(metrics, 'documents', _number)}. Tokens rebuilt, which copying from "
+                      f"latents draws on: {_per_set(metrics, 'tra', lambda value: _percent(value, 1))}. Loss in "
+                      f"nats/token: raw window {worth[0]}; full history {worth[1]}."]  # fmt: skip
     return lines
+
+
+def difference_table(metrics: dict[str, float]) -> list[str]:
+    """Paired differences of HGR at 8 chunks: what wins against what."""
+    rows = [
+        [*labels, *(_share(metrics, f"{name}.n8.{key}", sign=True) for name in HGR_SETS)]
+        for key, labels in HGR_DIFFERENCES.items()
+    ]
+    lines = _table(["way", "minus", *HGR_SETS], rows if metrics else [])
+    return [*lines, "", "HGR in points, paired, with 95% intervals."] if metrics else lines
+
+
+def prose_table(metrics: dict[str, float]) -> list[str]:
+    """What copying recovers by kind of text that is no Python."""
+    rows = [
+        [label, *(_share(metrics, f"prose.{key}.n8.{arm}.hgr") for arm in ("copy_pooled", "copy_rebuilt")),
+         *(_number(metrics.get(f"prose.{key}.n8.loss.{arm}"), 3) for arm in ("window", "full")),
+         _number(metrics.get(f"prose.{key}.n8.documents"))]
+        for key, label in PROSE.items()
+    ]  # fmt: skip
+    unknown = {key.split(".")[1] for key in metrics if re.match(r"prose\.(?!n\d)\w+\.n8\.", key)} - set(PROSE)
+    if unknown:
+        raise ValueError(f"no name for the prose of {', '.join(sorted(unknown))}")
+    head = ["text", "copying", "copying from rebuilt latents" + FITTED, "loss, raw window", "loss, full history",
+            "documents"]  # fmt: skip
+    return _table(head, rows if metrics else [])
+
+
+def nextline_table(metrics: dict[str, float]) -> list[str]:
+    """The next line of code, written greedily."""
+    columns = ("exact", "edit", "right_tokens", "repetition", "known_names")
+    rows = []
+    for arm in ("window", "copy", "all", "full"):
+        keys = [f"nextline.{arm}.{column}" for column in columns]
+        rows.append([READERS[arm], *(_plain(metrics, key) if key.endswith("right_tokens") else _share(metrics, key)
+                                     for key in keys)])  # fmt: skip
+    head = ["what the host reads", "line exact", "edit similarity", "right tokens before the first mistake",
+            "repeated trigrams", "names that the file knows"]  # fmt: skip
+    lines = _table(head, rows if metrics else [])
+    if metrics:
+        gains = [_share(metrics, f"nextline.{arm}_minus_window", sign=True) for arm in ("copy", "all")]
+        lines += ["", f"In %, but for the tokens. {_number(metrics.get('nextline.lines'))} lines of "
+                      f"{_number(metrics.get('nextline.packages'))} packages younger than the host. Exact lines "
+                      f"beyond those of the raw window: copying {gains[0]}, all three ways {gains[1]}."]  # fmt: skip
+    return lines
+
+
+def retrieval_table(metrics: dict[str, float]) -> list[str]:
+    """A fact far back, asked for in the words in which it stands."""
+    rows = []
+    for task, label in (("passkey", "passkey"), ("kv", "value of a key")):
+        for length in ("4k", "8k", "32k", "128k"):
+            keys = [f"{task}.{length}.{arm}.accuracy" for arm in READERS]
+            rows.append([label, length, *(_share(metrics, key, 0) for key in keys)])
+    lines = _table(["what is asked", "prompt", *READERS.values()], rows if metrics else [])
+    if metrics:
+        samples = _number(metrics.get("passkey.4k.copy.samples"))
+        lines += ["", f"Right answers in %, {samples} prompts a row. –: more than the host's positions hold, or not "
+                      f"measured."]  # fmt: skip
+    return lines
+
+
+def identifiers_table(metrics: dict[str, float]) -> list[str]:
+    """Names that the raw window does not hold."""
+    rows = [
+        [READERS[arm], *(_share(metrics, f"identifiers.{arm}.{key}") for key in ("accuracy", "whole"))]
+        for arm in ("window", "soft", "copy", "all", "full")
+    ]
+    lines = _table(["what the host reads", "tokens right", "whole names right"], rows if metrics else [])
+    if metrics:
+        auroc = [_plain(metrics, f"residual.{name}predicts_errors.auroc") for name in ("", "young.", "prose.")]
+        counts = [_number(metrics.get(f"identifiers.{key}")) for key in ("tokens", "names")]
+        lines += ["", f"In %. {counts[0]} tokens of {counts[1]} names that last stood in compressed chunks. How well "
+                      f"a chunk's residual tells the tokens that copying from rebuilt latents loses, AUROC: "
+                      f"{auroc[0]} over code and prose, {auroc[1]} within code, {auroc[2]} within prose."]  # fmt: skip
+    return lines
+
+
+def near_table(metrics: dict[str, float]) -> list[str]:
+    """Records that nearly match: the window holds the corrected value, the compressed past the old one."""
+    rows = [
+        [READERS[arm], *(_share(metrics, f"manners.near.{arm}.{key}", 0) for key in ("right", "wrong_copied"))]
+        for arm in ("window", "copy", "full")
+    ]
+    return _table(["what the host reads", "right value", "the old record's value"], rows if metrics else [])
+
+
+def training_table(metrics: dict[str, float]) -> list[str]:
+    """Throughput of stage 1 by shape and batch."""
+    rows = [
+        [label, batch, _number(metrics.get(f"{shape}.b{batch}.tokens_per_second")),
+         _percent(metrics.get(f"{shape}.b{batch}.mfu"), 1)]
+        for shape, label in SHAPES.items() for batch in ("64", "128")
+    ]  # fmt: skip
+    lines = _table(["crouter", "chunks a step", "tokens/s", "MFU"], rows if metrics else [])
+    if metrics:
+        rate = _number(metrics.get("matrix.flops_per_second", 0) / 1e12)
+        lines += [
+            "",
+            f"MFU: matrix FLOPs of the tokens, over a bfloat16 product timed in the same run: {rate} TFLOP/s.",
+        ]
+    return lines
+
+
+def index_table(metrics: dict[str, float]) -> list[str]:
+    """What copying costs a token, by the length of the past."""
+    columns = (("query.us", 0), ("query.p99.us", 0), ("build.seconds", 2), ("ids.bytes_per_token", 1),
+               ("index.bytes_per_token", 1))  # fmt: skip
+    rows = [
+        [size, *(_number(metrics.get(f"{size}.{key}"), digits) for key, digits in columns)]
+        for size in ("10k", "100k", "1m")
+    ]
+    head = ["tokens archived", "match, µs a token", "99% of them below, µs", "index built, s", "ids, bytes a token",
+            "index, bytes a token"]  # fmt: skip
+    return _table(head, rows if metrics else [])
+
+
+def choice_table(metrics: dict[str, float]) -> list[str]:
+    """What choosing the recalled chunks costs, by how many there are."""
+    columns = (("choose.ms", 1), ("choose.p99.ms", 1), ("append.us", 0), ("bytes_per_chunk", 0))
+    rows = [
+        [size, *(_number(metrics.get(f"{size}.{key}"), digits) for key, digits in columns)]
+        for size in ("100", "2k", "20k")
+    ]
+    head = ["compressed chunks", "choice, ms", "99% of them below, ms", "another chunk, µs", "bytes a chunk"]
+    return _table(head, rows if metrics else [])
 
 
 def compress_table(metrics: dict[str, float]) -> list[str]:
@@ -86,32 +269,59 @@ def compress_table(metrics: dict[str, float]) -> list[str]:
 
 
 def demo_table(metrics: dict[str, float]) -> list[str]:
-    """One file, read four ways: loss, KV slots and KV bytes."""
+    """One file, read six ways: loss, KV slots and KV bytes."""
+    recall = " + recall" if metrics.get("all.slots", 0) > metrics.get("soft.slots", 0) else ""
     labels = {
         "window": "raw window only",
-        "compressed": "raw window + soft prompts of the compressed past",
-        "more_raw_tokens": "raw window + as many more raw tokens",
-        "full_history": "full history",
+        "soft": "raw window + soft prompts of the compressed past",
+        "copy": "raw window + copying",
+        "all": "raw window + soft prompts + copying" + recall,
+        "more_raw": "raw window + as many more raw tokens",
+        "full": "full history",
     }
     rows = [
         [label, _number(metrics.get(f"{arm}.loss"), 4), _number(metrics.get(f"{arm}.slots")),
-         _number(metrics.get(f"{arm}.kv_bytes", 0) / 2**20, 1)]
+         _mebibytes(metrics.get(f"{arm}.kv_bytes")), _percent(metrics.get(f"{arm}.recovered"), 1)]
         for arm, label in labels.items()
     ]  # fmt: skip
-    lines = _table(["what the host sees", "loss, nats/token", "KV slots", "KV, MiB"], rows if metrics else [])
+    head = ["what the host sees", "loss, nats/token", "KV slots", "KV, MiB", "recovered of full history's worth"]
+    lines = _table(head, rows if metrics else [])
     if metrics:
-        shares = [_percent(metrics.get(f"{arm}.recovered"), 1) for arm in ("compressed", "more_raw_tokens")]
         worth = f"Full history is worth {_number(metrics.get('worth'), 3)} nats/token on this file"
-        lines += ["", f"{worth}; soft prompts recover {shares[0]} of it, as many raw tokens {shares[1]}. One file, no "
-                      f"interval. The chunks' mean TRA is {_percent(metrics.get('tra.mean'), 1)}."]  # fmt: skip
+        lines += ["", f"{worth}: one file, no interval. Tokens of the continuation that were copied: "
+                      f"{_number(metrics.get('copied'))}. The chunks' mean TRA is "
+                      f"{_percent(metrics.get('tra.mean'), 1)}."]  # fmt: skip
     return lines
 
 
-TABLES: dict[str, tuple[str, Callable[[dict[str, float]], list[str]]]] = {
-    "tra-mini": ("none, the crouter alone", tra_table),
-    "soft-mini": (HOST, soft_table),
-    "compress-cpu": (HOST, compress_table),
-    "demo": (HOST, demo_table),
+class Shown(NamedTuple):
+    """What a table shows.
+
+    Attributes:
+        result: name of the result.
+        host: the language model behind the figures.
+        table: its lines, from the metrics.
+    """
+
+    result: str
+    host: str
+    table: Callable[[dict[str, float]], list[str]]
+
+
+TABLES = {
+    "demo": Shown("demo", HOST, demo_table),
+    "hgr": Shown("hgr", HOST, hgr_table),
+    "hgr-differences": Shown("hgr", HOST, difference_table),
+    "hgr-prose": Shown("hgr", HOST, prose_table),
+    "nextline": Shown("reading", HOST, nextline_table),
+    "identifiers": Shown("reading", HOST, identifiers_table),
+    "retrieval": Shown("reading", HOST, retrieval_table),
+    "near-matches": Shown("reading", HOST, near_table),
+    "tra-mini": Shown("tra-mini", "none, the crouter alone", tra_table),
+    "compress-cpu": Shown("compress-cpu", HOST, compress_table),
+    "suffix-index": Shown("suffix-index", "none, the index alone", index_table),
+    "recall-choice": Shown("recall-choice", "none, the choice alone", choice_table),
+    "training-gpu": Shown("training-gpu", "none, the crouter alone", training_table),
 }
 
 
@@ -123,14 +333,14 @@ def render(name: str, folder: Path = FOLDER) -> str:
     """
     if name not in TABLES:
         raise InputError(f"no table is called {name}; there are {', '.join(TABLES)}")
-    host, table = TABLES[name]
-    path = folder / f"{name}.json"
+    source, host, table = TABLES[name]
+    path = folder / f"{source}.json"
     try:
         result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         lines = table(result["metrics"])
         origin = f"Device: {result['device']}. Made by `{result['command']}` ({result['date']})."
     except FileNotFoundError:
-        lines, origin = table({}), f"Device: {MISSING}. Made by `python -m eval.run {name}`."
+        lines, origin = table({}), f"Device: {MISSING}. Made by `python -m eval.run {source}`."
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path}: expected a result of eval.run, got {error!r}") from error
     return "\n".join([*lines, "", f"Host: {host}. {origin}"]) + "\n"
@@ -166,6 +376,10 @@ def _number(value: float | None, digits: int = 0) -> str:
     return "–" if value is None else f"{value:,.{digits}f}"
 
 
+def _mebibytes(value: float | None) -> str:
+    return "–" if value is None else f"{value / 2**20:,.1f}"
+
+
 def _percent(value: float | None, digits: int) -> str:
     return "–" if value is None else f"{100 * value:.{digits}f}%".replace("-", "−")
 
@@ -180,11 +394,27 @@ def _from(tokens: float | None) -> str:
     return f"from {tokens:,.0f} tokens" if tokens else "at every length"
 
 
-def _interval(metrics: dict[str, float], key: str) -> str:
-    value, low, high = (metrics.get(name) for name in (key, f"{key}.lo", f"{key}.hi"))
-    if low is None or high is None:
-        return _percent(value, 1)
-    return f"{_percent(value, 1)} [{_percent(low, 1)}, {_percent(high, 1)}]"
+def _per_set(metrics: dict[str, float], key: str, text: Callable[[float | None], str]) -> str:
+    return ", ".join(f"{name} {text(metrics.get(f'{name}.n8.{key}'))}" for name in HGR_SETS)
+
+
+def _share(metrics: dict[str, float], key: str, digits: int = 1, sign: bool = False) -> str:
+    """A share in per cent, without the sign of it, and its interval."""
+    return _with_interval(metrics, key, 100, digits, "+" if sign else "")
+
+
+def _plain(metrics: dict[str, float], key: str) -> str:
+    return _with_interval(metrics, key, 1, 2, "")
+
+
+def _with_interval(metrics: dict[str, float], key: str, factor: float, digits: int, sign: str) -> str:
+    if key not in metrics:
+        return "–"
+    value, *ends = (metrics.get(name) for name in (key, f"{key}.lo", f"{key}.hi"))
+    shown = [f"{factor * end:{sign}.{digits}f}".replace("-", "−") for end in (value, *ends) if end is not None]
+    if len(shown) < 3 or value == ends[0] == ends[1]:
+        return shown[0]
+    return f"{shown[0]} [{shown[1]}, {shown[2]}]"
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -50,11 +50,11 @@ def test_a_failing_write_leaves_the_old_result(folder):
 def test_a_command_holds_no_folder_of_a_machine(tmp_path, monkeypatch):
     (tmp_path / "runs/data").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    words = ["soft-mini", "--host", "Qwen/Qwen2.5-Coder-1.5B", "--crouter", "/a/b/crouter-code-mini"]
+    words = ["tra-mini", "--host", "Qwen/Qwen2.5-Coder-1.5B", "--crouter", "/a/b/crouter-code-mini"]
     words += ["--data=/a/data/", "--text", "wikitext2=.carry/text/w.txt", "prose=~/p q.txt", "--parts", "files"]
     words += ["runs/data", "-x", "../y/z", "one/two/three", "0.5", "."]
     assert plain_command(words) == (
-        "python -m eval.run soft-mini --host Qwen/Qwen2.5-Coder-1.5B --crouter crouter-code-mini --data=data "
+        "python -m eval.run tra-mini --host Qwen/Qwen2.5-Coder-1.5B --crouter crouter-code-mini --data=data "
         "--text wikitext2=w.txt 'prose=p q.txt' --parts files data -x z three 0.5 ."
     )
 

@@ -27,14 +27,18 @@ def test_the_readme_shows_what_was_measured(capsys):
 def test_a_result_that_is_missing_is_a_row_that_says_so(name, tmp_path):
     lines = render(name, tmp_path).splitlines()
     assert lines[2].startswith("| not measured yet | ") and lines[2].count("|") == lines[0].count("|")
-    assert lines[-1].startswith("Host: ") and f"`python -m eval.run {name}`" in lines[-1] and len(lines) == 5
+    assert lines[-1].startswith("Host: ") and len(lines) == 5
+    assert f"`python -m eval.run {TABLES[name].result}`" in lines[-1]
 
 
 @pytest.mark.parametrize("name", TABLES)
 def test_host_device_and_command_are_named(name, tmp_path):
-    write(tmp_path, name, {})
+    result = TABLES[name].result
+    write(tmp_path, result, {})
     last = render(name, tmp_path).splitlines()[-1]
-    assert re.fullmatch(rf"Host: .+\. Device: a device\. Made by `python -m eval.run {name} --seed 3` \(.*\)\.", last)
+    assert re.fullmatch(
+        rf"Host: .+\. Device: a device\. Made by `python -m eval.run {result} --seed 3` \(.*\)\.", last
+    )
 
 
 def test_tra_mini(tmp_path):
@@ -46,22 +50,108 @@ def test_tra_mini(tmp_path):
     assert lines[9] == "15,968,160 parameters; trained for 470 seconds on 1,000,000 tokens, MFU –."
 
 
-def test_soft_mini(tmp_path):
-    metrics = {}
-    for part, chunks in (("packages", 10), ("packages", 2), ("files", 8)):
-        key = f"{part}.n{chunks}"
-        metrics |= {f"{key}.loss.{arm}": 1 + n / 10 for n, arm in enumerate(
-            ("full", "soft", "shuffled", "recent_same_slots", "window"))}  # fmt: skip
-        metrics |= {f"{key}.soft.hgr": 0.0314, f"{key}.soft.hgr.lo": -0.01, f"{key}.soft.hgr.hi": 0.057,
-                    f"{key}.soft_minus_shuffled.hgr": -0.002, f"{key}.documents": 48.0}  # fmt: skip
-    write(tmp_path, "soft-mini", metrics)
-    rows = [line.strip("| ").split(" | ") for line in render("soft-mini", tmp_path).splitlines()[2:5]]
-    assert [row[:2] for row in rows] == [
-        ["held-out files", "8"],
-        ["held-out packages", "2"],
-        ["held-out packages", "10"],
-    ]
-    assert rows[0][2:] == ["1.4000", "1.3000", "1.1000", "1.2000", "1.0000", "3.1% [−1.0%, 5.7%]", "−0.2%", "48"]
+def interval(key, value, low, high):
+    return {key: value, f"{key}.lo": low, f"{key}.hi": high}
+
+
+def rows_of(text):
+    return [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("|")][2:]
+
+
+def test_hgr(tmp_path):
+    metrics = {"young.n8.window.slots": 516.0, **interval("young.n8.window.hgr", 0.0, 0.0, 0.0)}
+    metrics |= {"young.n8.copy_pooled.slots": 516.0, **interval("young.n8.copy_pooled.hgr", 0.7281, 0.7025, 0.7537)}
+    metrics |= {"young.n8.copy.hgr": 0.9, **interval("prose.n8.oracle2_copy.hgr", 1.365, 1.28, 1.4781)}
+    metrics |= {f"{name}.n8.oracle2.documents": 150.0 for name in tables.HGR_SETS} | {"young.n8.tra": 0.96071}
+    write(tmp_path, "hgr", metrics)
+    text = render("hgr", tmp_path)
+    rows = {row[0]: row[1:] for row in rows_of(text)}
+    assert rows["raw window"] == ["516", "0.0", "–", "–", "–"]
+    assert rows["copying"] == ["516", "72.8 [70.2, 75.4]", "–", "–", "–"]  # the gate that ships, not the one for it
+    assert rows["best 2 chunks, by an oracle, + copying †‡"] == ["–", "–", "–", "–", "136.5 [128.0, 147.8]"]
+    assert "on 150 documents a set" in text and "young 96.1%, files –" in text
+
+
+def test_only_ways_with_a_gate_of_their_own_are_marked():
+    with_gate = {arm for arm, label in tables.HGR_WAYS.items() if "†" in label}
+    assert with_gate == {arm for arm in tables.HGR_WAYS if arm.endswith("_copy")}
+
+
+def test_hgr_differences(tmp_path):
+    metrics = interval("young.n8.soft_copy.diff", 0.034, 0.0266, 0.0415)
+    write(tmp_path, "hgr", metrics | interval("packages.n8.soft_minus_shuffled", 0.004, -0.005, 0.008))
+    rows = rows_of(render("hgr-differences", tmp_path))
+    assert rows[0][2:] == ["–", "–", "+0.4 [−0.5, +0.8]", "–"]
+    assert rows[2][0].endswith("†") and rows[2][2] == "+3.4 [+2.7, +4.2]"
+
+
+def test_hgr_prose(tmp_path):
+    metrics = interval("prose.logs.n8.copy_pooled.hgr", 0.79, 0.68, 0.86) | {"prose.logs.n8.documents": 16.0}
+    write(tmp_path, "hgr", metrics | {"prose.n8.tra": 0.6})
+    row = next(row for row in rows_of(render("hgr-prose", tmp_path)) if row[0] == "logs")
+    assert row == ["logs", "79.0 [68.0, 86.0]", "–", "–", "–", "16"]
+    write(tmp_path, "hgr", {"prose.recipes.n8.documents": 3.0})
+    with pytest.raises(InputError, match="no name for the prose of recipes"):
+        render("hgr-prose", tmp_path)
+
+
+def test_reading(tmp_path):
+    metrics = interval("nextline.copy.exact", 0.128, 0.105, 0.151) | interval(
+        "nextline.copy.right_tokens", 3.7, 3, 4.5
+    )
+    metrics |= interval("nextline.copy_minus_window", 0.017, -0.003, 0.032)
+    metrics |= interval("passkey.32k.copy.accuracy", 0.46, 0.32, 0.6) | {"passkey.4k.copy.samples": 50.0}
+    metrics |= interval("identifiers.all.whole", 0.32, 0.27, 0.38)
+    metrics |= interval("manners.near.copy.wrong_copied", 0.96, 0.9, 1.0)
+    write(tmp_path, "reading", metrics)
+    assert rows_of(text := render("nextline", tmp_path))[1] == [
+        "copying", "12.8 [10.5, 15.1]", "–", "3.70 [3.00, 4.50]", "–", "–"
+    ]  # fmt: skip
+    assert "copying +1.7 [−0.3, +3.2], all three ways –." in text
+    assert ["passkey", "32k", "–", "–", "–", "46 [32, 60]", "–", "–"] in rows_of(render("retrieval", tmp_path))
+    assert rows_of(render("identifiers", tmp_path))[3][1:] == ["–", "32.0 [27.0, 38.0]"]
+    assert rows_of(render("near-matches", tmp_path))[1] == ["copying", "–", "96 [90, 100]"]
+
+
+def test_costs(tmp_path):
+    write(tmp_path, "training-gpu", {"wide.b128.mfu": 0.410646, "wide.b128.tokens_per_second": 773930.2})
+    write(tmp_path, "suffix-index", {"1m.query.us": 97.1, "1m.build.seconds": 0.2527})
+    write(tmp_path, "recall-choice", {"2k.choose.ms": 0.9025})
+    assert rows_of(render("training-gpu", tmp_path))[1] == ["6 + 6 layers, 512 wide", "128", "773,930", "41.1%"]
+    assert rows_of(render("suffix-index", tmp_path))[2] == ["1m", "97", "–", "0.25", "–", "–"]
+    assert rows_of(render("recall-choice", tmp_path))[1] == ["2k", "0.9", "–", "–", "–"]
+
+
+def test_demo(tmp_path):
+    metrics = {"worth": 0.4925, "tra.mean": 0.933, "copied": 12.0, "soft.slots": 1135.0, "all.slots": 1135.0}
+    metrics |= {"all.loss": 2.1, "all.kv_bytes": 3 * 2.0**20, "all.recovered": -0.0123}
+    write(tmp_path, "demo", metrics)
+    text = render("demo", tmp_path)
+    assert rows_of(text)[3] == ["raw window + soft prompts + copying", "2.1000", "1,135", "3.0", "−1.2%"]
+    assert rows_of(text)[0][1:] == ["–"] * 4 and "worth 0.492 nats/token" in text and "copied: 12." in text
+    write(tmp_path, "demo", metrics | {"all.slots": 2159.0})
+    assert rows_of(render("demo", tmp_path))[3][0] == "raw window + soft prompts + copying + recall"
+
+
+def test_what_the_readme_says_beside_its_tables_was_measured():
+    metrics = json.loads((FOLDER / "hgr.json").read_text())["metrics"]
+    copy, everything, longer, fitted, generic = (
+        f"{100 * metrics[f'young.n8.{arm}.hgr']:.0f}%"
+        for arm in ("copy_pooled", "all_pooled", "recent_same_slots_recall_copy", "copy", "copy_generic")
+    )
+    slots, full = (f"{metrics[f'young.n8.{arm}.slots']:,.0f}" for arm in ("all_pooled", "full"))
+    text = " ".join(README.read_text(encoding="utf-8").split())
+    assert f"copying takes no KV slot and recovers {copy} of what full history is worth" in text
+    assert f"all three ways {everything} with {slots} slots of {full}" in text
+    assert f"where a raw window of {slots} slots that copies as well recovers {longer}" in text
+    assert metrics["young.n8.copy_pooled.slots"] == metrics["young.n8.window.slots"]
+    difference = [f"{100 * metrics[f'young.n8.soft_copy.diff{end}']:.1f}" for end in ("", ".lo", ".hi")]
+    assert "by {} points [{}, {}] on young code".format(*difference) in text
+    ratio = metrics["young.n8.full.slots"] / metrics["young.n8.all_pooled.slots"]
+    assert f"{slots} instead of {full} is {ratio:.1f}x fewer" in text
+    prose = [f"{100 * metrics[f'prose.n8.{key}']:.0f}%" for key in ("tra", "copy_rebuilt_pooled.hgr")]
+    assert "of prose {} of the tokens are rebuilt, and HGR is {}.".format(*prose) in text
+    assert f"The generic gate recovers less than a fitted one: {generic} instead of {fitted} on young code." in text
 
 
 def test_compress_cpu(tmp_path):
@@ -96,7 +186,7 @@ def test_only_what_stands_between_the_markers_changes(tmp_path, capsys):
     ("text", "match"),
     [(TEXT.replace("tra-mini", "nothing"), "no table is called nothing"),
      (TEXT.replace("end", "stop"), "expected <!-- end"),
-     (TEXT.replace("<!-- end -->", "<!-- table: soft-mini -->\n<!-- end -->"), "expected <!-- end")],
+     (TEXT.replace("<!-- end -->", "<!-- table: demo -->\n<!-- end -->"), "expected <!-- end")],
 )  # fmt: skip
 def test_wrong_markers_are_refused(text, match, tmp_path, capsys):
     with pytest.raises(InputError, match=match):
