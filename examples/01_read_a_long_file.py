@@ -3,8 +3,8 @@
     python examples/01_read_a_long_file.py [FILE]
 
 What comes out: the continuation, what the file itself says there, and the report: every compressed chunk with the
-error of its latents, and the bytes of keys and values beside those of the full history. At 64x, soft prompts carry
-the gist and no more: the continuation is fluent, and often not what the file says.
+error of its latents and how many tokens were copied from it, and the bytes of keys and values beside those of the full
+history. Soft prompts carry the gist; exact names come from copying, where the far past said them before.
 """
 
 import argparse

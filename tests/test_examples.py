@@ -46,9 +46,10 @@ def test_read_a_long_file(tmp_path):
     source = Path(graphlib.__file__).read_text(encoding="utf-8")
     assert source.endswith(end.removeprefix("\n").removesuffix("\n") + truth.removeprefix("\n").removesuffix("\n"))
     prefix, soft, raw = map(int, re.search(r"\((\d+) prefix, (\d+) soft, (\d+) raw window\)", report).groups())
-    chunks = re.findall(rf"^ +0 +\d+ +\d+-\d+ +512 +{NUMBER} +\d+%$", report, flags=re.MULTILINE)
+    chunks = re.findall(rf"^ +0 +\d+ +\d+-\d+ +512 +{NUMBER} +\d+% +\d+$", report, flags=re.MULTILINE)
     assert len(chunks) >= 2 and soft == 8 * len(chunks) and raw >= 512
-    used, full = (int(word.replace(",", "")) for word in re.findall(r"([\d,]+) (?:bytes|for the full)", report))
+    kv = report[report.index("KV: ") :]
+    used, full = (int(word.replace(",", "")) for word in re.findall(r"([\d,]+) (?:bytes|for the full)", kv))
     assert used < full
 
 
@@ -95,3 +96,11 @@ def test_autoload_without_the_package(tmp_path):
     ]
     assert "latents: (1, 8, 512)" in out
     assert out.endswith("rebuilt from them:\ndef area(width, height):\n    return width * height\n\n")
+
+
+@pytest.mark.host
+def test_three_ways(tmp_path):
+    out = run("06_three_ways.py", tmp_path, graphlib.__file__)
+    losses = [float(line.split("loss ")[1].split()[0]) for line in out.splitlines() if "  loss " in line]
+    assert len(losses) == 6 and len(set(losses)) == 6 and all(0 < loss < 5 for loss in losses)
+    assert "what was recalled:" in out and "chunk " in out

@@ -21,7 +21,7 @@ EXAMPLE = align_command("smollm2-135m", "runs/code/crouter")
 def configure(parser: argparse.ArgumentParser) -> None:
     """Adds the options."""
     parser.add_argument("--corpus", action="append", default=[], help="corpus to prepare first; may be repeated")
-    parser.add_argument("--json", action="store_true", help="print the record as JSON")
+    parser.add_argument("--json", action="store_true", help="print the records of `projector` and `gate` as JSON")
     add_options(parser, AlignArguments)
 
 
@@ -37,16 +37,16 @@ def run(options: argparse.Namespace) -> int:
     arguments.host = str(resolve_host(arguments.host))
     tokenizer = load_host_tokenizer(arguments.host)[1]
     arguments.data = prepared_data(options.corpus, arguments.data, arguments.output, tokenizer)
-    records = []
+    records = {}
     if arguments.only != "gate":
-        records.append(train_alignment(arguments))
+        records["projector"] = train_alignment(arguments)
     if arguments.only != "projector":
-        records.append(train_copying(arguments))
+        records["gate"] = train_copying(arguments)
     if options.json:
         print_json(records)
         return 0
-    for record in records:
-        if record["stage"] == "align":
+    for part, record in records.items():
+        if part == "projector":
             print(f"{record['path']}: {record['steps']:,} steps, {record['final']}")
         else:
             gain = f"{record['held_out_gain']:.4f} nats/token gained on those held out"

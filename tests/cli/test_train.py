@@ -59,12 +59,15 @@ def test_from_text_files_to_a_crouter_and_its_projector(corpus, tiny_host, tmp_p
 
     words = align(crouter, tiny_host, tmp_path / "align", "--data", str(run / "data"), "--steps", "3", "--json")
     assert main(words) == 0
-    record = json.loads(capsys.readouterr().out)
-    assert record["path"] == str(crouter / "projectors/tiny-host") and record["steps"] == 3
+    records = json.loads(capsys.readouterr().out)
+    assert records["projector"]["path"] == str(crouter / "projectors/tiny-host")
+    assert records["projector"]["steps"] == 3 and records["gate"]["path"] == str(crouter / "gates/tiny-host")
+    assert main([*words, "--only", "gate"]) == 0
+    assert list(json.loads(capsys.readouterr().out)) == ["gate"]
     assert find_projector(load_crouter(crouter)[0], load_host(tiny_host)[0]).config.host_name == "tiny-host"
 
 
-def test_plain_output_is_one_line(corpus, tiny_host, tmp_path, capsys):
+def test_plain_output_is_one_line_a_part(corpus, tiny_host, tmp_path, capsys):
     assert main(train(corpus, tmp_path / "run", "--tokens", "300", "--log-every", "1")) == 0
     out, err = capsys.readouterr()
     crouter = tmp_path / "run/crouter"
@@ -72,8 +75,9 @@ def test_plain_output_is_one_line(corpus, tiny_host, tmp_path, capsys):
     assert "train 100.0%" in err
     words = align(crouter, tiny_host, tmp_path / "a", "--corpus", f"text-files:{corpus[0]}", "--seconds", "0.2")
     assert main(words) == 0
-    out = capsys.readouterr().out
-    assert out.startswith(f"{crouter}/projectors/tiny-host: ") and out.count("\n") == 1
+    projector, gate = capsys.readouterr().out.splitlines()
+    assert projector.startswith(f"{crouter}/projectors/tiny-host: ")
+    assert gate.startswith(f"{crouter}/gates/tiny-host: ") and gate.endswith("on those held out")
 
 
 def test_training_goes_on_from_a_crouter_with_its_own_tokenizer(corpus, tmp_path, capsys):
@@ -122,5 +126,6 @@ def test_bad_input_of_align(crouter, tiny_host, tmp_path, capsys):
     refused(align(crouter, tmp_path / "missing", output, *data), capsys, "no such host folder")
     refused(align(tmp_path / "missing", tiny_host, output, *data), capsys, "expected a crouter's local folder")
     refused(align(crouter, tiny_host, output, *data, "--chunks", "60"), capsys, "documents of 984", "for 60 chunks")
-    refused(align(crouter, tiny_host, output, *data, "--chunks", "500"), capsys, "windows of at most 1024 tokens")
+    refused(align(crouter, tiny_host, output, *data, "--chunks", "600"), capsys, "at most 1024 slots")
+    refused(align(crouter, tiny_host, output, *data, "--only", "all"), capsys, "--only: expected")
     assert not (crouter / "projectors").exists()
