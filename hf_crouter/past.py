@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .archive.copying import CONFIG, Gate, Mixture, collect, generic_gate, mix
+from .archive.copying import CONFIG, Candidates, Gate, Mixture, collect, generic_gate, mix
 from .archive.index import LONGEST
 from .archive.store import Archive, Matches
 from .compressor import CRouterModel
@@ -218,21 +218,16 @@ class Copier:
         mixture = self.mix(matches, scores)
         if mixture is None:
             return scores
-        self._note(mixture, matches, input_ids)
-        return mixture.log_probabilities(scores).to(scores.dtype)
+        mixed, brought = mixture.with_sources(scores)
+        self._note(mixture.candidates, brought, matches, input_ids)
+        return mixed.to(scores.dtype)
 
-    def _note(self, mixture: Mixture, matches: Sequence[Matches], input_ids: torch.Tensor) -> None:
+    def _note(
+        self, entries: Candidates, brought: torch.Tensor, matches: Sequence[Matches], input_ids: torch.Tensor
+    ) -> None:
         """Remembers which tokens would come from the archive: the report asks for those that were taken."""
-        entries, host = mixture.candidates, mixture.host
-        if float(mixture.share.max()) < 0.01:
-            return
-        keys = entries.places * mixture.vocab_size + entries.tokens
-        unique, inverse = torch.unique(keys, return_inverse=True)
-        added = torch.zeros(len(unique), device=keys.device).index_add_(0, inverse, mixture.added())
-        kept = (host.candidates + mixture.weights[entries.places, 0]).exp()
-        own = torch.zeros_like(added).index_put_((inverse,), kept)
-        for key in unique[added > own].tolist():
-            place, token = divmod(key, mixture.vocab_size)
+        which = brought.nonzero()[:, 0]
+        for place, token in set(zip(entries.places[which].tolist(), entries.tokens[which].tolist(), strict=True)):
             where = matches[place].positions
             if len(where):
                 self._brought.setdefault(_step_key(input_ids[place]), {})[token] = int(where[-1])

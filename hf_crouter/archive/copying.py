@@ -297,11 +297,16 @@ class Mixture:
 
     def log_probabilities(self, scores: torch.Tensor) -> torch.Tensor:
         """The whole mixture, `[N, V]`, float32; places without candidates keep the host's."""
+        return self.with_sources(scores)[0]
+
+    def with_sources(self, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The whole mixture, and `[E]`, bool: the archive gives the candidate's token more than the host does."""
         entries = self.candidates
         at = (entries.places, entries.tokens)
         own = scores.float() - (self.normaliser - self.weights[:, 0])[:, None]
         extra = torch.zeros_like(own).index_put_(at, self.added(), accumulate=True)
-        return own.index_put_(at, torch.logaddexp(own[at], extra[at].log()))  # a token's orders write the same
+        kept, brought = own[at], extra[at].log()
+        return own.index_put_(at, torch.logaddexp(kept, brought)), brought > kept  # a token's orders write the same
 
     def of(self, targets: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Log-probability of one token a place, `[N]`."""
