@@ -33,6 +33,7 @@ WEIGHTS, CONFIG = "gate.safetensors", "gate.json"
 _FROM_INDEX, _FROM_HOST = 5, 2  # features of an order
 INDEX_FEATURES = _FROM_INDEX * len(ORDERS) + 3
 HOST_FEATURES = _FROM_HOST * len(ORDERS) + 3
+_SEEN = math.log(0.01)
 _LOWEST = torch.finfo(torch.float32).min
 BLOCK = 64  # places whose whole distribution is held in float32 at once
 
@@ -300,13 +301,14 @@ class Mixture:
         return self.with_sources(scores)[0]
 
     def with_sources(self, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The whole mixture, and `[E]`, bool: the archive gives the candidate's token more than the host does."""
+        """The whole mixture, and `[E]`, bool: the archive brings the candidate, to 1 in 100 or more."""
         entries = self.candidates
         at = (entries.places, entries.tokens)
         own = scores.float() - (self.normaliser - self.weights[:, 0])[:, None]
         extra = torch.zeros_like(own).index_put_(at, self.added(), accumulate=True)
         kept, brought = own[at], extra[at].log()
-        return own.index_put_(at, torch.logaddexp(kept, brought)), brought > kept  # a token's orders write the same
+        # a token's orders write the same
+        return own.index_put_(at, torch.logaddexp(kept, brought)), (brought > kept) & (brought > _SEEN)
 
     def of(self, targets: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Log-probability of one token a place, `[N]`."""

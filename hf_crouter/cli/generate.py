@@ -36,10 +36,19 @@ def configure(parser: argparse.ArgumentParser) -> None:
                         help="fewest raw tokens kept at the end (default: 512)")  # fmt: skip
     parser.add_argument("--chat", action="store_true", help="wrap the prompt in the host's chat template")
     parser.add_argument("--no-soft", action="store_true", help="no soft prompts of what is compressed")
-    parser.add_argument("--copy", choices=["ids", "rebuilt", "off"], default="ids",
-                        help="copy from the compressed past: its ids (default), or what the latents rebuild")
-    parser.add_argument("--recall", type=count, default=0, metavar="K",
-                        help="compressed chunks that come back raw, chosen anew as the text goes on (default: 0)")
+    parser.add_argument(
+        "--copy",
+        choices=["ids", "rebuilt", "off"],
+        default="ids",
+        help="copy from the compressed past: its ids (default), or what the latents rebuild",
+    )
+    parser.add_argument(
+        "--recall",
+        type=count,
+        default=0,
+        metavar="K",
+        help="compressed chunks that come back raw, chosen anew as the text goes on (default: 0)",
+    )
     parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default)")
     parser.add_argument("--top-p", type=share, default=1.0, metavar="P", help="default: 1.0")
     parser.add_argument("--top-k", type=int, default=0, metavar="K", help="0 is off (default)")
