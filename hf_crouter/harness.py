@@ -39,11 +39,13 @@ class _Row:
         index: its place among the requests.
         ids: context and continuation, cut at the left to what fits.
         last: tokens of the continuation.
+        given: a window of a rolling text, not what a model might say: it is archived as it is read.
     """
 
     index: int
     ids: list[int]
     last: int
+    given: bool = False
 
 
 @register_model("crouter")
@@ -129,7 +131,10 @@ class CompressedHFLM(_HFLM):
             disable_tqdm: show no progress.
             override_bs: the harness's own, of no use without automatic batch sizes.
         """
-        rows = [self._row(i, context, continuation) for i, (_, context, continuation) in enumerate(requests)]
+        rows = [
+            self._row(i, context, continuation, given=name is None)  # only rolling windows have no name
+            for i, (name, context, continuation) in enumerate(requests)
+        ]
         compressed = [row for row in rows if self._is_compressed(row)]
         answers: dict[int, tuple[float, bool]] = {}
         held = {row.index for row in compressed}
@@ -152,14 +157,14 @@ class CompressedHFLM(_HFLM):
         bar.close()
         return [answers[i] for i in range(len(requests))]
 
-    def _row(self, index: int, context: list[int], continuation: list[int]) -> _Row:
+    def _row(self, index: int, context: list[int], continuation: list[int], given: bool) -> _Row:
         ids = context + continuation
         most = self.max_length + 1  # the last token is scored, not read
         if len(continuation) >= most:
             raise InputError(f"continuation: expected at most {most - 1} tokens, got {len(continuation)}")
         if len(ids) > most:
             logger.warning("a request of %d tokens is cut at the left to the %d that fit", len(ids), most)
-        return _Row(index, ids[-most:], len(continuation))
+        return _Row(index, ids[-most:], len(continuation), given)
 
     def _is_compressed(self, row: _Row) -> bool:
         return bool(self.history.reader.extend(Row(0), torch.tensor(row.ids[:-1])).chunks)
@@ -175,7 +180,8 @@ class CompressedHFLM(_HFLM):
             dtype=self.mixed_precision_dtype,
             enabled=self.mixed_precision_dtype is not None,
         ):
-            scores, best = self.history.score(ids, max(row.last for row in batch), mask, greedy=True)
+            lasts, given = [row.last for row in batch], batch[0].given
+            scores, best = self.history.score(ids, lasts, mask, given=given, greedy=True)
         return [(float(scores[i, -row.last :].sum()), bool(best[i, -row.last :].all())) for i, row in enumerate(batch)]
 
 
@@ -183,7 +189,8 @@ def _batches(rows: list[_Row], size: int) -> Iterator[list[_Row]]:
     """Rows of about one length together; every row of a batch is longer than the longest of its continuations."""
     batch: list[_Row] = []
     for row in sorted(rows, key=lambda row: -len(row.ids)):
-        if batch and (len(batch) == size or max(other.last for other in [*batch, row]) >= len(row.ids)):
+        full = len(batch) == size or max(other.last for other in [*batch, row]) >= len(row.ids)
+        if batch and (full or batch[0].given != row.given):
             yield batch
             batch = []
         batch.append(row)

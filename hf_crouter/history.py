@@ -42,7 +42,8 @@ class CompressedHistory(HistoryProcessor):
         copy: copy from the compressed past: its own ids (True), or "rebuilt", what the crouter's decoder makes of the
             latents alone, each token weighted by its confidence.
         copy_strength: factor on the weight of copying, 0 to 1.
-        copy_generated: archive generated tokens as well; a model that copies itself tends to loop.
+        copy_generated: archive the tokens generated in the call as well; a model that copies itself tends to loop.
+            In a conversation earlier answers are part of the prompt and archived in any case: `copy_exclude` them.
         copy_exclude: spans `(start, end)` of a row's tokens, counted from its first real one, that may be read but not
             copied.
         gate: weighs copying against the host: a folder or a `Gate`; None finds the host's in the crouter's folder, or
@@ -178,14 +179,17 @@ class CompressedHistory(HistoryProcessor):
         if call.cache is None or not call.cache.compressed or len(call.cache.rows) != len(input_ids):
             return scores
         if call.state is None:
-            call.state = self._copier(call.prompt or input_ids.shape[1], scores.shape[-1])
+            call.state = self._copier(call.prompt or input_ids.shape[1], scores.shape[-1], call.rows)
         return call.state.step(call.cache, input_ids, scores)
 
-    def _copier(self, width: int, vocab_size: int) -> Copier | None:
+    def _copier(
+        self, width: int, vocab_size: int, prompts: int, archived: Sequence[int] | None = None
+    ) -> Copier | None:
         if self.gate is None:
             return None
         past = Past(vocab_size, self.stop_ids, self.copy_exclude, self._rebuild)
-        return Copier(past, self.gate, self.copy_strength, width, None if self.copy_generated else width)
+        limits = None if self.copy_generated else archived or width
+        return Copier(past, self.gate, self.copy_strength, width, limits, prompts)
 
     def _is_long(self, input_ids: torch.Tensor) -> bool:
         return input_ids.shape[1] > self.reader.fewest + 1024  # room for a raw prefix, whose length is not known here
@@ -218,16 +222,22 @@ class CompressedHistory(HistoryProcessor):
 
     @overload
     def score(
-        self, input_ids: torch.Tensor, last: int = 512, attention_mask: torch.Tensor | None = None
+        self,
+        input_ids: torch.Tensor,
+        last: int | Sequence[int] = 512,
+        attention_mask: torch.Tensor | None = None,
+        *,
+        given: bool = False,
     ) -> torch.Tensor: ...
 
     @overload
     def score(
         self,
         input_ids: torch.Tensor,
-        last: int = 512,
+        last: int | Sequence[int] = 512,
         attention_mask: torch.Tensor | None = None,
         *,
+        given: bool = False,
         greedy: Literal[True],
     ) -> tuple[torch.Tensor, torch.Tensor]: ...
 
@@ -235,21 +245,26 @@ class CompressedHistory(HistoryProcessor):
     def score(
         self,
         input_ids: torch.Tensor,
-        last: int = 512,
+        last: int | Sequence[int] = 512,
         attention_mask: torch.Tensor | None = None,
         *,
+        given: bool = False,
         greedy: bool = False,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """Log-probabilities of the last tokens as `generate` would have seen them, one after the other.
 
         Args:
             input_ids: `[B, T]`, left-padded.
-            last: tokens scored at the end of each row; fewer than the shortest row has.
+            last: tokens scored at the end of each row, or of every row its own number; fewer than the row has. What
+                comes before them is the row's prompt.
             attention_mask: `[B, T]`.
+            given: the scored tokens are a text that is given, not what a model says: they are archived for copying
+                like the prompt once they are compressed. Pass it for the perplexity of whole texts.
             greedy: also tell which tokens greedy decoding would have chosen.
 
         Returns:
-            `[B, last]`, float32, nats; with `greedy` also `[B, last]`, bool: the token had the highest score.
+            `[B, last]`, float32, nats; with `greedy` also `[B, last]`, bool: the token had the highest score. Rows
+            with fewer tokens than the largest `last` stand at the right; what is left of them means nothing.
 
         Raises:
             InputError: `last` is not below the shortest row's length, or a mask with holes.
@@ -257,11 +272,15 @@ class CompressedHistory(HistoryProcessor):
         """
         host, reader = self.host, self.reader
         pads, width = row_pads(attention_mask, input_ids), input_ids.shape[1]
-        if not 1 <= last < width - max(pads):
+        lasts = [last] * len(pads) if isinstance(last, int) else [int(n) for n in last]
+        if len(lasts) != len(pads):
+            raise InputError(f"last: expected one number, or one for each of {len(pads)} rows, got {len(lasts)}")
+        if min(lasts) < 1 or max(lasts) >= width - max(pads):
             raise InputError(f"last: expected 1 to {width - max(pads) - 1} (tokens of a row but one), got {last}")
         cache = CompressedDynamicCache(config=host.config.get_text_config(decoder=True))
-        first, copier = width - last, None
-        cache.rows = tuple(Row(pad, prompt=first - pad) for pad in pads)
+        first, copier = width - max(lasts), None
+        ends = [width - n for n in lasts]  # of the rows' prompts
+        cache.rows = tuple(Row(pad, prompt=end - pad) for pad, end in zip(pads, ends, strict=True))
         cache.layout = torch.empty(len(pads), 0, dtype=torch.long)
         cache.ids, pieces, best = input_ids[:, :0], [], []
         options = {"return_dict": True, "use_cache": True}
@@ -280,7 +299,8 @@ class CompressedHistory(HistoryProcessor):
             )
             targets = input_ids[:, first:end].to(out.logits.device)
             if copier is None and cache.compressed:
-                copier = self._copier(width - last, out.logits.shape[-1])
+                archived = [width] * len(ends) if given else ends
+                copier = self._copier(width - max(lasts), out.logits.shape[-1], len(pads), archived)
             scored, chosen = _scored(out.logits, targets, copier, cache, input_ids, first)
             pieces.append(scored)
             best.append(chosen)
@@ -296,6 +316,8 @@ class CompressedHistory(HistoryProcessor):
         for i, row in enumerate(rows):
             row = self.reader.extend(row, input_ids[i, row.pad : first])
             end = min(end, row.pad + self.reader.next_choice(row, first - row.pad))
+            if row.pad + row.prompt > first:
+                end = min(end, row.pad + row.prompt)  # where a shorter part begins, its row chooses
 
             def grown(column: int, i: int = i, row: Row = row) -> bool:
                 return len(self.reader.extend(row, input_ids[i, row.pad : column]).chunks) > len(row.chunks)

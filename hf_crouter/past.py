@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import bisect
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,7 @@ class Past:
     ):
         self.empty = RowPast(None, Archive.empty(vocab_size, stop_ids))
         self.exclude, self.rebuild = tuple(exclude), rebuild
+        self.aligned = rebuild is None or getattr(rebuild, "aligned", False)
         self._known: dict[int, RowPast] = {}
 
     def rows(self, rows: Sequence[Row], input_ids: torch.Tensor, limits: Sequence[int]) -> list[RowPast]:
@@ -77,47 +79,61 @@ class Past:
             input_ids: `[B, T]`.
             limits: tokens of each row that may be archived, the first ones; later ones were generated.
         """
-        found = [self._row(row, input_ids[i], limits[i]) for i, row in enumerate(rows)]
+        made: dict[tuple[int, bytes], RowPast] = {}
+        found = [self._row(row, input_ids[i], limits[i], made) for i, row in enumerate(rows)]
         self._known = {id(past.last): past for past in found if past.last is not None}
         return found
 
-    def _row(self, row: Row, ids: torch.Tensor, limit: int) -> RowPast:
+    def _row(self, row: Row, ids: torch.Tensor, limit: int, made: dict[tuple[int, bytes], RowPast]) -> RowPast:
         # a chunk belongs to one history alone: where its object is known, so is all before it
-        done = next(
-            (n for n in range(len(row.chunks), 0, -1) if id(row.chunks[n - 1]) in self._known),
-            0,
-        )
+        done = next((n for n in range(len(row.chunks), 0, -1) if id(row.chunks[n - 1]) in self._known), 0)
         past = self._known[id(row.chunks[done - 1])] if done else self.empty
         chunks = row.chunks[done:]
         if not chunks:
             return past
-        archive, ends = past.archive, past.ends
-        pieces = self.rebuild([c for c in chunks if c.start < limit]) if self.rebuild else []
-        for n, chunk in enumerate(chunks):
-            if chunk.start < limit:
-                if self.rebuild:
-                    piece, weights = pieces[n]
-                    if len(piece) == chunk.end - chunk.start:
-                        piece, weights = piece[: limit - chunk.start], weights[: limit - chunk.start]
-                    archive = archive.extended(piece, weights, self._copyable(chunk, len(piece)))
-                else:
-                    end = min(chunk.end, limit)
-                    piece = ids[row.pad + chunk.start : row.pad + end].cpu().numpy()
-                    archive = archive.extended(piece, copyable=self._copyable(chunk, len(piece)))
-            ends = (*ends, len(archive))
-        past = RowPast(chunks[-1], archive, ends)
-        self._known[id(chunks[-1])] = past
-        return past
+        text = ids[row.pad + chunks[0].start : row.pad + chunks[-1].end].cpu().numpy()
+        key = (id(past), np.array([limit, chunks[0].start, *(c.end for c in chunks)]).tobytes() + text.tobytes())
+        if key not in made:  # beams start as equal rows
+            made[key] = self._extended(past, chunks, text, limit)
+        self._known[id(chunks[-1])] = replace(made[key], last=chunks[-1])
+        return self._known[id(chunks[-1])]
 
-    def _copyable(self, chunk: CompressedChunk, length: int) -> np.ndarray | None:
-        spans = [(a - chunk.start, b - chunk.start) for a, b in self.exclude if a < chunk.end and b > chunk.start]
-        if not spans:
-            return None
+    def _extended(self, past: RowPast, chunks: Sequence[CompressedChunk], text: np.ndarray, limit: int) -> RowPast:
+        """All new chunks at once: each extension of a long archive may sort it anew."""
+        first, ends = chunks[0].start, []
+        pieces, weights, flags = [], [], []
+        archived = [c for c in chunks if c.start < limit and (self.aligned or c.end <= limit)]
+        rebuilt = self.rebuild(archived) if self.rebuild else []
+        for n, chunk in enumerate(chunks):
+            if n < len(archived):
+                if self.rebuild:
+                    piece, weight = rebuilt[n]
+                else:
+                    piece = text[chunk.start - first : chunk.end - first]
+                    weight = np.ones(len(piece))
+                if self.aligned:
+                    piece, weight = piece[: limit - chunk.start], weight[: limit - chunk.start]
+                pieces.append(piece)
+                weights.append(weight)
+                flags.append(self._copyable(chunk, len(piece)))
+            ends.append(len(past.archive) + sum(map(len, pieces)))
+        archive = past.archive
+        if pieces:
+            flag = np.concatenate(flags)
+            archive = archive.extended(
+                np.concatenate(pieces),
+                np.concatenate(weights) if self.rebuild else None,
+                None if flag.all() else flag,
+            )
+        return RowPast(chunks[-1], archive, (*past.ends, *ends))
+
+    def _copyable(self, chunk: CompressedChunk, length: int) -> np.ndarray:
         flags = np.ones(length, bool)
-        if length != chunk.end - chunk.start:  # rebuilt in other tokens: places are not known, so nothing of it
-            return ~flags
-        for first, end in spans:
-            flags[max(0, first) : end] = False
+        for start, end in self.exclude:
+            if start < chunk.end and end > chunk.start:
+                if not self.aligned:  # places are not known: nothing of the chunk is repeated
+                    return np.zeros(length, bool)
+                flags[max(0, start - chunk.start) : max(0, end - chunk.start)] = False
         return flags
 
 
@@ -131,6 +147,7 @@ class Rebuilder:
 
     def __init__(self, crouter: CRouterModel, tokenizers: tuple[Any, Any] | None = None):
         self.crouter, self.tokenizers = crouter, tokenizers
+        self.aligned = tokenizers is None  # what is rebuilt stands token for token where it stood
 
     @torch.no_grad()
     def __call__(self, chunks: Sequence[CompressedChunk]) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -182,12 +199,22 @@ class Copier:
         gate: weighs them against the host.
         strength: factor on the archives' weight, 0 to 1.
         width: columns of the prompt.
-        archived: columns that may be archived, the first ones; None: all.
+        archived: columns that may be archived, the first ones, of all rows or of each; None: all.
+        prompts: rows of the prompt; beams and several sequences make more of them.
     """
 
-    def __init__(self, past: Past, gate: Gate, strength: float, width: int, archived: int | None):
-        self.past, self.gate, self.strength, self.width, self.archived = past, gate, strength, width, archived
-        self._brought: dict[tuple[int, int], dict[int, int]] = {}
+    def __init__(
+        self,
+        past: Past,
+        gate: Gate,
+        strength: float,
+        width: int,
+        archived: int | Sequence[int] | None,
+        prompts: int = 1,
+    ):
+        self.past, self.gate, self.strength, self.width = past, gate, strength, width
+        self.archived, self.prompts = archived, prompts
+        self._brought: dict[tuple[int, int, int], dict[int, int]] = {}
 
     def look(self, cache: CompressedCache, input_ids: torch.Tensor, columns: Sequence[int]) -> list[Matches]:
         """Matches before each of some columns of `input_ids`, row after row; `rows * len(columns)` of them."""
@@ -203,7 +230,8 @@ class Copier:
     def pasts(self, cache: CompressedCache) -> list[RowPast]:
         """The archive of each row of a cache, made of the ids that the cache stands for: a call's may be made up."""
         columns = sys.maxsize if self.archived is None else self.archived
-        return self.past.rows(cache.rows, cache.ids, [columns - row.pad for row in cache.rows])
+        limits = [columns] * len(cache.rows) if isinstance(columns, int) else columns
+        return self.past.rows(cache.rows, cache.ids, [n - row.pad for n, row in zip(limits, cache.rows, strict=True)])
 
     def mix(self, matches: Sequence[Matches], scores: torch.Tensor) -> Mixture | None:
         """Scores `[N, V]` and the archives together; None where nothing matched."""
@@ -230,7 +258,8 @@ class Copier:
         for place, token in set(zip(entries.places[which].tolist(), entries.tokens[which].tolist(), strict=True)):
             where = matches[place].positions
             if len(where):
-                self._brought.setdefault(_step_key(input_ids[place]), {})[token] = int(where[-1])
+                prompt = place * self.prompts // len(input_ids)
+                self._brought.setdefault((prompt, *_step_key(input_ids[place])), {})[token] = int(where[-1])
 
     def taken(self, cache: CompressedCache, pasts: Sequence[RowPast], sequences: torch.Tensor) -> list[Copied]:
         """The generated tokens that copying brought; `sequences` `[sequences, T]` are what the call gave."""
@@ -241,7 +270,8 @@ class Copier:
             of = i * len(cache.rows) // len(sequences)  # several sequences of a prompt share its past
             row, past = cache.rows[of], pasts[of]
             for column in range(self.width, sequences.shape[1]):
-                brought = self._brought.get(_step_key(sequences[i, :column]), {})
+                prompt = i * self.prompts // len(sequences)
+                brought = self._brought.get((prompt, *_step_key(sequences[i, :column])), {})
                 position = brought.get(int(sequences[i, column]))
                 if position is not None:
                     found.append(Copied(of, column - row.pad, past.chunk_of(position)))
@@ -254,9 +284,15 @@ def _step_key(ids: torch.Tensor) -> tuple[int, int]:
 
 
 def special_ids(tokenizer: Any, host: Any) -> frozenset[int]:
-    """Ids that are never copied: the tokenizer's special and added ones, else what the host's configuration names."""
+    """Ids that are never copied: the tokenizer's special ones, else what the host's configuration names.
+
+    Added tokens that are not special count only if they look like marks, such as `<think>`: some tokenizers add runs
+    of spaces.
+    """
     if tokenizer is not None:
-        return frozenset(map(int, {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}))
+        added = {int(number) for number, token in tokenizer.added_tokens_decoder.items()
+                 if token.special or re.fullmatch(r"<\S+>|\[[A-Z_/]+\]", token.content)}  # fmt: skip
+        return frozenset({*map(int, tokenizer.all_special_ids), *added})
     found: set[int] = set()
     for config in (host.config.get_text_config(decoder=True), getattr(host, "generation_config", None)):
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):

@@ -3,14 +3,16 @@ import json
 import numpy as np
 import pytest
 import torch
+from tokenizers import AddedToken
 from transformers import LogitsProcessorList
 
 from hf_crouter.archive.copying import Gate, GateConfig, collect, gate_features, mix, view_host
 from hf_crouter.archive.store import ORDERS, Archive, Matches
 from hf_crouter.errors import InputError, MismatchError
 from hf_crouter.history import CompressedHistory, attach
+from hf_crouter.host.cache import CompressedChunk, Row
 from hf_crouter.host.fingerprint import host_fingerprint
-from hf_crouter.past import find_gate
+from hf_crouter.past import Past, find_gate, special_ids
 
 from . import reference
 from .archive.reference import SlowArchive
@@ -134,6 +136,27 @@ class TestMixture:
             changed[0, position] = 5 + (changed[0, position] - 4) % (VOCAB - 5)
             after = history.score(changed, last=100)
             torch.testing.assert_close(before[:, : position - 20], after[:, : position - 20], atol=1e-5, rtol=0)
+
+    @pytest.mark.parametrize("recall", [0, 2])
+    def test_rows_with_prompts_of_their_own_score_as_they_do_alone(self, host, crouter, recall):
+        history = make(host, crouter, recall=recall)
+        ids, mask = repetitive(150, 97)
+        lasts = [8, 60]
+        together = history.score(ids, lasts, mask)
+        for i, (length, last) in enumerate(zip((150, 97), lasts, strict=True)):
+            alone = history.score(ids[i : i + 1, 150 - length :], last)
+            torch.testing.assert_close(together[i, -last:], alone[0], atol=1e-4, rtol=1e-4)
+        with pytest.raises(InputError, match="one for each of 2 rows"):
+            history.score(ids, [8], mask)
+
+    def test_a_given_text_is_archived_as_it_is_read(self, host, crouter):
+        history = make(host, crouter, gate=eager_gate(bias=-8.0))
+        text = torch.from_numpy(np.tile(np.random.default_rng(3).permutation(np.arange(5, 90))[:70], 3))[None]
+        said, given = history.score(text, last=200), history.score(text, last=200, given=True)
+        assert torch.equal(said[0, :15], given[0, :15])
+        assert given[0, -60:].mean() > said[0, -60:].mean() + 1  # what it repeats is copied
+        again = make(host, crouter, gate=eager_gate(bias=-8.0), copy_generated=True).score(text, last=200)
+        torch.testing.assert_close(again, given)
 
     def test_the_mixture_is_a_distribution_whose_parts_agree(self):
         torch.manual_seed(0)
@@ -333,6 +356,66 @@ class TestSources:
         off = make(host, crouter, copy=False)
         run(host, repetitive(120)[0], logits_processor=[off])
         assert off.report().copied == off.report().archive_tokens == 0
+
+    def test_a_long_prompt_is_archived_at_once_and_for_all_equal_rows(self, host, crouter, monkeypatch):
+        calls, extended = [], Archive.extended
+        monkeypatch.setattr(Archive, "extended", lambda *a, **k: calls.append(1) or extended(*a, **k))
+        history = make(host, crouter, copy_generated=False)
+        run(host, repetitive(120)[0], logits_processor=[history], do_sample=True, top_k=0, num_return_sequences=4,
+            max_new_tokens=1)  # fmt: skip
+        assert len(calls) == 1
+        assert history.report().archive_tokens == (120 - PREFIX - WINDOW) // CHUNK * CHUNK
+
+    def test_rows_that_end_alike_count_for_themselves(self, host, crouter):
+        history = make(host, crouter, gate=eager_gate(bias=-8.0))
+        ids, _ = repetitive(200)
+        other, _ = repetitive(200, seed=8)
+        other[:, -70:] = ids[:, -70:]
+        both = torch.cat([ids, other])
+        run(host, both, logits_processor=[history])
+        together = history.report()
+        counts = [sum(c.copied for c in together.chunks if c.row == row) for row in (0, 1)]
+        alone = []
+        for row in (0, 1):
+            run(host, both[row : row + 1], logits_processor=[history])
+            alone.append(history.report().copied)
+        assert counts == alone
+
+    def test_runs_of_spaces_are_no_special_tokens(self, host):
+        class Tokenizer:
+            all_special_ids = [2]
+            added_tokens_decoder = {
+                2: AddedToken("<end>", special=True),
+                50: AddedToken("    ", special=False),
+                51: AddedToken("<think>", special=False),
+                52: AddedToken("[INST]", special=False),
+            }
+
+        assert special_ids(Tokenizer(), host) == {2, 51, 52}
+        assert special_ids(None, host) == {0, 1, 2}  # as the host's configuration names them
+
+    def test_a_secret_is_not_repeated_where_places_are_not_known(self):
+        class Rebuild:
+            aligned = False
+
+            def __call__(self, chunks):
+                return [(np.arange(10, 26), np.ones(16)) for _ in chunks]
+
+        chunks = tuple(CompressedChunk(k * 16, k * 16 + 16, torch.arange(16)) for k in range(3))
+        past = Past(VOCAB, (), [(20, 22)], Rebuild())
+        (found,) = past.rows([Row(0, 0, chunks)], torch.zeros(1, 60, dtype=torch.long), [40])
+        assert len(found.archive) == 32  # the third chunk reaches behind the prompt
+        flags = [found.archive.match(np.arange(10, k)).length > 0 for k in (12, 14)]
+        assert all(flags) and found.archive.match(np.array([25, 10])).length == 1  # only the first chunk is proposed
+
+    def test_a_cache_of_another_crouter_is_refused(self, host, crouter):
+        first = make(host, crouter)
+        out = run(host, repetitive(90)[0], logits_processor=[first], max_new_tokens=2)
+        other = tiny_crouter(seed=7) if "seed" in tiny_crouter.__code__.co_varnames else None
+        other = other or type(crouter)(crouter.config)
+        second = make(host, other, projector=tiny_projector(host, other))
+        with pytest.raises(InputError, match="another crouter or projector"):
+            run(host, out.sequences, logits_processor=[second], past_key_values=out.past_key_values)
 
 
 class TestGates:

@@ -144,12 +144,14 @@ class CompressedCache(Cache):
         layout: what stands in each slot, `[B, S]`.
         ids: the `input_ids [B, width]` that the slots were made from; the last column may not be forwarded yet.
         peak: most slots that ever stood in the cache.
+        origin: what made its soft prompts; None where nothing is known yet.
     """
 
     rows: tuple[Row, ...] = ()
     layout: torch.Tensor = torch.empty(0, 0, dtype=torch.long)
     ids: torch.Tensor = torch.empty(0, 0, dtype=torch.long)
     peak: int = 0
+    origin: Any = None
 
     @property
     def width(self) -> int:

@@ -58,6 +58,7 @@ class Call:
         cache: the compressed cache, once there is one.
         started: the first step was prepared.
         state: what the processor keeps for this call.
+        rows: prompts in the batch; beams and several sequences make more rows of them.
     """
 
     processor: HistoryProcessor
@@ -65,6 +66,7 @@ class Call:
     cache: CompressedCache | None = None
     started: bool = False
     state: Any = None
+    rows: int = 1
 
 
 _CALLS: ContextVar[Mapping[int, Call | None]] = ContextVar("hf_crouter_calls", default=MappingProxyType({}))
@@ -99,6 +101,7 @@ class CompressedGenerationMixin:
                     f"got {list(ids.shape)}"
                 )
             call = Call(processor, ids.shape[1] if ids is not None else None)
+            call.rows = len(ids) if ids is not None else 1
             if not any(p is processor for p in logits_processor or ()):  # always on
                 logits_processor = LogitsProcessorList([*(logits_processor or ()), processor])
             processor.started()
@@ -176,7 +179,7 @@ class CompressedGenerationMixin:
         call = _CALLS.get().get(id(self))
         if call is not None and kwargs.get("logits_processor") is not None:
             # an assistant has its own past; prompt lookup asks for made-up scores
-            others = (p for p in kwargs["logits_processor"] if not isinstance(p, HistoryProcessor))
+            others = (p for p in kwargs["logits_processor"] if getattr(p, "host", None) is not self)
             kwargs["logits_processor"] = LogitsProcessorList(others)
         generator = super()._get_candidate_generator(input_ids=input_ids, model_kwargs=model_kwargs, **kwargs)  # pyright: ignore
         if call is None:
@@ -249,6 +252,8 @@ def open_cache(host: Any, reader: Reader, given: Any, input_ids: torch.Tensor, p
     if isinstance(given, CompressedCache):
         if len(given.rows) != len(pads):
             raise InputError(f"past_key_values: expected {len(pads)} rows, got {len(given.rows)}")
+        if given.compressed and given.origin != reader.origin:
+            raise InputError("past_key_values: compressed by another crouter or projector than this history's")
         given.rebase(input_ids, pads, [verified - pad - reader.window for pad in pads], reader.lookahead)
         given.rows = tuple(replace(row, prompt=verified - row.pad) for row in given.rows)
         given.heal()
@@ -276,6 +281,7 @@ def open_cache(host: Any, reader: Reader, given: Any, input_ids: torch.Tensor, p
         cache = CompressedDynamicCache(config=config)
         if is_recording(given):
             cache.activate_past_recording()  # assisted decoding armed the cache that this one replaces
+    cache.origin = reader.origin
     cache.rows = tuple(Row(pad, prompt=verified - pad) for pad in pads)
     cache.layout = torch.empty(len(pads), 0, dtype=torch.long)
     cache.ids = input_ids[:, :0]

@@ -74,6 +74,12 @@ class Reader:
         return self.projector.config.num_latents if self.projector is not None else 0
 
     @property
+    def origin(self) -> tuple[Any, ...]:
+        """What a cache's chunks depend on: the projector's description (it names the crouter) and how they are cut."""
+        made = self.projector.config if self.projector is not None else None
+        return made, self.chunker.chunk_length, self.chunker.same_tokenizer
+
+    @property
     def fewest(self) -> int:
         """Fewest tokens of a row, its prefix not counted, at which a chunk can be compressed."""
         return self.window + (self.chunker.chunk_length if self.chunker.same_tokenizer else 1)

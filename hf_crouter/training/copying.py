@@ -110,16 +110,29 @@ class GateReader:
 
         Args:
             sample: prefix, chunks, window and target.
-            way: one of `ways`; "full" falls back to "longer" where the host's positions do not reach.
+            way: one of `ways`; where the host's positions do not reach, "full" falls back to a "longer" that fits, and
+                "soft" to "window".
             rebuilt: archive what the latents rebuild instead of the true ids.
-            longer: tokens by which the raw window grows in the way "longer".
+            longer: tokens by which the raw window grows in the way "longer", as far as the positions reach.
+
+        Raises:
+            InputError: not even the window fits the host's positions.
         """
         device = self.host.get_input_embeddings().weight.device
         first, window = len(sample.prefix), len(sample.window)
         older = sample.history[first : len(sample.history) - window]
-        if way == "full" and self.positions and len(sample.history) + len(sample.target) > self.positions:
+        latents = sample.chunks.shape[0] * (self.projector.config.num_latents if self.projector is not None else 0)
+        room = (self.positions or len(sample.history) + len(sample.target)) - first - window - len(sample.target)
+        if room < 0:
+            raise InputError(
+                f"gate: expected prefix, window and target within the host's {self.positions} positions, "
+                f"got {first + window + len(sample.target)}"
+            )
+        if way == "soft" and latents > room:
+            way = "window"
+        if way == "full" and len(older) > room:
             way = "longer"
-        grown = {"longer": min(longer, len(older)), "full": len(older)}.get(way, 0)
+        grown = {"longer": min(longer, len(older), room), "full": len(older)}.get(way, 0)
         raw = sample.history[len(sample.history) - window - grown :]
 
         def tensor(ids: np.ndarray) -> torch.Tensor:

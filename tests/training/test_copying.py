@@ -96,6 +96,25 @@ def test_beyond_the_hosts_positions_full_history_is_not_asked_for(reader, monkey
     assert torch.equal(short.host, longer.host)
 
 
+def test_no_way_reads_beyond_the_hosts_positions(reader, monkeypatch):
+    seen = []
+
+    def spied(host, soft, prefix, raw, keep):
+        seen.append(soft.shape[1] + prefix.shape[1] + raw.shape[1] + 1)
+        return compressed_logits(host, soft, prefix, raw, keep)
+
+    monkeypatch.setattr("hf_crouter.training.copying.compressed_logits", spied)
+    for positions in (FIRST + WINDOW + TARGET, 30):
+        monkeypatch.setattr(reader, "positions", positions)
+        for way in WAYS:
+            reader.places(sample_of(), way, False, longer=1536)
+        assert max(seen) <= positions
+        seen.clear()
+    monkeypatch.setattr(reader, "positions", 12)
+    with pytest.raises(InputError, match="within the host's 12 positions"):
+        reader.places(sample_of(), "window", False)
+
+
 def test_copied_by_order_is_the_share_of_the_target():
     archive = Archive.empty(VOCAB).extended(text(60))
     candidates = collect([archive.match(text(60)[:20]), archive.match(text(30, 3))])
