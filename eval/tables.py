@@ -239,6 +239,19 @@ def index_table(metrics: dict[str, float]) -> list[str]:
     return _table(head, rows if metrics else [])
 
 
+def step_table(metrics: dict[str, float]) -> list[str]:
+    """What copying adds to a decode step of the host, in its faster dtype."""
+    rows = []
+    for size in ("10k", "100k", "1m") if metrics else ():
+        hosts = [
+            metrics[key] for dtype in ("float32", "bfloat16") if (key := f"host.step_ms.{dtype}.{size}") in metrics
+        ]
+        share = metrics.get(f"copy.step_share.{size}")
+        rows.append([size, _number(metrics.get(f"copy.step_ms.{size}"), 2), _number(min(hosts, default=None), 1),
+                     MISSING if share is None else f"{share:.1%}"])  # fmt: skip
+    return _table(["tokens archived", "copying, ms a step", "the host's step, ms", "share"], rows)
+
+
 def choice_table(metrics: dict[str, float]) -> list[str]:
     """What choosing the recalled chunks costs, by how many there are."""
     columns = (("choose.ms", 1), ("choose.p99.ms", 1), ("append.us", 0), ("bytes_per_chunk", 0))
@@ -320,6 +333,7 @@ TABLES = {
     "tra-mini": Shown("tra-mini", "none, the crouter alone", tra_table),
     "compress-cpu": Shown("compress-cpu", HOST, compress_table),
     "suffix-index": Shown("suffix-index", "none, the index alone", index_table),
+    "copy-cpu": Shown("copy-cpu", HOST, step_table),
     "recall-choice": Shown("recall-choice", "none, the choice alone", choice_table),
     "training-gpu": Shown("training-gpu", "none, the crouter alone", training_table),
 }
