@@ -9,27 +9,22 @@ Source of the mixture: kNN-LM (arXiv 1911.00172) and the infinity-gram (arXiv 24
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load as load_safetensors
-from safetensors.torch import save as save_safetensors
 from torch import nn
 
+from ..described import load_weights, read_description, save_described
 from ..errors import InputError
-from ..storage import replaced_file
 from .store import ORDERS, Matches
 
-WEIGHTS, CONFIG = "gate.safetensors", "gate.json"
+NAME, CONFIG = "gate", "gate.json"
 _FROM_INDEX, _FROM_HOST = 5, 2  # features of an order
 INDEX_FEATURES = _FROM_INDEX * len(ORDERS) + 3
 HOST_FEATURES = _FROM_HOST * len(ORDERS) + 3
@@ -222,14 +217,7 @@ class Gate(nn.Module):
 
     def save(self, folder: str | Path) -> None:
         """Writes `gate.safetensors` and `gate.json`, the JSON, with a checksum, last."""
-        folder = Path(folder)
-        tensors = {name: value.detach().float().cpu().contiguous() for name, value in self.state_dict().items()}
-        data = save_safetensors(tensors, {"format": "pt"})
-        text = json.dumps({**asdict(self.config), "sha256": hashlib.sha256(data).hexdigest()}, indent=1) + "\n"
-        with replaced_file(folder / WEIGHTS) as part:
-            part.write_bytes(data)
-        with replaced_file(folder / CONFIG) as part:
-            part.write_text(text, encoding="utf-8")
+        save_described(folder, NAME, self, self.config, torch.float32)
 
     @classmethod
     def load(cls, folder: str | Path) -> Gate:
@@ -238,28 +226,11 @@ class Gate(nn.Module):
         Raises:
             InputError: missing, truncated or altered files, or a gate of another version's orders.
         """
-        folder = Path(folder)
-        try:
-            record = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-            checksum = record.pop("sha256")
-            config = GateConfig(**{**record, "orders": tuple(record["orders"])})
-            data = (folder / WEIGHTS).read_bytes()
-        except OSError as error:
-            raise InputError(
-                f"{folder}: expected {CONFIG} and {WEIGHTS}, cannot be read ({error.strerror})"
-            ) from error
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise InputError(f"{folder / CONFIG}: not a gate's description ({error})") from error
-        if hashlib.sha256(data).hexdigest() != checksum:
-            raise InputError(f"{folder / WEIGHTS}: truncated or altered since it was written (checksum differs)")
+        config, checksum = read_description(folder, NAME, lambda r: GateConfig(**{**r, "orders": tuple(r["orders"])}))
         if config.orders != ORDERS:
-            raise InputError(f"{folder / CONFIG}: expected a gate of orders {ORDERS}, got {config.orders}")
+            raise InputError(f"{Path(folder) / CONFIG}: expected a gate of orders {ORDERS}, got {config.orders}")
         gate = cls(config)
-        try:
-            gate.load_state_dict(load_safetensors(data))
-        except (SafetensorError, RuntimeError) as error:
-            line = str(error).splitlines()[0]
-            raise InputError(f"{folder / WEIGHTS}: expected the weights of its gate.json, got {line}") from error
+        load_weights(folder, NAME, gate, checksum)
         return gate.eval()
 
 

@@ -8,32 +8,27 @@ Source: BM25 as in Robertson and Zaragoza, "The Probabilistic Relevance Framewor
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import os
 import zlib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load as load_safetensors
-from safetensors.torch import save as save_safetensors
 from torch import nn
 
+from ..described import load_weights, read_description, save_described
 from ..errors import InputError
-from ..storage import replaced_file
 
 K1, B = 1.5, 0.75  # saturation of a token's count, weight of a chunk's length
 QUERY = 512  # last tokens of a row that a scorer is given
 BLOCK = 1024  # chunks a block of posting lists at most: bounds what one merge costs
 Draws = np.ndarray | None  # how much copying drew from each chunk lately
-WEIGHTS, CONFIG = "scorer.safetensors", "scorer.json"
+NAME = "scorer"
 FEATURES = (
     "bm25_128", "bm25_512", "rank_128", "rank_512", "log_bm25_128", "log_bm25_512", "recency", "place", "draws",
     "drawn", "log_chunks",
@@ -294,14 +289,7 @@ class LearnedScorer(nn.Module):
 
     def save(self, folder: str | Path) -> None:
         """Writes `scorer.safetensors` and `scorer.json`, the JSON, with a checksum, last."""
-        folder = Path(folder)
-        tensors = {name: value.detach().float().cpu().contiguous() for name, value in self.state_dict().items()}
-        data = save_safetensors(tensors, {"format": "pt"})
-        text = json.dumps({**asdict(self.config), "sha256": hashlib.sha256(data).hexdigest()}, indent=1) + "\n"
-        with replaced_file(folder / WEIGHTS) as part:
-            part.write_bytes(data)
-        with replaced_file(folder / CONFIG) as part:
-            part.write_text(text, encoding="utf-8")
+        save_described(folder, NAME, self, self.config, torch.float32)
 
     @classmethod
     def load(cls, folder: str | Path) -> LearnedScorer:
@@ -310,31 +298,16 @@ class LearnedScorer(nn.Module):
         Raises:
             InputError: missing, truncated or altered files, or a scorer of another version's features.
         """
-        folder = Path(folder)
-        try:
-            record = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-            checksum = record.pop("sha256")
-            config = ScorerConfig(**{**record, "features": tuple(record["features"])})
-            data = (folder / WEIGHTS).read_bytes()
-        except OSError as error:
-            raise InputError(
-                f"{folder}: expected {CONFIG} and {WEIGHTS}, cannot be read ({error.strerror})"
-            ) from error
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise InputError(f"{folder / CONFIG}: not a scorer's description ({error})") from error
-        if hashlib.sha256(data).hexdigest() != checksum:
-            raise InputError(f"{folder / WEIGHTS}: truncated or altered since it was written (checksum differs)")
+        config, checksum = read_description(
+            folder, NAME, lambda record: ScorerConfig(**{**record, "features": tuple(record["features"])})
+        )
         if config.features != FEATURES:
             raise InputError(
-                f"{folder / CONFIG}: expected a scorer of this version's {len(FEATURES)} features, "
+                f"{Path(folder) / NAME}.json: expected a scorer of this version's {len(FEATURES)} features, "
                 f"got one of {', '.join(config.features)}"
             )
         scorer = cls(config)
-        try:
-            scorer.load_state_dict(load_safetensors(data))
-        except (SafetensorError, RuntimeError) as error:
-            line = str(error).splitlines()[0]
-            raise InputError(f"{folder / WEIGHTS}: expected the weights of its scorer.json, got {line}") from error
+        load_weights(folder, NAME, scorer, checksum)
         return scorer.eval()
 
 

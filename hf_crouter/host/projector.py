@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +10,17 @@ import huggingface_hub
 import torch
 import torch.nn.functional as F
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load as load_safetensors
-from safetensors.torch import save as save_safetensors
 from torch import nn
 
 from ..chunking import tokenizer_fingerprint
 from ..compressor import CRouterModel
-from ..errors import InputError, MismatchError
-from ..storage import replaced_file
+from ..described import load_weights, read_description, save_described
+from ..errors import MismatchError
 from .fingerprint import crouter_fingerprint, host_fingerprint
 from .unwrap import unwrap
 
-WEIGHTS, CONFIG = "projector.safetensors", "projector.json"
+NAME = "projector"
+WEIGHTS, CONFIG = f"{NAME}.safetensors", f"{NAME}.json"
 
 
 @dataclass(frozen=True)
@@ -87,17 +83,8 @@ class Projector(nn.Module):
         Raises:
             InputError: the disk is full or the folder cannot be written.
         """
-        folder = Path(folder)
         config = self.config if training is None else replace(self.config, training=training)
-        tensors = {
-            name: tensor.detach().to("cpu", torch.bfloat16).contiguous() for name, tensor in self.state_dict().items()
-        }
-        data = save_safetensors(tensors, {"format": "pt"})
-        text = json.dumps({**asdict(config), "sha256": hashlib.sha256(data).hexdigest()}, indent=1) + "\n"
-        with replaced_file(folder / WEIGHTS) as part:
-            part.write_bytes(data)
-        with replaced_file(folder / CONFIG) as part:
-            part.write_text(text, encoding="utf-8")
+        save_described(folder, NAME, self, config, torch.bfloat16)
 
     @classmethod
     def load(cls, folder: str | Path) -> Projector:
@@ -106,20 +93,9 @@ class Projector(nn.Module):
         Raises:
             InputError: missing, truncated or altered files.
         """
-        folder = Path(folder)
         config, checksum = _read_config(folder)
-        try:
-            data = (folder / WEIGHTS).read_bytes()
-        except OSError as error:
-            raise InputError(f"{folder / WEIGHTS}: cannot be read ({error.strerror})") from error
-        if hashlib.sha256(data).hexdigest() != checksum:
-            raise InputError(f"{folder / WEIGHTS}: truncated or altered since it was written (checksum differs)")
         projector = cls(config)
-        try:
-            projector.load_state_dict(load_safetensors(data))
-        except (SafetensorError, RuntimeError) as error:
-            line = str(error).splitlines()[0]
-            raise InputError(f"{folder / WEIGHTS}: expected the weights of its projector.json, got {line}") from error
+        load_weights(folder, NAME, projector, checksum)
         return projector.eval()
 
     def check(self, host: Any, crouter: CRouterModel) -> None:
@@ -230,13 +206,8 @@ def crouter_folder(origin: str, part: str) -> Path:
         return Path(origin)  # holds no projectors: the caller says which command makes one
 
 
-def _read_config(folder: Path) -> tuple[ProjectorConfig, str]:
-    try:
-        record = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        checksum = record.pop("sha256")
-        known = {f.name for f in fields(ProjectorConfig)}
-        return ProjectorConfig(**{key: value for key, value in record.items() if key in known}), checksum
-    except OSError as error:
-        raise InputError(f"{folder / CONFIG}: cannot be read ({error.strerror})") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{folder / CONFIG}: not a projector's description ({error})") from error
+def _read_config(folder: str | Path) -> tuple[ProjectorConfig, str]:
+    known = {f.name for f in fields(ProjectorConfig)}
+    return read_description(
+        folder, NAME, lambda record: ProjectorConfig(**{key: record[key] for key in record.keys() & known})
+    )
