@@ -4,6 +4,9 @@ A row is `[4 raw prefix tokens | 8 older chunks of 512 | raw window of 512 | 512
 Fewer chunks use the same row without its oldest ones. `young`, `files`, `packages` and `prose` are for measuring;
 `gate_code` and `gate_prose` are for training gate and scorer, and share no package and no record with those.
 
+`files` are those that the split of the shipped crouter lists as held out, of packages whose other files it was trained
+on. There are 825 of them, about 200 long enough, so the longest give up to three windows that do not overlap.
+
 Not covered: code that a young package copied from an older one which is not installed here.
 """
 
@@ -40,6 +43,7 @@ LENGTH = PREFIX + CHUNKS * CHUNK + WINDOW + SCORED
 SHORTEST = 3 * LENGTH // 2  # characters: no text of fewer has enough tokens, not even a table of digits
 MAXIMUM = 0.5  # share of 13-grams above which a document is dropped, for repetition and for both overlaps
 JOINED = 26_000  # characters to which short records are joined
+EACH = {"files": 3}  # windows of one file, at most; one where nothing is said
 FEW = 30  # a domain of fewer long documents than this gives several windows of each
 
 EVALUATION = ("young", "files", "packages", "prose")
@@ -59,7 +63,7 @@ class Record:
     """What is known of one window.
 
     Attributes:
-        name: package and file, or domain and record; `#k` for window k of a long record.
+        name: package and file, or domain and record; `#k` for window k of a long one that gave several.
         cluster: what is drawn together in a bootstrap: the package, or the record of prose.
         domain: of prose; "code" otherwise.
         repetition: share of the scored tokens' 13-grams that already stand before them, 0 to 0.5.
@@ -140,19 +144,21 @@ def cut(
     tokenizer: Tokenizer,
     *,
     cap: int,
+    each: int = 1,
     seed: int = 0,
     prose: bool = False,
     known: np.ndarray | None = None,
     forbidden: np.ndarray | None = None,
 ) -> Windows:
-    """Cuts one window from every document that passes the rules, at most `cap` from one group.
+    """Cuts windows from every document that passes the rules, at most `cap` from one group.
 
     Args:
         documents: files of packages (group: the package), or records of prose (group: the domain).
         tokenizer: reads text only, as from `plain_tokenizer`; its ids lie below 65,536.
         cap: windows of one group, at most.
+        each: windows of one document, at most, which do not overlap; every first one goes before any second one.
         seed: of order and offsets.
-        prose: a group of fewer than 30 long documents may give several windows of each, which do not overlap.
+        prose: a group of fewer than 30 long documents may give more windows of each, up to the cap.
         known: sorted text 13-grams (`training_grams`); a document of which they hold more than half is dropped.
         forbidden: sorted token 13-grams (`row_grams`); so is a window of which they hold more than half.
     """
@@ -169,7 +175,7 @@ def cut(
     for group, members in groupby(sorted(unique.documents, key=lambda d: (d.group, place(seed, d.id))), _group):
         fresh = [d for d in members if overlaps.get((d.group, d.id), 0.0) <= MAXIMUM or dropped.update(["seen"])]
         kept = 0
-        for name, document, row in _group_windows(fresh, tokenizer, cap, seed, prose, dropped):
+        for name, document, row in _group_windows(fresh, tokenizer, cap, each, seed, prose, dropped):
             overlap = overlaps.get((group, document.id))
             if forbidden is not None:
                 overlap = _share_within(gram_hashes(row.astype(np.uint64), GRAM), forbidden)
@@ -192,7 +198,13 @@ def _group(document: Document) -> str:
 
 
 def _group_windows(
-    documents: list[Document], tokenizer: Tokenizer, cap: int, seed: int, prose: bool, dropped: Counter[str]
+    documents: list[Document],
+    tokenizer: Tokenizer,
+    cap: int,
+    each: int,
+    seed: int,
+    prose: bool,
+    dropped: Counter[str],
 ) -> Iterator[tuple[str, Document, np.ndarray]]:
     long: list[tuple[Document, np.ndarray]] = []
     for index, document in enumerate(documents):
@@ -204,7 +216,7 @@ def _group_windows(
             long.append((document, ids))
         else:
             dropped["short"] += 1
-    most = -(-cap // max(len(long), 1)) if prose and len(long) < FEW else 1
+    most = -(-cap // max(len(long), 1)) if prose and len(long) < FEW else each
     for number in range(most):  # first one of each document, then the second ones
         for document, ids in long:
             windows = min(most, len(ids) // LENGTH)
@@ -301,7 +313,7 @@ def build(name: str, out: Path, data: Path | None, seed: int) -> Windows:
         InputError: if something to read is missing, or a package is on both sides.
     """
     tokenizer = plain_tokenizer(Tokenizer.from_file(str(_CHECKPOINT / "tokenizer.json")))
-    options: dict[str, Any] = {"cap": CAPS[name], "seed": seed}
+    options: dict[str, Any] = {"cap": CAPS[name], "each": EACH.get(name, 1), "seed": seed}
     if name.startswith("gate_"):
         ready = [other for other in EVALUATION if (out / f"{other}.safetensors").is_file()]
         if missing := sorted(set(EVALUATION) - set(ready)):
@@ -319,6 +331,10 @@ def build(name: str, out: Path, data: Path | None, seed: int) -> Windows:
         options["known"] = training_grams(list(load_corpus("installed-python")), workers=1)
     if name not in split.held_out:
         return cut(packages(requirements[name], no_copy), tokenizer, **options)
+    if name == "files":
+        # The listed ids, not the rule: near copies of trained files were put aside before the rule dealt the rest out.
+        listed = set(split.held_out[name])
+        return cut(packages(requirements[name], lambda d: d.id in listed), tokenizer, **options)
     seen = set(split.dropped[name])
     documents = packages(requirements[name], lambda d: split.rules.part(d) == name and d.id not in seen)
     return cut(documents, tokenizer, **options)

@@ -13,7 +13,7 @@ from eval import documents
 from eval.documents import CAPS, LENGTH, SCORED, Windows, cut, repetition, row_grams
 from hf_crouter.data.dedup import training_grams
 from hf_crouter.data.documents import Document
-from hf_crouter.data.split import SplitRules
+from hf_crouter.data.split import Split, SplitRules
 from hf_crouter.data.tokens import plain_tokenizer
 from hf_crouter.errors import InputError
 
@@ -111,6 +111,22 @@ def test_few_long_records_of_prose_give_several_windows_without_overlap(tokenize
     assert all("#" not in record.name for record in cut(many, tokenizer, cap=30, prose=True).records)
 
 
+def test_long_files_give_several_windows_after_every_file_gave_one(tokenizer):
+    files = [Document(f"own/{n}.py", "own", words(n, count)) for n, count in enumerate((6_000, 1_500, 3_000))]
+    windows = cut(files, tokenizer, cap=50, each=2)
+    names = [record.name.removeprefix("own/own/") for record in windows.records]
+    assert {record.cluster for record in windows.records} == {"own"}
+    assert set(names[:3]) == {"0.py#0", "1.py", "2.py#0"} and set(names[3:]) == {"0.py#1", "2.py#1"}
+    for name in ("0.py", "2.py"):
+        first, second = (windows.ids[names.index(f"{name}#{k}")] for k in range(2))
+        assert not np.intersect1d(row_grams([first]), row_grams([second])).size
+    fewer = cut(files, tokenizer, cap=4, each=2)
+    assert [record.name for record in fewer.records] == [record.name for record in windows.records[:4]]
+    assert fewer.dropped["cap"] == 1
+    alone = cut(files[2:], tokenizer, cap=50, each=2)
+    assert np.array_equal(alone.ids, windows.ids[[names.index("2.py#0"), names.index("2.py#1")]])
+
+
 def test_what_is_saved_is_what_is_loaded(library, tokenizer, tmp_path):
     windows = cut(library, tokenizer, cap=2)
     windows.save(tmp_path, "own", seed=0)
@@ -183,6 +199,18 @@ def test_the_command_keeps_gate_documents_away_from_measured_ones(library, tmp_p
     assert [record.name for record in young.records] == ["fresh/fresh/a.py"]
     assert [record.name for record in gate.records] == ["older/older/b.py"] and gate.dropped["evaluation"] == 1
     assert "| gate_code | 1 | 1 | 1 |" in capsys.readouterr().out
+
+
+def test_files_are_those_that_the_split_lists_not_all_that_its_rule_would_deal_out(tmp_path, monkeypatch):
+    split = Split.load(documents._CHECKPOINT / "split.json")
+    name = split.held_out["files"][0]
+    dealt = (f"{name.partition('/')[0]}/unlisted_{n}.py" for n in range(200))
+    unlisted = next(other for other in dealt if split.rules.part(Document(other, "own", "")) == "files")
+    wheel = write_wheel(tmp_path, "own==1", {name: words(0), unlisted: words(1), "own/trained.py": words(2)})
+    monkeypatch.setattr("hf_crouter.data.wheels.fetch_archive", {"own==1": wheel}.__getitem__)
+    monkeypatch.setattr(documents, "package_lists", lambda: {"files": ["own==1"]})
+    assert documents.main(["--out", str(tmp_path), "--sets", "files"]) == 0
+    assert {record.name.partition("#")[0] for record in Windows.load(tmp_path, "files").records} == {f"own/{name}"}
 
 
 def test_prose_is_joined_and_comes_from_its_own_part(tokenizer, tmp_path):
