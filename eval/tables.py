@@ -85,6 +85,16 @@ READERS = {
     "copy_rebuilt": "copying from rebuilt latents",
     "all": "soft prompts + copying + recall of 2",
 }
+RULER_TASKS = {
+    "niah_single_1": "one needle in repeated noise",
+    "niah_multikey_2": "one needle among needles",
+    "niah_multikey_3": "the same with UUIDs",
+    "ruler_vt": "variables traced",
+    "ruler_cwe": "most common words",
+    "ruler_fwe": "most frequent coded words",
+}
+RULER_ARMS = {"full": "full", "window": "window", "ours": "ours", "ours_recall": "ours + recall of 2"}
+RULER_LENGTHS = {"4096": "4k", "8192": "8k"}
 SHAPES = {"wide": "6 + 6 layers, 512 wide", "mini": "the shipped one: 2 + 3 layers twice, 448 wide"}
 _BLOCK = re.compile(r"(?P<start><!-- table: (?P<name>\S+) -->\n)(?P<body>.*?)(?P<end><!-- end -->)", re.DOTALL)
 
@@ -307,6 +317,19 @@ def demo_table(metrics: dict[str, float]) -> list[str]:
     return lines
 
 
+def ruler_table(metrics: dict[str, float]) -> list[str]:
+    """RULER's accuracy by task, and the KV slots behind it."""
+    columns = [f"{length}.{arm}" for length in RULER_LENGTHS for arm in RULER_ARMS]
+    rows = [
+        [f"`{task}`: {label}", *(_with_error(metrics, f"{task}.{column}") for column in columns)]
+        for task, label in RULER_TASKS.items()
+    ]
+    rows.append(["KV slots", *(_number(metrics.get(f"slots.{column}")) for column in columns)])
+    head = ["task", *(f"{size}: {label}" for size in RULER_LENGTHS.values() for label in RULER_ARMS.values())]
+    lines = _table(head, rows if metrics else [])
+    return [*lines, "", "Accuracy in % ± its standard error over documents."] if metrics else lines
+
+
 class Shown(NamedTuple):
     """What a table shows.
 
@@ -335,6 +358,7 @@ TABLES = {
     "suffix-index": Shown("suffix-index", "none, the index alone", index_table),
     "copy-cpu": Shown("copy-cpu", HOST, step_table),
     "recall-choice": Shown("recall-choice", "none, the choice alone", choice_table),
+    "lm-eval": Shown("lm-eval", HOST, ruler_table),
     "training-gpu": Shown("training-gpu", "none, the crouter alone", training_table),
 }
 
@@ -419,6 +443,12 @@ def _share(metrics: dict[str, float], key: str, digits: int = 1, sign: bool = Fa
 
 def _plain(metrics: dict[str, float], key: str) -> str:
     return _with_interval(metrics, key, 1, 2, "")
+
+
+def _with_error(metrics: dict[str, float], key: str) -> str:
+    error = metrics.get(f"{key}.se")
+    shown = _percent(metrics.get(key), 0).rstrip("%")
+    return shown if error is None else f"{shown} ± {100 * error:.0f}"
 
 
 def _with_interval(metrics: dict[str, float], key: str, factor: float, digits: int, sign: str) -> str:

@@ -77,6 +77,15 @@ def test_only_ways_with_a_gate_of_their_own_are_marked():
     assert with_gate == {arm for arm in tables.HGR_WAYS if arm.endswith("_copy")}
 
 
+def test_lm_eval(tmp_path):
+    metrics = {"ruler_vt.4096.full": 0.125, "ruler_vt.4096.full.se": 0.0312, "ruler_vt.8192.ours_recall": 1.0}
+    write(tmp_path, "lm-eval", {**metrics, "slots.4096.full": 4012.0})
+    text = render("lm-eval", tmp_path)
+    rows = {row[0]: row[1:] for row in rows_of(text)}
+    assert rows["`ruler_vt`: variables traced"] == ["12 ± 3", *["–"] * 6, "100"]
+    assert rows["KV slots"] == ["4,012", *["–"] * 7] and len(rows) == len(tables.RULER_TASKS) + 1
+
+
 def test_hgr_differences(tmp_path):
     metrics = interval("young.n8.soft_copy.diff", 0.034, 0.0266, 0.0415)
     write(tmp_path, "hgr", metrics | interval("packages.n8.soft_minus_shuffled", 0.004, -0.005, 0.008))

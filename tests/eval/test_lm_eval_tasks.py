@@ -1,0 +1,95 @@
+import argparse
+import json
+import urllib.request
+
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from tests.tiny import tiny_host
+from tests.trained_crouter import make_tokenizer
+
+for name in ("lm_eval", "nltk", "wonderwords"):
+    pytest.importorskip(name, reason=f'{name} is not installed: pip install -e ".[lm-eval]"')
+
+from eval import lm_eval_tasks  # noqa: E402
+from eval.lm_eval_tasks import configure, load_tasks, ruler_folder, run, scores, write_documents  # noqa: E402
+
+LENGTH = 1024
+
+
+@pytest.fixture(scope="module")
+def host(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("lm-eval")
+    tokenizer: PreTrainedTokenizerFast = make_tokenizer()
+    made = tiny_host(vocab_size=len(tokenizer), positions=LENGTH)
+    made.config.eos_token_id = made.generation_config.eos_token_id = tokenizer.eos_token_id
+    made.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    def refuse(*args, **options):
+        raise AssertionError("something is fetched")
+
+    monkeypatch.setattr(urllib.request, "urlopen", refuse)
+    monkeypatch.setattr("nltk.download", refuse)
+
+
+@pytest.fixture
+def measure(host, tmp_path, monkeypatch):
+    def measured(*words):
+        monkeypatch.setenv("CROUTER_RESULTS", str(tmp_path))
+        parser = argparse.ArgumentParser()
+        configure(parser)
+        run(parser.parse_args(["--host", host, "--crouter", "none", "--lengths", str(LENGTH), "--limit", "2",
+                               "--window", "64", "--tasks", "ruler_fwe", *words]))  # fmt: skip
+
+    measured.metrics = lambda: json.loads((tmp_path / "lm-eval.json").read_text())["metrics"]
+    return measured
+
+
+@pytest.mark.slow
+def test_every_arm_has_scores_errors_and_slots(measure, offline):
+    measure()
+    metrics = measure.metrics()
+    for arm in lm_eval_tasks.ARMS:
+        assert 0 <= metrics[f"ruler_fwe.{LENGTH}.{arm}"] <= 1 and f"ruler_fwe.{LENGTH}.{arm}.se" in metrics
+    slots = [metrics[f"slots.{LENGTH}.{arm}"] for arm in ("window", "ours", "ours_recall", "full")]
+    assert slots[0] == slots[1] < slots[2] <= slots[3] < LENGTH
+
+
+def test_what_was_measured_is_written_though_an_arm_fails(measure, monkeypatch, capsys):
+    monkeypatch.setattr("hf_crouter.harness.CompressedHFLM.__init__", lambda *args, **options: 1 / 0)
+    with pytest.raises(RuntimeError, match="window"):
+        measure("--arms", "window", "full")
+    assert set(measure.metrics()) == {
+        f"ruler_fwe.{LENGTH}.full",
+        f"ruler_fwe.{LENGTH}.full.se",
+        f"slots.{LENGTH}.full",
+    }
+    assert "ZeroDivisionError" in capsys.readouterr().err
+
+
+def test_documents_fit_and_do_not_depend_on_the_other_tasks(host, offline):
+    from lm_eval.tasks import TaskManager
+    from transformers import AutoTokenizer
+
+    names = ["niah_multikey_3", "ruler_fwe"]  # RULER never ends on others: their least text is too long in characters
+    loaded = load_tasks(
+        TaskManager(include_path=ruler_folder(), include_defaults=False), names, host, LENGTH, 3, seed=5
+    )
+    tokenizer = AutoTokenizer.from_pretrained(host)
+    for name in names:
+        documents = list(loaded[name].dataset["test"])
+        assert documents == write_documents(name, host, LENGTH, 3, seed=5) and len(documents) == 3
+        for document in documents:
+            prompt = f"{document['input']} {document['gen_prefix']}"
+            assert len(tokenizer(prompt).input_ids) < LENGTH and document["max_length"] == LENGTH
+    assert write_documents(names[0], host, LENGTH, 1, seed=6)[0] not in list(loaded[names[0]].dataset["test"])
+
+
+def test_scores():
+    assert scores("a", [0.0, 1.0]) == {"a": 0.5, "a.se": pytest.approx(0.5)}
+    assert scores("a", [1.0]) == {"a": 1.0}
