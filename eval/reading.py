@@ -90,7 +90,9 @@ def parts(bench: Bench, args: argparse.Namespace, shape: reading_code.Shape | No
         return lambda: reading_retrieval.retrieval(bench, task, lengths, arms(*RETRIEVAL), args.samples, longest)
 
     def manners() -> dict[str, float]:
-        found = reading_manners.near_matches(bench, arms("window", "copy", "full"), args.lengths[0], args.samples)
+        found = reading_manners.near_matches(
+            bench, arms("window", "copy", "copy_half", "full"), args.lengths[0], args.samples
+        )
         found |= reading_manners.temperatures(bench, shape, arms("window", "copy"), args.free)
         return found | reading_manners.loops(
             bench, shape, arms("window", "copy", "copy_generated"), args.free, args.tokens
@@ -98,7 +100,7 @@ def parts(bench: Bench, args: argparse.Namespace, shape: reading_code.Shape | No
 
     known: dict[str, Callable[[], dict[str, float]]] = {name: retrieval(name) for name in PARTS[:4]}
     known["nextline"] = lambda: reading_code.next_lines(
-        bench, shape, arms("full", "window", "copy", "all"), args.documents, args.each
+        bench, shape, arms("full", "window", "copy", "copy_half", "all"), args.documents, args.each
     )
     known["identifiers"] = lambda: reading_code.identifiers(scores, arms("full", "window", "soft", "copy", "all"))
     known["residual"] = lambda: reading_code.residuals(scores, list(bench.sets))

@@ -25,6 +25,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "window": {"soft": False, "copy": False, "recall": 0},
     "soft": {"soft": True, "copy": False, "recall": 0},
     "copy": {"soft": False, "copy": True, "recall": 0},
+    "copy_half": {"soft": False, "copy": True, "copy_strength": 0.5, "recall": 0},
     "copy_rebuilt": {"soft": False, "copy": "rebuilt", "recall": 0},
     "copy_generated": {"soft": False, "copy": True, "copy_generated": True, "recall": 0},
     "all": {"soft": True, "copy": True, "recall": 2},

@@ -337,7 +337,7 @@ class TestBadInput:
     @pytest.mark.parametrize("value", [[1.0], float("nan")])
     def test_a_scorer_that_gives_no_scores(self, host, crouter, value):
         class Broken:
-            def scores(self, index, recent_ids, draws=None):
+            def scores(self, index, recent_ids):
                 return torch.zeros(len(index)).numpy() + value if isinstance(value, float) else value
 
         history = make(host, crouter, scorer=Broken())

@@ -1,7 +1,7 @@
 """Recall: which compressed chunks matter enough now to be read raw again.
 
 Scores are cheap and depend on a row's tokens alone: lexical overlap with the last tokens (BM25 over token ids, from
-posting lists), recency, and how much copying drew from a chunk. Axes: `N` chunks, `F` features.
+posting lists) and recency. Axes: `N` chunks, `F` features.
 
 Source: BM25 as in Robertson and Zaragoza, "The Probabilistic Relevance Framework" (2009), idf with one added inside.
 """
@@ -27,11 +27,9 @@ from ..errors import InputError
 K1, B = 1.5, 0.75  # saturation of a token's count, weight of a chunk's length
 QUERY = 512  # last tokens of a row that a scorer is given
 BLOCK = 1024  # chunks a block of posting lists at most: bounds what one merge costs
-Draws = np.ndarray | None  # how much copying drew from each chunk lately
 NAME = "scorer"
 FEATURES = (
-    "bm25_128", "bm25_512", "rank_128", "rank_512", "log_bm25_128", "log_bm25_512", "recency", "place", "draws",
-    "drawn", "log_chunks",
+    "bm25_128", "bm25_512", "rank_128", "rank_512", "log_bm25_128", "log_bm25_512", "recency", "place", "log_chunks",
 )  # fmt: skip
 
 
@@ -160,25 +158,24 @@ class Scorer(Protocol):
     that also has `parts` (the same arguments; arrays by name that sum to the scores) has its reasons reported.
     """
 
-    def scores(self, index: ChunkIndex, recent_ids: np.ndarray, draws: Draws = None) -> np.ndarray:
+    def scores(self, index: ChunkIndex, recent_ids: np.ndarray) -> np.ndarray:
         """Higher matters more, `[N]`.
 
         Args:
             index: of the row's compressed chunks.
             recent_ids: last tokens of the row, int64, at most `QUERY`.
-            draws: how much copying drew from each chunk lately, `[N]`; None where that is not known.
         """
         ...
 
 
 class _Parts:
-    def parts(self, index: ChunkIndex, recent_ids: np.ndarray, draws: Draws = None) -> dict[str, np.ndarray]:
+    def parts(self, index: ChunkIndex, recent_ids: np.ndarray) -> dict[str, np.ndarray]:
         """What the scores are the sum of, by name."""
         raise NotImplementedError
 
-    def scores(self, index: ChunkIndex, recent_ids: np.ndarray, draws: Draws = None) -> np.ndarray:
+    def scores(self, index: ChunkIndex, recent_ids: np.ndarray) -> np.ndarray:
         """See `Scorer.scores`."""
-        return sum(self.parts(index, recent_ids, draws).values(), np.zeros(len(index)))
+        return sum(self.parts(index, recent_ids).values(), np.zeros(len(index)))
 
 
 class Bm25Scorer(_Parts):
@@ -198,7 +195,7 @@ class Bm25Scorer(_Parts):
             raise InputError(f"last: expected 1 to {QUERY} tokens, got {last}")
         self.last, self.recency = last, recency
 
-    def parts(self, index: ChunkIndex, recent_ids: np.ndarray, draws: Draws = None) -> dict[str, np.ndarray]:
+    def parts(self, index: ChunkIndex, recent_ids: np.ndarray) -> dict[str, np.ndarray]:
         """See `Scorer`."""
         overlap = index.bm25(recent_ids[-self.last :])
         if not self.recency or not len(index):
@@ -209,7 +206,7 @@ class Bm25Scorer(_Parts):
 class RecencyScorer(_Parts):
     """The latest chunks."""
 
-    def parts(self, index: ChunkIndex, recent_ids: np.ndarray, draws: Draws = None) -> dict[str, np.ndarray]:
+    def parts(self, index: ChunkIndex, recent_ids: np.ndarray) -> dict[str, np.ndarray]:
         """See `Scorer`."""
         return {"recency": recency(len(index))}
 
@@ -220,7 +217,7 @@ class RandomScorer(_Parts):
     def __init__(self, seed: int = 0):
         self.seed = seed
 
-    def parts(self, index: ChunkIndex, recent_ids: np.ndarray, draws: Draws = None) -> dict[str, np.ndarray]:
+    def parts(self, index: ChunkIndex, recent_ids: np.ndarray) -> dict[str, np.ndarray]:
         """See `Scorer`."""
         seeds = [self.seed, len(index), zlib.crc32(np.asarray(recent_ids, np.int64).tobytes())]
         return {"random": np.random.default_rng(seeds).random(len(index))}
@@ -231,10 +228,9 @@ def recency(chunks: int) -> np.ndarray:
     return 1 / np.arange(chunks, 0, -1)
 
 
-def features(index: ChunkIndex, recent_ids: np.ndarray, draws: Draws = None) -> np.ndarray:
+def features(index: ChunkIndex, recent_ids: np.ndarray) -> np.ndarray:
     """What a learned scorer sees of each chunk, float32 `[N, F]`, in the order of `FEATURES`; see `Scorer.scores`."""
-    chunks, drawn = len(index), draws is not None
-    draws = np.zeros(chunks) if draws is None else np.asarray(draws, np.float64)
+    chunks = len(index)
     columns, logs, ranks = [], [], []
     for last in (128, 512):
         overlap = index.bm25(recent_ids[-last:])
@@ -243,8 +239,7 @@ def features(index: ChunkIndex, recent_ids: np.ndarray, draws: Draws = None) -> 
         ranks.append(order / max(chunks - 1, 1))
         logs.append(np.log1p(overlap) / 5)
     columns += [*ranks, *logs, recency(chunks), np.arange(1, chunks + 1) / max(chunks, 1)]
-    columns += [draws / max(draws.sum(), 1e-9), np.full(chunks, float(drawn)), np.full(chunks, math.log1p(chunks) / 8)]
-    return np.stack(columns, axis=1).astype(np.float32)
+    return np.stack([*columns, np.full(chunks, math.log1p(chunks) / 8)], axis=1).astype(np.float32)
 
 
 @dataclass(frozen=True)
@@ -276,16 +271,16 @@ class LearnedScorer(nn.Module):
         return self.down(F.gelu(self.up(inputs), approximate="tanh"))[:, 0]
 
     @torch.no_grad()
-    def parts(self, index: ChunkIndex, recent_ids: np.ndarray, draws: Draws = None) -> dict[str, np.ndarray]:
+    def parts(self, index: ChunkIndex, recent_ids: np.ndarray) -> dict[str, np.ndarray]:
         """See `Scorer`; in NumPy, as a product so small costs torch mostly the waking of its threads."""
         up, bias, down, shift = (value.float().cpu().numpy() for value in self.parameters())
-        hidden = features(index, recent_ids, draws) @ up.T + bias
+        hidden = features(index, recent_ids) @ up.T + bias
         hidden *= 0.5 * (1 + np.tanh(math.sqrt(2 / math.pi) * hidden * (1 + 0.044715 * hidden * hidden)))
         return {"learned": (hidden @ down.T + shift)[:, 0].astype(np.float64)}
 
-    def scores(self, index: ChunkIndex, recent_ids: np.ndarray, draws: Draws = None) -> np.ndarray:
+    def scores(self, index: ChunkIndex, recent_ids: np.ndarray) -> np.ndarray:
         """See `Scorer.scores`."""
-        return self.parts(index, recent_ids, draws)["learned"]
+        return self.parts(index, recent_ids)["learned"]
 
     def save(self, folder: str | Path) -> None:
         """Writes `scorer.safetensors` and `scorer.json`, the JSON, with a checksum, last."""

@@ -8,6 +8,7 @@ its scores, so that the best chunks come first and the others matter little.
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -30,12 +31,13 @@ def fit(
     weight_decay: float = 1e-2,
     held_out: float = 0.25,
     seed: int = 0,
+    names: Sequence[str] = FEATURES,
     training: dict[str, Any] | None = None,
 ) -> LearnedScorer:
     """A scorer for chunks; of all steps the one whose top `k` gain most in the groups that are kept out.
 
     Args:
-        features: float32 `[N, F]`, as `hf_crouter.archive.recall.features` gives them, of many groups.
+        features: float32 `[N, F]` of many groups, as `hf_crouter.archive.recall.features` gives them.
         gains: nats that recalling each chunk brings, `[N]`.
         groups: which chunks compete, integers `[N]`.
         sources: document or package of each chunk, integers `[N]`: kept out whole; None: each group by itself.
@@ -46,6 +48,7 @@ def fit(
         weight_decay: of AdamW.
         held_out: share of the sources kept out, 0 (the last step counts) to below 1.
         seed: of the weights and of the sources kept out.
+        names: of the features; a scorer of others than `FEATURES` can be compared but not loaded.
         training: more for the record in the scorer's configuration.
 
     Raises:
@@ -53,15 +56,15 @@ def fit(
     """
     features, gains, groups = np.asarray(features, np.float32), np.asarray(gains, np.float64), np.asarray(groups)
     sources = groups if sources is None else np.asarray(sources)
-    if features.ndim != 2 or features.shape[1] != len(FEATURES):
-        raise InputError(f"features: expected [N, {len(FEATURES)}], got {list(features.shape)}")
+    if features.ndim != 2 or features.shape[1] != len(names):
+        raise InputError(f"features: expected [N, {len(names)}], got {list(features.shape)}")
     if not len(features) == len(gains) == len(groups) == len(sources):
         sizes = [len(values) for values in (features, gains, groups, sources)]
         raise InputError(f"features, gains, groups, sources: expected one length, got {sizes}")
     if not (np.isfinite(features).all() and np.isfinite(gains).all()):
         raise InputError("features and gains: expected finite numbers, got others")
-    names = np.unique(sources)
-    kept_out = np.random.default_rng(seed).permutation(names)[: int(held_out * len(names))]
+    every = np.unique(sources)
+    kept_out = np.random.default_rng(seed).permutation(every)[: int(held_out * len(every))]
     test = np.isin(sources, kept_out)
     if np.unique(groups[~test], return_counts=True)[1].max(initial=0) < 2:
         raise InputError("groups: expected at least one of two chunks or more to fit on, got none")
@@ -69,7 +72,7 @@ def fit(
     target = _softmax(torch.from_numpy(gains[~test] / max(_spread(gains[~test], of.numpy()), 1e-9)), of, count)[0]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        scorer = LearnedScorer(ScorerConfig(hidden_size=hidden_size))
+        scorer = LearnedScorer(ScorerConfig(hidden_size, tuple(names)))
     optimizer = torch.optim.AdamW(scorer.parameters(), lr=learning_rate, weight_decay=weight_decay)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     best, weights = -np.inf, copy.deepcopy(scorer.state_dict())
@@ -90,7 +93,7 @@ def fit(
         "share.fitted": top_share(_scores(scorer, features[~test]), gains[~test], groups[~test], k),
         **({"share.held_out": best} if test.any() else {}), **(training or {}),
     }  # fmt: skip
-    scorer.config = ScorerConfig(hidden_size=hidden_size, training=record)
+    scorer.config = ScorerConfig(hidden_size, tuple(names), record)
     return scorer.eval()
 
 

@@ -128,9 +128,6 @@ class TestLearned:
         overlap = index.bm25(recent)
         assert by_name["bm25_128"].argmax() == by_name["rank_128"].argmax() == overlap.argmax()
         assert by_name["bm25_128"].max() == by_name["rank_128"].max() == 1
-        assert not by_name["draws"].any() and not by_name["drawn"].any()
-        with_draws = dict(zip(FEATURES, features(index, recent, np.arange(9)).T, strict=True))
-        assert with_draws["draws"].argmax() == 8 and with_draws["drawn"].all()
         assert features(index, np.array([99], np.int64)).shape == (9, len(FEATURES))
         assert features(ChunkIndex(), recent).shape == (0, len(FEATURES))
 
@@ -170,7 +167,7 @@ class TestLearned:
     @pytest.mark.parametrize("wrong", [np.zeros(2), np.full(3, np.nan)])
     def test_scores_that_do_not_fit(self, wrong):
         class Wrong:
-            def scores(self, index, recent_ids, draws=None):
+            def scores(self, index, recent_ids):
                 return wrong
 
         with pytest.raises(InputError, match="3 finite scores"):

@@ -8,9 +8,13 @@ import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 
-from eval import documents, hgr
+from eval import documents, hgr, hgr_pairs
+from eval import hgr_passes as passes
+from eval import hgr_report as report
 from eval.documents import Record
-from eval.hgr import ARMS, GATES, Bootstrap, Layout, Losses, Reader, Searchers
+from eval.hgr_files import joined_arrays
+from eval.hgr_passes import ARMS, GATES, Layout, Reader, Searchers
+from eval.hgr_report import Bootstrap, Losses
 from eval.statistics import clustered_interval
 from hf_crouter.archive.copying import Gate, mix, view_host
 from hf_crouter.archive.store import ORDERS
@@ -53,7 +57,7 @@ def make_gates(bias=1.0):
     gates = {}
     for name in GATES:
         if name == "nine":
-            gates[name] = hgr.NineWeights()
+            gates[name] = passes.NineWeights()
             gates[name].logit.data.fill_(bias)
         else:
             gates[name] = Gate().requires_grad_(False)
@@ -63,15 +67,15 @@ def make_gates(bias=1.0):
 
 
 def make_block(reader, rows):
-    partner = hgr.partners(make_records(len(rows)), 0)
-    archives = hgr.archives_of(LAYOUT, COUNTS)
+    partner = passes.partners(make_records(len(rows)), 0)
+    archives = passes.archives_of(LAYOUT, COUNTS)
     return reader.prepare(np.arange(len(rows)), rows.astype(np.int64), rows[partner].astype(np.int64), archives)
 
 
 @pytest.fixture(scope="module")
 def measured():
     reader, rows = make_reader(), make_rows()
-    return reader, rows, hgr.measure(reader, make_block(reader, rows), COUNTS, make_gates(), oracle=[0, 2])
+    return reader, rows, passes.measure(reader, make_block(reader, rows), COUNTS, make_gates(), oracle=[0, 2])
 
 
 def plain_loss(reader, *parts, soft=None):
@@ -83,6 +87,12 @@ def plain_loss(reader, *parts, soft=None):
     with torch.no_grad():
         logits = reader.host(inputs_embeds=embeddings[:, :-1]).logits[0, -LAYOUT.target :]
     return torch.nn.functional.cross_entropy(logits, ids[0, -LAYOUT.target :]).item()
+
+
+def means(reader, row):
+    """A mean embedding for every soft prompt of the chunks, `[1, S, H]`."""
+    spans = torch.from_numpy(row[4 : 4 + 4 * CHUNK].astype(np.int64)).view(4 * LATENTS, -1)
+    return reader.host.get_input_embeddings()(spans).mean(1)[None].detach()
 
 
 def test_arms_read_what_they_say(measured):
@@ -101,6 +111,7 @@ def test_arms_read_what_they_say(measured):
             "n4.recent_same_slots_recall": plain_loss(reader, prefix, row[4 + 2 * CHUNK - 4 * LATENTS :]),
             "n4.last2": plain_loss(reader, prefix, row[chunks[2].start :]),
             "n4.bm25_2": plain_loss(reader, prefix, *pair, recent),
+            "n4.mean_pool": plain_loss(reader, prefix, recent, soft=means(reader, row)),
             "n4.soft": plain_loss(reader, prefix, recent, soft=soft),
             "n2.soft": plain_loss(reader, prefix, recent, soft=soft[:, 2 * LATENTS :]),
             "n4.soft_recall2": plain_loss(reader, prefix, *pair, recent, soft=soft),
@@ -113,20 +124,26 @@ def test_slots_are_the_positions_before_the_target():
     reader, rows = make_reader(), make_rows(1).astype(np.int64)
     block = make_block(reader, rows)
     for (name, arm), count in itertools.product(ARMS.items(), COUNTS):
-        if arm.exists(LAYOUT, count):
+        if reader.reads(arm, count):
             before = reader.forwarded
             list(reader.forward(block, arm, count, reader.wanted(block, arm, count)))
             assert reader.forwarded - before == arm.slots(LAYOUT, count) + LAYOUT.target - 1, name
 
 
+def test_partners_are_other_texts():
+    records = [Record(f"p/{n}", "p", "code", 0.1) for n in ("a.py#0", "a.py#1", "b.py")]
+    records.append(Record("q/a.py", "q", "code", 0.1))
+    found = passes.partners(records, 0)
+    assert found[:2].tolist() == [2, 2] and found[2] in (0, 1) and found[3] != 3
+
+
 def test_shuffled_latents_and_random_chunks_differ(measured):
     found = measured[2]
     assert not np.isclose(found["n4.soft"], found["n4.shuffled"]).any()
-    assert (hgr.partners(make_records(), 0) != np.arange(5)).all()
-    assert hgr.partners(make_records(), 0)[0] == 3  # of the same package
-    assert hgr.recalled(LAYOUT, make_rows()[0], 4, "random2", 0) == hgr.recalled(
-        LAYOUT, make_rows()[0], 4, "random2", 0
-    )
+    assert (passes.partners(make_records(), 0) != np.arange(5)).all()
+    assert passes.partners(make_records(), 0)[0] == 3  # of the same package
+    random = make_reader().scorers["random2"]
+    assert passes.recalled(LAYOUT, make_rows()[0], 4, random) == passes.recalled(LAYOUT, make_rows()[0], 4, random)
 
 
 def test_no_pair_beats_the_oracle(measured):
@@ -139,7 +156,7 @@ def test_no_pair_beats_the_oracle(measured):
 
 def test_weight_zero_is_the_host_alone():
     reader, rows = make_reader(), make_rows(2)
-    found = hgr.measure(reader, make_block(reader, rows), COUNTS, make_gates(bias=-np.inf))
+    found = passes.measure(reader, make_block(reader, rows), COUNTS, make_gates(bias=-np.inf))
     for name, arm in ARMS.items():
         for key, _, gate in arm.readings:
             if gate != "nine":
@@ -153,15 +170,15 @@ def test_copying_equals_the_packages_mixture(measured):
     reader, rows, found = measured
     row = rows[0].astype(np.int64)
     gate = make_gates()["copy"]
-    work = hgr.Search(LAYOUT, row, None, ((4, ""),), VOCAB, frozenset({0, 1, 2}))
-    candidates = hgr.joined([hgr.search(work)[4, ""]], LAYOUT.target, "cpu")
+    work = passes.Search(LAYOUT, row, None, ((4, ""),), VOCAB, frozenset({0, 1, 2}))
+    candidates = passes.joined([passes.search(work)[4, ""]], LAYOUT.target, "cpu")
     ids = torch.from_numpy(np.concatenate([row[:4], row[LAYOUT.old : -1]]))[None]
     with torch.no_grad():
         scores = reader.host(ids).logits[0, -LAYOUT.target :]
         mixture = mix(scores, candidates, gate)
     targets = torch.from_numpy(row[LAYOUT.split :])
     assert found["n4.copy"][0] == pytest.approx(-mixture.of(targets, scores).mean().item(), abs=1e-4)
-    places = hgr.Places.read(scores, targets)
+    places = passes.Places.read(scores, targets)
     assert torch.equal(places.greedy(candidates, mixture.weights), mixture.greedy())
     assert found["n4.copy.right"][0] == pytest.approx((mixture.greedy() == targets).float().mean().item())
     host, normaliser = view_host(scores, candidates)
@@ -175,7 +192,7 @@ def test_an_archive_excludes_what_is_raw():
     for (name, arm), count in itertools.product(ARMS.items(), COUNTS):
         for _, archive, _ in arm.readings:
             if archive == "past" and arm.exists(LAYOUT, count):
-                extra = LAYOUT.extra(hgr.archive_of(arm, archive), count)
+                extra = LAYOUT.extra(passes.archive_of(arm, archive), count)
                 past = set(LAYOUT.past(row, count, extra).tolist())
                 raw = set(LAYOUT.raw(row, LAYOUT.extra(arm.longer, count)).tolist())
                 older = set(LAYOUT.past(row, count).tolist())
@@ -188,23 +205,15 @@ def test_an_archive_excludes_what_is_raw():
 def test_candidates_come_from_the_archive_that_is_named():
     row = np.full(LAYOUT.length, 5)
     row[LAYOUT.old - LATENTS * 4 : LAYOUT.old] = 7  # only what the longer window holds
-    work = hgr.Search(LAYOUT, row, (np.full(64, 9), np.ones(64, np.float32)), ((4, ""), (4, "soft"), (4, "rebuilt")),
-                      VOCAB, frozenset())  # fmt: skip
-    found = hgr.search(work)
+    rebuilt, archives = (np.full(64, 9), np.ones(64, np.float32)), ((4, ""), (4, "soft"), (4, "rebuilt"))
+    work = passes.Search(LAYOUT, row, rebuilt, archives, VOCAB, frozenset())
+    found = passes.search(work)
     assert 7 in found[4, ""]["tokens"] and 7 not in found[4, "soft"]["tokens"]
     assert len(found[4, "soft"]["tokens"]) and not len(found[4, "rebuilt"]["tokens"])
 
 
-def test_bm25_finds_the_chunk_that_shares_rare_ids():
-    chunks = [np.array([1, 1, 2, 2]), np.array([1, 1, 8, 9]), np.array([1, 2, 1, 2])]
-    scores = hgr.bm25(np.array([1, 8, 9]), chunks)
-    assert scores.argmax() == 1
-    # by hand for the first: only id 1, in all of three chunks
-    assert scores[0] == pytest.approx(np.log1p(0.5 / 3.5) * 2 * 2.2 / (2 + 1.2))
-
-
 def test_nine_weights_take_the_longest_order():
-    nine = hgr.NineWeights()
+    nine = passes.NineWeights()
     nine.logit.data = torch.linspace(-2, 2, len(ORDERS))
     available = torch.zeros(2, len(ORDERS), dtype=torch.bool)
     available[0, :3] = True
@@ -217,7 +226,7 @@ def test_the_bootstrap_is_that_of_clustered_interval():
     values, groups = np.random.default_rng(0).normal(size=30), [f"g{i % 7}" for i in range(30)]
     bootstrap = Bootstrap(groups, seed=4, draws=100)
     drawn = bootstrap.sums(values) / bootstrap.sums(np.ones(30))
-    mine = hgr.interval("x", drawn)
+    mine = report.interval("x", drawn)
     expected = clustered_interval(lambda rows: values[rows].mean(), groups, seed=4, draws=100)
     assert list(mine.values()) == pytest.approx(expected)
 
@@ -226,9 +235,9 @@ def test_the_bootstrap_is_that_of_clustered_interval():
 def test_metrics_have_the_promised_keys(measured, domain):
     arrays = measured[2]
     arrays = {**arrays, "n4.full": arrays["n4.window"] - 0.1, "n2.full": arrays["n2.window"] - 0.1}
-    found = hgr.metrics({"set": Losses(arrays, make_records(domain=domain))}, COUNTS, 0, draws=50, slots=LAYOUT)
-    for arm in ("soft", "shuffled", "copy", "copy_rebuilt", "soft_copy", "recall2", "all", "recent_same_slots", "nine",
-                "recent_same_slots_copy", "last2", "random2", "oracle2", "streaming", "full_copy", "recall2_copy",
+    found = report.metrics({"set": Losses(arrays, make_records(domain=domain))}, COUNTS, 0, draws=50, slots=LAYOUT)
+    for arm in ("soft", "shuffled", "mean_pool", "copy", "copy_rebuilt", "soft_copy", "recall2", "all",
+                "nine", "recent_same_slots", "recent_same_slots_copy", "last2", "random2", "oracle2", "full_copy", "recall2_copy",
                 "copy_pooled", "copy_rebuilt_pooled", "all_pooled", "recent_same_slots_recall_copy"):  # fmt: skip
         for end in ("hgr", "hgr.lo", "hgr.hi", "slots", "loss"):
             assert f"set.n4.{arm}.{end}" in found, (arm, end)
@@ -241,7 +250,48 @@ def test_metrics_have_the_promised_keys(measured, domain):
     assert found["set.n4.recent_same_slots_recall.slots"] == found["set.n4.all.slots"]
     assert found["set.n4.oracle2.documents"] == 2
     assert ("set.novels.n4.copy.hgr" in found) == (domain == "novels")
-    assert "nan" not in hgr.table(found).split()
+    assert "nan" not in report.table(found).split()
+
+
+def test_rows_without_candidates_name_no_entry_of_others():
+    rows = [np.full(LAYOUT.length, 5), np.arange(LAYOUT.length) % VOCAB]
+    rows[1][LAYOUT.split - 1 :] = VOCAB - 1  # never in its past
+    rows[1][: LAYOUT.old] = 3
+    works = [passes.Search(LAYOUT, row, None, ((4, ""),), VOCAB, frozenset()) for row in rows]
+    found = [passes.search(work)[4, ""] for work in works]
+    candidates = passes.joined(found, LAYOUT.target, "cpu")
+    assert not candidates.available[-LAYOUT.target :].any() and candidates.available[: LAYOUT.target].any()
+    assert candidates.best.max() < len(candidates.tokens)
+
+
+def test_kvpress_losses_stand_beside_ours(tmp_path, measured, monkeypatch):
+    write_set(tmp_path, "young", monkeypatch)
+    arrays = measured[2]
+    save = {**{k: v for k, v in arrays.items() if k.count(".") == 1}, "documents": np.array([3, 1, 0, 2, 4])}
+    (tmp_path / "losses").mkdir()
+    save_file(save, tmp_path / "losses" / "young.0of1.safetensors")
+    theirs = {"documents": np.array([4, 0]), "n4.snapkv": np.array([2.0, 1.0], np.float32)}
+    save_file(theirs, tmp_path / "losses" / "young.kvpress.0of1.safetensors")
+    losses = report.losses_of(tmp_path, "young", tmp_path)
+    assert losses.arrays["n4.snapkv"][[0, 4]].tolist() == [1, 2] and np.isnan(losses.arrays["n4.snapkv"][1:4]).all()
+    assert losses.arrays["n4.window"].tolist() == arrays["n4.window"][[2, 1, 3, 0, 4]].tolist()
+    found = report.metrics({"young": losses}, COUNTS, 0, draws=20, slots=LAYOUT)
+    assert found["young.n4.snapkv.documents"] == 2
+    assert found["young.n4.snapkv.slots"] == found["young.n4.recent_same_slots.slots"]
+
+
+def test_parts_that_lack_a_figure_say_so():
+    joined = joined_arrays([{"documents": np.arange(2), "x": np.ones(2)}, {"documents": np.arange(3)}])
+    assert (
+        np.isnan(joined["x"][2:]).all() and len(joined["x"]) == 5 and joined["documents"].tolist() == [0, 1, 0, 1, 2]
+    )
+
+
+def test_draws_count_what_could_have_been_copied():
+    past = np.concatenate([np.arange(10, 20), np.arange(30, 40)])
+    row = np.concatenate([[5], np.arange(30, 36)])
+    found = hgr_pairs.draws(past, row, 6, 10, 64)
+    assert found[0] == 0 and found[1] == pytest.approx(np.log2(2) + np.log2(3) + np.log2(4) + np.log2(5))
 
 
 def write_set(folder, name, monkeypatch, count=5, domain="code", seed=0):
@@ -285,23 +335,24 @@ def test_both_stages_and_two_shards_agree_with_one(tmp_path, monkeypatch):
     metrics = json.loads((tmp_path / "hgr.json").read_text())["metrics"]
     assert metrics["young.n4.documents"] == 5 and "gate.pooled.held_out_gain" in metrics
     pairs = load_file(tmp_path / "one" / "pairs.0of1.safetensors")
-    assert (
-        (pairs["split"] == 1).sum() == 2 * 4 and (pairs["split"] == 0).sum() == 10 * 5 and pairs["loss"].shape[1] == 2
-    )
+    assert (pairs["split"] == 1).sum() == 2 * 4 and (pairs["split"] == 0).sum() == 10 * 5
+    assert pairs["loss"].shape[1] == 2 and np.isfinite(pairs["attention"][pairs["chunk"] >= 0]).all()
+    assert metrics["pairs.pairs"] == 10 * 4 + 2 * 3 and metrics["pairs.best.share"] == 1
+    assert "pairs.learned_all.share.lo" in metrics and "young.n4.all_learned_pooled.hgr" in metrics
     threads = [threading.Thread(target=run, args=("collect", "both", "--shard", f"{i}/2")) for i in range(2)]
     for thread in threads:  # each fits half of the gates, from what both recorded
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(hgr.losses_of(tmp_path / "both", "young", tmp_path).records) == 5
+    assert len(report.losses_of(tmp_path / "both", "young", tmp_path).records) == 5
     assert all(hgr.finished(tmp_path / "both", name).exists() for name in GATES)
-    for name in GATES:  # the same gates, so that only the splitting differs
+    for name in (*GATES, "scorer"):  # the same gates, so that only the splitting differs
         (tmp_path / "two" / name).mkdir(parents=True)
         for path in (tmp_path / "one" / name).iterdir():
             (tmp_path / "two" / name / path.name).write_bytes(path.read_bytes())
     for shard in ("0/2", "1/2"):
-        run("collect", "two", "--shard", shard)
-    one, two = (hgr.losses_of(tmp_path / name, "young", tmp_path).arrays for name in ("one", "two"))
+        run("collect", "two", "--shard", shard, "--pairs", "12")
+    one, two = (report.losses_of(tmp_path / name, "young", tmp_path).arrays for name in ("one", "two"))
     assert set(one) == set(two)
     for key, values in one.items():
         assert np.allclose(values, two[key], atol=1e-5, equal_nan=True), key
