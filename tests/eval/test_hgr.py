@@ -236,9 +236,10 @@ def test_metrics_have_the_promised_keys(measured, domain):
     arrays = measured[2]
     arrays = {**arrays, "n4.full": arrays["n4.window"] - 0.1, "n2.full": arrays["n2.window"] - 0.1}
     found = report.metrics({"set": Losses(arrays, make_records(domain=domain))}, COUNTS, 0, draws=50, slots=LAYOUT)
-    for arm in ("soft", "shuffled", "mean_pool", "copy", "copy_rebuilt", "soft_copy", "recall2", "all",
-                "nine", "recent_same_slots", "recent_same_slots_copy", "last2", "random2", "oracle2", "full_copy", "recall2_copy",
-                "copy_pooled", "copy_rebuilt_pooled", "all_pooled", "recent_same_slots_recall_copy"):  # fmt: skip
+    for arm in ("soft", "shuffled", "mean_pool", "copy", "copy_rebuilt", "soft_copy", "recall2", "all", "nine",
+                "recent_same_slots", "recent_same_slots_copy", "last2", "random2", "oracle2", "full_copy",
+                "recall2_copy", "copy_pooled", "copy_rebuilt_pooled", "all_pooled",
+                "recent_same_slots_recall_copy"):  # fmt: skip
         for end in ("hgr", "hgr.lo", "hgr.hi", "slots", "loss"):
             assert f"set.n4.{arm}.{end}" in found, (arm, end)
     for key in ("n4.copy.diff.lo", "n4.all.diff.hi", "n4.soft_minus_shuffled", "n4.loss.window", "n4.loss.full",
