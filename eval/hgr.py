@@ -157,7 +157,7 @@ def learned_scorer(reader: Reader, args: argparse.Namespace, gate: nn.Module) ->
             collect_pairs(reader, args, gate)
         wait_for([pairs_path(args, i) for i in range(shards)])
         if not shard:
-            fit_scorer(load_pairs(args), args.seed).save(folder)
+            fit_scorer(load_pairs(args, signals=False), args.seed).save(folder)
         wait_for([folder / "scorer.json"])
     return LearnedScorer.load(folder)
 

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import multiprocessing
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -29,6 +30,7 @@ from hf_crouter.training.scorer import fit
 GATE_SETS = ("gate_code", "gate_prose")
 TAKEN = 2  # chunks that a score chooses
 FOLDS = 5
+DRAWN = 128  # last tokens of which it is asked where copying would have taken them from
 SIGNALS = ("draws", "attention", "latents")  # beside the features of the shipped scorer
 
 
@@ -113,7 +115,7 @@ def likeness(reader: Reader, block: Block) -> np.ndarray:
     return torch.cosine_similarity(own[:, None], block.latents, dim=-1).cpu().numpy()
 
 
-def draws(past: np.ndarray, row: np.ndarray, last: int, chunk: int, vocab_size: int) -> np.ndarray:
+def draws(past: np.ndarray, row: np.ndarray, last: int, chunk: int) -> np.ndarray:
     """How much a row's last tokens could be copied from each chunk, `[chunks]`.
 
     Args:
@@ -121,13 +123,12 @@ def draws(past: np.ndarray, row: np.ndarray, last: int, chunk: int, vocab_size: 
         row: ids up to the place of the choice.
         last: tokens that are looked at.
         chunk: tokens of a chunk.
-        vocab_size: of the ids.
 
     Returns:
         Over the tokens that the longest match before them foretold: the logarithm of its length, shared among its
         occurrences.
     """
-    archive = Archive.empty(vocab_size, tail_limit=len(past)).extended(past)
+    archive = Archive.empty(1 << 16, tail_limit=len(past)).extended(past)
     found = np.zeros(len(past) // chunk)
     for place in range(len(row) - last, len(row)):
         match = archive.match(row[max(0, place - 64) : place])
@@ -137,8 +138,12 @@ def draws(past: np.ndarray, row: np.ndarray, last: int, chunk: int, vocab_size: 
     return found
 
 
-def load_pairs(args: argparse.Namespace) -> dict[str, np.ndarray]:
+def load_pairs(args: argparse.Namespace, signals: bool = True) -> dict[str, np.ndarray]:
     """All shards' pairs with their features: `[P, ...]` arrays, the chunks of a window together.
+
+    Args:
+        args: of the command line.
+        signals: also make `signals` and `ranks`; draws take a while.
 
     Returns:
         `features`, `signals` (of `SIGNALS`), `ranks` (the same within a window, 0 to 1), `gains` in nats (with
@@ -154,31 +159,50 @@ def load_pairs(args: argparse.Namespace) -> dict[str, np.ndarray]:
     every = {key: np.concatenate([file[key] for file in files]) for key in files[0]}
     order = np.lexsort((every["chunk"], every["split"], every["document"], every["set"]))
     every = {key: values[order] for key, values in every.items()}
-    starts = np.flatnonzero(every["chunk"] == -1)
     sets = [Windows.load(args.data, name) for name in GATE_SETS]
     names: dict[str, int] = {}
-    out: dict[str, list[np.ndarray]] = {}
-    for group, (start, end) in enumerate(zip(starts, [*starts[1:], len(order)], strict=True)):
-        count = int(end - start - 1)
-        here, rows = layout.moved(int(every["split"][start])), slice(start + 1, end)
-        windows, document = sets[every["set"][start]], int(every["document"][start])
-        row = windows.ids[document, : here.split].astype(np.int64)
-        past = here.past(row, count)
-        index = ChunkIndex().extended(*past.reshape(count, here.chunk))
-        source = names.setdefault(windows.records[document].cluster, len(names))
-        drawn = draws(past, row, min(128, here.window), here.chunk, 1 << 16)
-        signals = [drawn, every["attention"][rows], every["latents"][rows]]
-        values = {
-            "features": features(index, row[here.old :][-QUERY:]),
-            "signals": np.stack(signals, 1),
-            "ranks": np.stack([_ranks(signal) for signal in signals], 1),
-            "gains": every["loss"][start, 1] - every["loss"][rows, 1],
-            "groups": np.full(count, group),
-            "sources": np.full(count, source),
-        }
-        for key, value in values.items():
-            out.setdefault(key, []).append(value)
-    return {key: np.concatenate(values) for key, values in out.items()}
+    windows = []
+    for start in np.flatnonzero(every["chunk"] == -1):
+        here, texts = layout.moved(int(every["split"][start])), sets[every["set"][start]]
+        document = int(every["document"][start])
+        source = names.setdefault(texts.records[document].cluster, len(names))
+        pairs = {key: every[key][start : start + 1 + here.chunks] for key in ("loss", "attention", "latents")}
+        windows.append(_Window(here, texts.ids[document, : here.split], pairs, len(windows), source, signals))
+    if args.workers and signals:
+        with multiprocessing.get_context("fork").Pool(args.workers) as pool:
+            parts = pool.map(_pairs_of, windows, chunksize=16)
+    else:
+        parts = [_pairs_of(window) for window in windows]
+    return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+
+
+class _Window(NamedTuple):
+    """One window's place of choice: its row up to there, and what was measured of no chunk and of each."""
+
+    layout: Layout
+    row: np.ndarray
+    measured: dict[str, np.ndarray]
+    group: int
+    source: int
+    signals: bool
+
+
+def _pairs_of(window: _Window) -> dict[str, np.ndarray]:
+    layout, row, measured = window.layout, window.row.astype(np.int64), window.measured
+    past = layout.past(row, layout.chunks)
+    index = ChunkIndex().extended(*past.reshape(layout.chunks, layout.chunk))
+    found = {
+        "features": features(index, row[layout.old :][-QUERY:]),
+        "gains": measured["loss"][0, 1] - measured["loss"][1:, 1],
+        "groups": np.full(layout.chunks, window.group),
+        "sources": np.full(layout.chunks, window.source),
+    }
+    if window.signals:
+        drawn = draws(past, row, min(DRAWN, layout.window), layout.chunk)
+        signals = [drawn, measured["attention"][1:], measured["latents"][1:]]
+        found["signals"] = np.stack(signals, 1)
+        found["ranks"] = np.stack([_ranks(signal) for signal in signals], 1)
+    return found
 
 
 def _ranks(values: np.ndarray) -> np.ndarray:

@@ -291,7 +291,7 @@ def test_parts_that_lack_a_figure_say_so():
 def test_draws_count_what_could_have_been_copied():
     past = np.concatenate([np.arange(10, 20), np.arange(30, 40)])
     row = np.concatenate([[5], np.arange(30, 36)])
-    found = hgr_pairs.draws(past, row, 6, 10, 64)
+    found = hgr_pairs.draws(past, row, 6, 10)
     assert found[0] == 0 and found[1] == pytest.approx(np.log2(2) + np.log2(3) + np.log2(4) + np.log2(5))
 
 
