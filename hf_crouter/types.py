@@ -39,3 +39,23 @@ class Residuals:
     nats: torch.Tensor
     accuracy: torch.Tensor
     token_nats: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Route:
+    """Which expert serves a chunk, and how clearly.
+
+    Attributes:
+        expert: its name; None: the base model.
+        number: its place in the set; -1: the base model.
+        verdict: `known`; `overlap`: a second expert rebuilds the chunk nearly as well; `unknown`: none rebuilds it as
+            it does its own domain, so the base model serves; `short`: too few tokens to tell, what was before stays.
+        nats: residual under every expert that was scored, nats/token, by name.
+        margin: calibrated residual of the second best minus that of the best, nats/token; infinite for a lone expert.
+    """
+
+    expert: str | None
+    number: int
+    verdict: str
+    nats: dict[str, float]
+    margin: float
