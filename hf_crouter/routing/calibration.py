@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -100,3 +101,140 @@ def verdict(calibration: Calibration | None, residual: float) -> str:
         residual: nats/token of the chunk.
     """
     return calibration.verdict(residual) if calibration else UNCALIBRATED
+
+
+LEVELS = (0.0, *QUANTILES, 1.0)  # also the smallest and the largest value met
+
+
+@dataclass(frozen=True)
+class LengthCalibration:
+    """What is usual for one expert on its own domain, by the length of the text: short texts rebuild more easily.
+
+    Measured on documents kept out of its fitting and of every test.
+
+    Attributes:
+        residuals: nats/token under the expert, by length in tokens and by quantile (0 to 1).
+        margins: how much worse the best other expert did, in the unit of `score`, by length and quantile; empty where
+            there was no other. They hold for the experts there were; `with_margins` measures them anew.
+        pieces: texts measured, by length.
+        documents: documents that these texts come from.
+        fingerprint: of the crouter, decoder included.
+        weights: checksum of the expert's compressor adapter that was measured.
+        score: what the margins are differences of (`router.SCORES`).
+    """
+
+    residuals: dict[int, dict[float, float]]
+    margins: dict[int, dict[float, float]]
+    pieces: dict[int, int]
+    documents: int
+    fingerprint: str
+    weights: str
+    score: str = "calibrated"
+
+    @classmethod
+    def fit(
+        cls,
+        residuals: Mapping[int, Sequence[float] | np.ndarray],
+        documents: int,
+        fingerprint: str,
+        weights: str,
+    ) -> LengthCalibration:
+        """Calibration from measured residuals, as yet without margins.
+
+        Args:
+            residuals: by length in tokens, one residual a text, nats/token.
+            documents: number of documents that the texts come from.
+            fingerprint: of the crouter, decoder included.
+            weights: checksum of the compressor adapter.
+
+        Raises:
+            InputError: no length, a length without residuals, or one that is not finite.
+        """
+        if not residuals:
+            raise InputError("calibration: expected residuals for at least one length of text, got none")
+        pieces = {int(length): int(np.size(values)) for length, values in sorted(residuals.items())}
+        return cls(_quantiles(residuals, "residuals"), {}, pieces, int(documents), fingerprint, weights)
+
+    def with_margins(
+        self, margins: Mapping[int, Sequence[float] | np.ndarray], score: str = "calibrated"
+    ) -> LengthCalibration:
+        """The same calibration with margins measured among the experts there are now.
+
+        Args:
+            margins: by length in tokens, one margin a text: least score of another expert minus the own one.
+            score: what they are differences of.
+
+        Raises:
+            InputError: a length without margins, or one that is not finite.
+        """
+        return replace(self, margins=_quantiles(margins, "margins"), score=score)
+
+    def residual(self, tokens: int, quantile: float) -> float:
+        """The residual that this share of the expert's own texts stays under, nats/token.
+
+        Args:
+            tokens: length of the text; the nearest measured length (by ratio) speaks for it.
+            quantile: 0 to 1, interpolated between the measured ones.
+        """
+        return _at(self.residuals, tokens, quantile)
+
+    def margin(self, tokens: int, quantile: float) -> float:
+        """The margin that this share of the expert's own texts stays under; minus infinity where none was measured.
+
+        Args:
+            tokens: length of the text.
+            quantile: 0 to 1.
+        """
+        return _at(self.margins, tokens, quantile) if self.margins else float("-inf")
+
+    def save(self, folder: str | os.PathLike) -> Path:
+        """Writes `calibration.json` into an expert's folder, whole or not at all; returns its path."""
+        path = Path(folder) / CALIBRATION_FILE
+        write_json(path, asdict(self))
+        return path
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike) -> LengthCalibration:
+        """Reads what `save` wrote.
+
+        Raises:
+            InputError: missing or damaged.
+        """
+        path = Path(folder) / CALIBRATION_FILE
+        try:
+            fields = json.loads(path.read_text(encoding="utf-8"))
+            residuals, margins = (_numbers(fields[name]) for name in ("residuals", "margins"))
+            pieces = {int(length): int(count) for length, count in fields["pieces"].items()}
+            fingerprint, weights, score = (str(fields[name]) for name in ("fingerprint", "weights", "score"))
+            calibration = cls(residuals, margins, pieces, int(fields["documents"]), fingerprint, weights, score)
+        except OSError as error:
+            raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise InputError(f"{path}: not an expert's calibration, or damaged ({error!r})") from error
+        if not residuals or not all(_rising(length, row) for length, row in [*residuals.items(), *margins.items()]):
+            raise InputError(f"{path}: expected finite, rising quantiles {LEVELS} for at least one length")
+        return calibration
+
+
+def _quantiles(values: Mapping[int, Sequence[float] | np.ndarray], what: str) -> dict[int, dict[float, float]]:
+    table = {}
+    for length, row in sorted(values.items()):
+        row = np.asarray(row, dtype=np.float64).ravel()
+        if length < 1 or not row.size or not np.isfinite(row).all():
+            raise InputError(f"calibration: expected finite {what} of {length} tokens, got {row.size} values")
+        table[int(length)] = dict(zip(LEVELS, np.quantile(row, LEVELS).tolist(), strict=True))
+    return table
+
+
+def _numbers(table: dict[str, dict[str, float]]) -> dict[int, dict[float, float]]:
+    return {int(length): {float(level): float(value) for level, value in row.items()} for length, row in table.items()}
+
+
+def _rising(length: int, row: dict[float, float]) -> bool:
+    values = list(row.values())
+    return length >= 1 and tuple(row) == LEVELS and bool(np.isfinite(values).all()) and sorted(values) == values
+
+
+def _at(table: dict[int, dict[float, float]], tokens: int, quantile: float) -> float:
+    row = table[min(table, key=lambda length: abs(math.log(max(tokens, 1) / length)))]
+    return float(np.interp(quantile, list(row), list(row.values())))
