@@ -10,6 +10,7 @@ from typing import Any, Literal, overload
 
 import torch
 
+from .adapters import AdapterStack
 from .archive.copying import Gate
 from .archive.recall import Recall, Scorer, make_scorer
 from .chunking import SameTokenizerChunker, make_chunker
@@ -17,12 +18,15 @@ from .compressor import CRouterModel
 from .errors import InputError, MismatchError
 from .host.advance import advance, mask_and_positions
 from .host.cache import CompressedCache, CompressedDynamicCache, Row
+from .host.fingerprint import crouter_fingerprint, host_fingerprint
 from .host.generation import HistoryProcessor, active_call, always_on, mount, row_pads, unmount
 from .host.projector import Projector, find_projector
 from .host.reader import FirstTurn, Reader, local_tokenizer
-from .host.report import ChunkRecord, HistoryReport, RecallRecord, RowRecord, Trace
+from .host.report import ChunkRecord, HistoryReport, RecallRecord, RouteRecord, RowRecord, Trace
 from .host.unwrap import unwrap
 from .past import Copier, Past, Rebuilder, find_gate, special_ids
+from .routing.experts import ExpertSet
+from .routing.router import Router
 
 CHUNK_LENGTH = 512  # where no crouter says otherwise
 SCORE_COLUMNS = 512  # most logits a row at once
@@ -53,6 +57,10 @@ class CompressedHistory(HistoryProcessor):
             tokens of a row.
         scorer: says which ones matter: a `Scorer` or the folder of a learned one; None: overlap with the last 128
             tokens (BM25).
+        experts: an expert set or its folder: each chunk, and the raw window by its last tokens, is served by the
+            adapter of the expert that rebuilds it best, or by the plain host where none does. With them even a short
+            prompt is read under its expert's adapter.
+        hysteresis: nats/token by which an expert must undercut the one before it in the row.
         keep_first: raw tokens kept at the start; "auto": the chat template's system turn, or else 4 (attention sinks).
         projector: a folder or a `Projector`; None finds the one in the crouter's folder.
         tokenizer: of the host; looked for beside the host (never on the network) where it is needed.
@@ -83,6 +91,8 @@ class CompressedHistory(HistoryProcessor):
         recall: int = 0,
         refresh: int = 128,
         scorer: Scorer | str | os.PathLike | None = None,
+        experts: ExpertSet | str | os.PathLike | None = None,
+        hysteresis: float = 0.0,
         keep_first: int | Literal["auto"] = "auto",
         projector: str | os.PathLike | Projector | None = None,
         tokenizer: Any = None,
@@ -105,6 +115,10 @@ class CompressedHistory(HistoryProcessor):
             raise InputError("crouter: expected one, got None; without a crouter nothing can be rebuilt to copy from")
         if not 0 <= copy_strength <= 1:
             raise InputError(f"copy_strength: expected 0 to 1, got {copy_strength}")
+        if experts is not None and crouter is None:
+            raise InputError("crouter: expected one, got None; without a crouter no expert can be told from another")
+        if hysteresis < 0:
+            raise InputError(f"hysteresis: expected 0 nats/token or more, got {hysteresis}")
         if any(not 0 <= start <= end for start, end in copy_exclude):
             raise InputError(f"copy_exclude: expected spans (start, end) of tokens, got {list(copy_exclude)}")
         made = None
@@ -125,6 +139,13 @@ class CompressedHistory(HistoryProcessor):
         if copy == "rebuilt" and crouter is not None:
             own = crouter_tokenizer or local_tokenizer(crouter.name_or_path)
             self._rebuild = Rebuilder(crouter, None if chunker.same_tokenizer else (own, tokenizer))
+        routing: dict[str, Any] = {}
+        if experts is not None and crouter is not None:
+            experts = experts if isinstance(experts, ExpertSet) else ExpertSet.load(experts)
+            experts.check(crouter_fingerprint(crouter, decoder=True), host_fingerprint(self.host))
+            routing["adapters"] = AdapterStack(self.host, {expert.name: expert.host for expert in experts})
+            routing["router"] = Router(crouter, experts, stay=hysteresis)
+            routing["experts"] = tuple(f"{expert.name} {expert.host.checksum}" for expert in experts)
         self.reader = Reader(
             window=window,
             chunker=chunker,
@@ -134,6 +155,7 @@ class CompressedHistory(HistoryProcessor):
             recall=recall,
             refresh=refresh,
             chooser=Recall(recall, make_scorer(scorer)),
+            **routing,
         )
         self._trace: Trace | None = None
         self.mounted = True
@@ -199,6 +221,9 @@ class CompressedHistory(HistoryProcessor):
         if self.mounted:
             self.mounted = False
             unmount(self.host)
+            for part in (self.reader.adapters, self.reader.router):
+                if part is not None:
+                    part.remove()
 
     def started(self) -> None:
         """Forgets the call before: what is not finished has no report."""
@@ -280,9 +305,8 @@ class CompressedHistory(HistoryProcessor):
         cache = CompressedDynamicCache(config=host.config.get_text_config(decoder=True))
         first, copier = width - max(lasts), None
         ends = [width - n for n in lasts]  # of the rows' prompts
-        cache.rows = tuple(Row(pad, prompt=end - pad) for pad, end in zip(pads, ends, strict=True))
-        cache.layout = torch.empty(len(pads), 0, dtype=torch.long)
-        cache.ids, pieces, best = input_ids[:, :0], [], []
+        cache.start([Row(pad, prompt=end - pad) for pad, end in zip(pads, ends, strict=True)], input_ids)
+        pieces, best = [], []
         options = {"return_dict": True, "use_cache": True}
         while first < width:
             end = self._segment(cache.rows, input_ids, first)
@@ -290,13 +314,14 @@ class CompressedHistory(HistoryProcessor):
             ids = input_ids[:, : end - 1]
             advance(host, reader, cache, ids, first, main)
             mask, positions = mask_and_positions(cache, main, host.device)
-            out = host(
-                input_ids=ids[:, -main:].to(host.device),
-                past_key_values=cache,
-                attention_mask=mask,
-                position_ids=positions,
-                **options,
-            )
+            with reader.serving(cache.experts[:, -main:]):
+                out = host(
+                    input_ids=ids[:, -main:].to(host.device),
+                    past_key_values=cache,
+                    attention_mask=mask,
+                    position_ids=positions,
+                    **options,
+                )
             targets = input_ids[:, first:end].to(out.logits.device)
             if copier is None and cache.compressed:
                 archived = [width] * len(ends) if given else ends
@@ -385,4 +410,4 @@ def attach(host: Any, crouter: CRouterModel | None, **options: Any) -> Iterator[
         history.detach()
 
 
-__all__ = ["ChunkRecord", "CompressedHistory", "HistoryReport", "RecallRecord", "RowRecord", "attach"]
+__all__ = ["ChunkRecord", "CompressedHistory", "HistoryReport", "RecallRecord", "RouteRecord", "RowRecord", "attach"]

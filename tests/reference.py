@@ -60,3 +60,39 @@ def next_logits(host, crouter, projector, row, prefix, window, raw=()):
     mask = torch.ones_like(positions)
     out = host(inputs_embeds=inputs, attention_mask=mask, position_ids=positions, use_cache=False)
     return out.logits[0, -1].float()
+
+
+@torch.no_grad()
+def routed_logits(host, crouter, projector, row, prompt, prefix, window, deltas, decide, raw=()):
+    """`next_logits` with every position's own weights: each layer's matrix plus its expert's, position by position.
+
+    `deltas` are the experts' `[O, I]` by name of the layer; `decide` gives a list of ids its expert, -1 for none.
+    The window's expert is that of its last tokens when the prompt ended or the last chunk was compressed.
+    """
+    size = crouter.config.chunk_length
+    kept, chunks, rest = pieces(len(row), prefix, size, window)
+    own, serving, before = [decide(row[chunk].tolist()) for chunk in chunks], None, 0
+    for length in range(prompt, len(row) + 1):
+        compressed = pieces(length, prefix, size, window)[1]
+        if serving is None or len(compressed) > before:
+            start = compressed[-1][-1] + 1 if compressed else 0
+            serving = decide(row[max(start, length - size) : length].tolist())
+        before = len(compressed)
+    latents = crouter.config.num_latents
+    numbers = [own[0] if own else serving] * len(kept)
+    numbers += [number for number in own for _ in range(latents)]
+    numbers += [own[i] for i in raw for _ in range(size)] + [serving] * len(rest)
+    changed = {path: torch.stack([*(delta[path] for delta in deltas), torch.zeros_like(deltas[0][path])])
+               for path in deltas[0]}  # fmt: skip
+
+    def patched(plain, matrices):
+        return lambda x: plain(x) + torch.einsum("bti,toi->bto", x, matrices[numbers])
+
+    modules = dict(host.named_modules())
+    for path, matrices in changed.items():
+        modules[path].forward = patched(modules[path].forward, matrices)
+    try:
+        return next_logits(host, crouter, projector, row, prefix, window, raw)
+    finally:
+        for path in changed:
+            del modules[path].forward

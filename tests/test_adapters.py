@@ -16,8 +16,8 @@ TARGETS = ["q_proj", "v_proj", "down_proj"]
 
 def save_adapter(folder, seed, *, rank=4, targets=TARGETS, make=tiny_host, **options):
     """A PEFT adapter with weights that do something."""
-    torch.manual_seed(seed)
     model = get_peft_model(make(), LoraConfig(r=rank, lora_alpha=3 * rank, target_modules=targets, **options))
+    torch.manual_seed(seed)
     for name, value in model.named_parameters():
         if "lora_" in name:
             torch.nn.init.normal_(value, std=0.3)

@@ -414,7 +414,7 @@ class TestSources:
         other = tiny_crouter(seed=7) if "seed" in tiny_crouter.__code__.co_varnames else None
         other = other or type(crouter)(crouter.config)
         second = make(host, other, projector=tiny_projector(host, other))
-        with pytest.raises(InputError, match="another crouter or projector"):
+        with pytest.raises(InputError, match="another crouter, projector or experts"):
             run(host, out.sequences, logits_processor=[second], past_key_values=out.past_key_values)
 
 

@@ -6,8 +6,18 @@ from typing import Any
 
 import torch
 
+from ..adapters import BASE
 from ..errors import CapacityError
-from .cache import PAD, CompressedCache, common_columns, is_recording, row_layout, soft_index, stack_rows
+from .cache import (
+    PAD,
+    CompressedCache,
+    common_columns,
+    is_recording,
+    row_experts,
+    row_layout,
+    soft_index,
+    stack_rows,
+)
 from .reader import Reader
 
 
@@ -35,6 +45,7 @@ def advance(
     width = input_ids.shape[1]
     tokens = [input_ids[i, row.pad : verified] for i, row in enumerate(cache.rows)]
     rows = [reader.choose(reader.extend(row, ids), ids) for row, ids in zip(cache.rows, tokens, strict=True)]
+    rows = reader.route(rows, tokens)
     compressed = any(row.chunks for row in rows)
     codes = []
     for row in rows:
@@ -42,31 +53,36 @@ def advance(
         codes.append(row_layout(width - row.pad, row.prefix or 0, spans, reader.num_latents, recalled))
     check_capacity(host, reader, max(row.prefix or 0 for row in rows), max(len(code) for code in codes))
     layout = stack_rows(codes, 0 if compressed else width)
+    served = [row_experts(row, code, reader.num_latents) for row, code in zip(rows, codes, strict=True)]
+    experts = stack_rows(served, layout.shape[1], BASE)
+    wanted, cached = (layout, experts), (cache.layout, cache.experts)
     slots = layout.shape[1]
     if main is None:
         raw = min((width - row.pad - row.raw_start for row in rows if row.chunks), default=slots)
-        kept = min(common_columns(cache.layout, layout), slots - (width - verified) - 1)
+        kept = min(common_columns(cached, wanted), slots - (width - verified) - 1)
         main = min(raw, slots - kept)
     else:
-        kept = min(common_columns(cache.layout, layout), slots - main)
+        kept = min(common_columns(cached, wanted), slots - main)
     embedding = host.get_input_embeddings()
     filled = reader.fill(rows, embedding.weight.device, embedding.weight.dtype)
     kept = cache.keep_columns(kept)
     cache.rows = filled
     if kept < slots - main:
-        cache.layout = layout[:, : slots - main]
+        cache.layout, cache.experts = layout[:, : slots - main], experts[:, : slots - main]
         embeddings = embed(host, cache, input_ids, kept)
         mask, positions = mask_and_positions(cache, slots - main - kept, embeddings.device)
-        host.base_model(
-            inputs_embeds=embeddings,
-            past_key_values=cache,
-            attention_mask=mask,
-            position_ids=positions,
-            use_cache=True,
-        )
+        with reader.serving(cache.experts[:, kept:]):
+            host.base_model(
+                inputs_embeds=embeddings,
+                past_key_values=cache,
+                attention_mask=mask,
+                position_ids=positions,
+                use_cache=True,
+            )
         if is_recording(cache):
             cache.crop(0)  # sliding layers expect it between two forwards
-    cache.layout, cache.ids, cache.peak = layout, input_ids, max(cache.peak, slots)
+    cache.layout, cache.experts = layout, experts
+    cache.ids, cache.peak = input_ids, max(cache.peak, slots)
     return main, kept
 
 

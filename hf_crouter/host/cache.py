@@ -2,8 +2,8 @@
 
 A row reads `[padding | raw prefix | soft prompts of chunks 1..n | recalled chunks, raw | raw window]`; `layout [B, S]`
 (int64, on the CPU) holds one code a slot: `PAD`, a token's position in the row (>= 0), or a soft prompt (`< PAD`).
-What `generate` does to the cache (reorder beams, repeat, select, roll back drafts) is mirrored on that state, so the
-cache carries all of it.
+`experts [B, S]` holds the adapter under which each slot's keys and values were made. What `generate` does to the cache
+(reorder beams, repeat, select, roll back drafts) is mirrored on that state, so the cache carries all of it.
 """
 
 from __future__ import annotations
@@ -15,6 +15,9 @@ from typing import Any, cast
 import torch
 from transformers import Cache, DynamicCache, StaticCache
 from transformers.cache_utils import DynamicLayer
+
+from ..adapters import BASE
+from ..types import Route
 
 PAD = -1
 STALE = torch.iinfo(torch.int64).min  # a slot whose token was edited since: equal to no code
@@ -29,12 +32,14 @@ class CompressedChunk:
         end: host token after the span.
         ids: its crouter ids, int64 on the CPU, `[tokens]`.
         soft: soft prompts `[M, H]` on the host's device; None where the chunk is dropped (or not encoded yet).
+        route: the expert that serves it; None without experts (or not decided yet).
     """
 
     start: int
     end: int
     ids: torch.Tensor
     soft: torch.Tensor | None = None
+    route: Route | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,6 +60,21 @@ class Choice:
 
 
 @dataclass(frozen=True, eq=False)
+class WindowRoute:
+    """The expert that serves a row's raw window from some length on.
+
+    Attributes:
+        at: tokens of the row when it was decided; it depends on nothing later.
+        count: chunks that were compressed then.
+        route: the decision on the window's last tokens.
+    """
+
+    at: int
+    count: int
+    route: Route
+
+
+@dataclass(frozen=True, eq=False)
 class Row:
     """What the cache knows of one row; all counts in host tokens.
 
@@ -67,6 +87,7 @@ class Row:
         prompt: tokens of the call's prompt.
         index: of the chunks, for recall; made when first needed, and may lag behind.
         choices: what was recalled in this call, one after the other; the last one is in force.
+        routes: the experts that served the raw window in this call; the last one is in force.
     """
 
     pad: int
@@ -77,6 +98,7 @@ class Row:
     prompt: int = 0
     index: Sized | None = None
     choices: tuple[Choice, ...] = ()
+    routes: tuple[WindowRoute, ...] = ()
 
     @property
     def recalled(self) -> tuple[CompressedChunk, ...]:
@@ -112,23 +134,46 @@ def row_layout(
     return torch.cat([torch.arange(prefix), soft, *raw])
 
 
+def row_experts(row: Row, codes: torch.Tensor, num_latents: int) -> torch.Tensor:
+    """Numbers of the adapters that serve a row's slots, `[slots]`; `BASE` for none.
+
+    A chunk's soft prompts, its recalled tokens and (of the first chunk) the prefix before it are served by its own
+    expert, the rest by the window's.
+
+    Args:
+        row: its chunks and routes.
+        codes: of its slots, as `row_layout` gives them.
+        num_latents: slots a compressed chunk takes, M.
+    """
+    window = row.routes[-1].route.number if row.routes else BASE
+    if not row.chunks:
+        return torch.full_like(codes, window)
+    numbers = [chunk.route.number if chunk.route is not None else BASE for chunk in row.chunks]
+    ends = torch.tensor([chunk.end for chunk in row.chunks])
+    where = torch.bucketize(codes, ends, right=True)  # chunk in which a token stands
+    soft = codes < PAD
+    where[soft] = soft_index(codes[soft]) // max(num_latents, 1)
+    return torch.tensor([*numbers, window])[where]
+
+
 def soft_index(codes: torch.Tensor) -> torch.Tensor:
     """Chunk times M plus latent for codes of soft prompts."""
     return PAD - 1 - codes
 
 
-def stack_rows(rows: Sequence[torch.Tensor], width: int = 0) -> torch.Tensor:
+def stack_rows(rows: Sequence[torch.Tensor], width: int = 0, value: int = PAD) -> torch.Tensor:
     """Left-pads rows of codes to `[B, S]`, S the longest row or `width` if that is more."""
     width = max(width, *(len(row) for row in rows))
-    return torch.stack([torch.nn.functional.pad(row, (width - len(row), 0), value=PAD) for row in rows])
+    return torch.stack([torch.nn.functional.pad(row, (width - len(row), 0), value=value) for row in rows])
 
 
-def common_columns(cached: torch.Tensor, wanted: torch.Tensor) -> int:
-    """Number of leading columns in which two layouts agree in every row."""
-    if cached.shape[0] != wanted.shape[0]:
+def common_columns(cached: Sequence[torch.Tensor], wanted: Sequence[torch.Tensor]) -> int:
+    """Number of leading columns in which two layouts, each with its adapters (`[B, S]` all), agree in every row."""
+    if len(cached[0]) != len(wanted[0]):
         return 0
-    width = min(cached.shape[1], wanted.shape[1])
-    return int((cached[:, :width] == wanted[:, :width]).all(0).cumprod(0).sum())
+    width = min(cached[0].shape[1], wanted[0].shape[1])
+    same = torch.stack([a[:, :width] == b[:, :width] for a, b in zip(cached, wanted, strict=True)])
+    return int(same.flatten(0, 1).all(0).cumprod(0).sum())
 
 
 def is_recording(cache: Cache) -> bool:
@@ -142,6 +187,7 @@ class CompressedCache(Cache):
     Attributes:
         rows: one `Row` for each row of the batch.
         layout: what stands in each slot, `[B, S]`.
+        experts: number of the adapter under which each slot was made, `[B, S]`; `BASE` for none.
         ids: the `input_ids [B, width]` that the slots were made from; the last column may not be forwarded yet.
         peak: most slots that ever stood in the cache.
         origin: what made its soft prompts; None where nothing is known yet.
@@ -149,6 +195,7 @@ class CompressedCache(Cache):
 
     rows: tuple[Row, ...] = ()
     layout: torch.Tensor = torch.empty(0, 0, dtype=torch.long)
+    experts: torch.Tensor = torch.empty(0, 0, dtype=torch.long)
     ids: torch.Tensor = torch.empty(0, 0, dtype=torch.long)
     peak: int = 0
     origin: Any = None
@@ -172,8 +219,22 @@ class CompressedCache(Cache):
         else:
             self.clear()
             columns = 0
-        self.layout = self.layout[:, :columns]
+        self._cut(columns)
         return columns
+
+    def _cut(self, columns: int) -> None:
+        self.layout, self.experts = self.layout[:, :columns], self.experts[:, :columns]
+
+    def start(self, rows: Sequence[Row], input_ids: torch.Tensor, origin: Any = None) -> None:
+        """Sets the state of an empty cache.
+
+        Args:
+            rows: what is known of each row.
+            input_ids: `[B, T]`, of which nothing stands in the cache yet.
+            origin: what makes its soft prompts.
+        """
+        self.rows, self.origin, self.ids = tuple(rows), origin, input_ids[:, :0]
+        self.layout = self.experts = torch.empty(len(self.rows), 0, dtype=torch.long)
 
     def clear(self) -> None:
         """Empties every slot."""
@@ -184,7 +245,7 @@ class CompressedCache(Cache):
         layers = cast(list[Any], self.layers)
         if any(int(layer.get_seq_length()) != self.layout.shape[1] for layer in layers):
             self.clear()
-            self.layout = self.layout[:, :0]
+            self._cut(0)
 
     def rebase(self, input_ids: torch.Tensor, pads: Sequence[int], lengths: Sequence[int], lookahead: int) -> None:
         """Fits the state to the ids of a new call: what was cached of tokens that have changed becomes stale.
@@ -227,13 +288,14 @@ class CompressedCache(Cache):
         """Drops the last `-tokens_to_remove` slots, which are drafted tokens."""
         super().crop(tokens_to_remove)
         if tokens_to_remove:
-            self.layout = self.layout[:, :tokens_to_remove]
+            self._cut(tokens_to_remove)
             self.ids = self.ids[:, :tokens_to_remove]
 
     def _select(self, indices: torch.Tensor) -> None:
         picked = torch.arange(len(self.rows))[indices.cpu()]
         self.rows = tuple(self.rows[i] for i in picked.tolist())
-        self.layout, self.ids = self.layout[picked], self.ids[picked.to(self.ids.device)]
+        self.layout, self.experts = self.layout[picked], self.experts[picked]
+        self.ids = self.ids[picked.to(self.ids.device)]
 
     def slot_bytes(self, slots: int) -> int:
         """Bytes of keys and values that `slots` slots of one row take in this cache's layers and dtype."""

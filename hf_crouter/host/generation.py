@@ -110,6 +110,8 @@ class CompressedGenerationMixin:
             result = super().generate(inputs, generation_config, logits_processor, *args, **kwargs)  # pyright: ignore
         finally:
             _CALLS.reset(token)
+            if call is not None:
+                call.processor.reader.serve(None)
         if call is not None:
             sequences = result if isinstance(result, torch.Tensor) else result.sequences
             if not call.started and sequences.shape[1] > call.processor.reader.fewest:
@@ -167,6 +169,7 @@ class CompressedGenerationMixin:
             verified = cache.width + 1  # of the new tokens the first is decided, the others are drafts
         held = cache.layout.shape[1]
         main, kept = advance(self, reader, cache, input_ids, verified, main)
+        reader.serve(cache.experts[:, -main:])
         if not cache.compressed and kept == held:
             return host_inputs(cache=cache)
         mask, positions = mask_and_positions(cache, main, input_ids.device)
@@ -253,7 +256,9 @@ def open_cache(host: Any, reader: Reader, given: Any, input_ids: torch.Tensor, p
         if len(given.rows) != len(pads):
             raise InputError(f"past_key_values: expected {len(pads)} rows, got {len(given.rows)}")
         if given.compressed and given.origin != reader.origin:
-            raise InputError("past_key_values: compressed by another crouter or projector than this history's")
+            raise InputError(
+                "past_key_values: compressed by another crouter, projector or experts than this history's"
+            )
         given.rebase(input_ids, pads, [verified - pad - reader.window for pad in pads], reader.lookahead)
         given.rows = tuple(replace(row, prompt=verified - row.pad) for row in given.rows)
         given.heal()
@@ -281,8 +286,5 @@ def open_cache(host: Any, reader: Reader, given: Any, input_ids: torch.Tensor, p
         cache = CompressedDynamicCache(config=config)
         if is_recording(given):
             cache.activate_past_recording()  # assisted decoding armed the cache that this one replaces
-    cache.origin = reader.origin
-    cache.rows = tuple(Row(pad, prompt=verified - pad) for pad in pads)
-    cache.layout = torch.empty(len(pads), 0, dtype=torch.long)
-    cache.ids = input_ids[:, :0]
+    cache.start([Row(pad, prompt=verified - pad) for pad in pads], input_ids, reader.origin)
     return cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Callable, Sequence, Sized
 from dataclasses import dataclass, replace
@@ -11,10 +12,12 @@ import numpy as np
 import torch
 from transformers import AutoTokenizer
 
+from ..adapters import AdapterStack
 from ..chunking import Chunker
 from ..compressor import CRouterModel
 from ..errors import InputError, MismatchError
-from .cache import Choice, CompressedChunk, Row
+from ..types import Route
+from .cache import Choice, CompressedChunk, Row, WindowRoute
 from .projector import Projector
 
 SINKS = 4  # first tokens that attention leans on, arXiv 2309.17453
@@ -43,6 +46,36 @@ class Chooser(Protocol):
         ...
 
 
+class ChunkRouter(Protocol):
+    """Finds the expert of a chunk: a pure function of what it is given.
+
+    Attributes:
+        names: of the experts.
+        fewest: chunks of fewer tokens are not judged.
+    """
+
+    names: tuple[str, ...]
+    fewest: int
+
+    def remove(self) -> None:
+        """Leaves the crouter as it was."""
+        ...
+
+    def residuals(self, pieces: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Residual of chunks `[tokens]` of crouter ids under every expert, `[N, n]`, nats/token."""
+        ...
+
+    def decide(self, nats: torch.Tensor, tokens: int, previous: int | None = None) -> Route:
+        """The route of one chunk.
+
+        Args:
+            nats: `[n]`, its residuals; nan where it is too short to judge.
+            tokens: its length.
+            previous: number of the expert before it in its row, -1 the base model; None where nothing is before.
+        """
+        ...
+
+
 @dataclass(frozen=True, eq=False)
 class Reader:
     """The rule that turns a row's tokens into `[raw prefix | chunks | recalled chunks, raw | raw window]`.
@@ -57,6 +90,9 @@ class Reader:
         refresh: they are chosen anew at every multiple of so many tokens of the row, at the prompt's end and whenever
             a chunk is compressed.
         chooser: chooses them; needed where `recall` is not 0.
+        router: finds the expert of every chunk and of the raw window; None without experts.
+        adapters: the experts' adapters of the host, in the router's order.
+        experts: what tells the experts from others.
     """
 
     window: int
@@ -67,6 +103,9 @@ class Reader:
     recall: int = 0
     refresh: int = 128
     chooser: Chooser | None = None
+    router: ChunkRouter | None = None
+    adapters: AdapterStack | None = None
+    experts: tuple[str, ...] = ()
 
     @property
     def num_latents(self) -> int:
@@ -75,9 +114,9 @@ class Reader:
 
     @property
     def origin(self) -> tuple[Any, ...]:
-        """What a cache's chunks depend on: the projector's description (it names the crouter) and how they are cut."""
+        """What a cache's slots depend on: the projector's description (it names the crouter), cuts and experts."""
         made = self.projector.config if self.projector is not None else None
-        return made, self.chunker.chunk_length, self.chunker.same_tokenizer
+        return made, self.chunker.chunk_length, self.chunker.same_tokenizer, self.experts
 
     @property
     def fewest(self) -> int:
@@ -143,17 +182,87 @@ class Reader:
         if not self.recall or self.chooser is None or not row.chunks:
             return row
         at = len(ids) - len(ids) % self.refresh
-        if row.choices and row.choices[-1].count == len(row.chunks):
-            at = max(at, row.choices[-1].at)
-            if at == row.choices[-1].at:
+        last = row.choices[-1] if row.choices else None
+        if last is not None and last.count == len(row.chunks) and last.at >= min(row.prompt, len(ids)):
+            at = max(at, last.at)
+            if at == last.at:
                 return row
         else:
-            at = max(at, min(row.prompt, len(ids)), self._compressed_at(row.chunks[-1], ids))
+            at = max(at, self._settled_at(row, ids))
         indexed = 0 if row.index is None else len(row.index)
         new = [ids[chunk.start : chunk.end].cpu().numpy() for chunk in row.chunks[indexed:]]
         recent = ids[max(0, at - self.chooser.query) : at].cpu().numpy()
         index, chosen, scores = self.chooser(row.index, new, recent)
         return replace(row, index=index, choices=(*row.choices, Choice(at, len(row.chunks), chosen, scores)))
+
+    def route(self, rows: Sequence[Row], ids: Sequence[torch.Tensor]) -> list[Row]:
+        """The rows with the expert of every chunk, and of the raw window.
+
+        A chunk's is decided once, when it is compressed. The window's is decided on its last tokens, at the prompt's
+        end and whenever a chunk is compressed: a function of the tokens alone, like all that a row holds.
+
+        Args:
+            rows: their chunks, as `extend` gives them.
+            ids: each row's tokens without padding, drafts excluded, `[T]`.
+        """
+        if self.router is None:
+            return list(rows)
+        wanted: dict[bytes, torch.Tensor] = {}
+        anchors: list[tuple[int, torch.Tensor] | None] = []
+        for row, tokens in zip(rows, ids, strict=True):
+            for chunk in row.chunks:
+                if chunk.route is None:
+                    wanted.setdefault(_key(chunk.ids), chunk.ids)  # beams share theirs
+            anchors.append(None)
+            last = row.routes[-1] if row.routes else None
+            if last is None or last.count != len(row.chunks) or last.at < min(row.prompt, len(tokens)):
+                at = self._settled_at(row, tokens)
+                start = row.chunks[-1].end if row.chunks else 0
+                piece = self._evidence(tokens[max(start, at - 2 * self.chunker.chunk_length) : at])
+                anchors[-1] = at, piece
+                wanted.setdefault(_key(piece), piece)
+        nats = {key: torch.full((len(self.router.names),), torch.nan) for key in wanted}
+        judged = {key: piece for key, piece in wanted.items() if len(piece) >= max(self.router.fewest, 1)}
+        if judged:
+            self._check_ids(list(judged.values()))
+            nats |= dict(zip(judged, self.router.residuals(list(judged.values())), strict=True))
+        return [self._routed(row, anchor, nats) for row, anchor in zip(rows, anchors, strict=True)]
+
+    def _routed(self, row: Row, anchor: tuple[int, torch.Tensor] | None, nats: dict[bytes, torch.Tensor]) -> Row:
+        decide, previous, chunks = self.router.decide, None, []  # pyright: ignore[reportOptionalMemberAccess]
+        for chunk in row.chunks:
+            if chunk.route is None:
+                chunk = replace(chunk, route=decide(nats[_key(chunk.ids)], len(chunk.ids), previous))
+            previous = chunk.route.number  # pyright: ignore[reportOptionalMemberAccess]
+            chunks.append(chunk)
+        row = replace(row, chunks=tuple(chunks))
+        if anchor is not None:
+            at, piece = anchor
+            found = WindowRoute(at, len(chunks), decide(nats[_key(piece)], len(piece), previous))
+            row = replace(row, routes=(*row.routes, found))
+        return row
+
+    def _evidence(self, ids: torch.Tensor) -> torch.Tensor:
+        """At most the last chunk's worth of a row's tokens, as crouter ids on the CPU."""
+        if self.chunker.same_tokenizer:
+            return ids[-self.chunker.chunk_length :].cpu()
+        chunks = self.chunker.chunk(ids.tolist())
+        pieces = [piece[mask.bool()] for piece, mask in zip(chunks.input_ids, chunks.attention_mask, strict=True)]
+        return max(pieces[-2:], key=len, default=torch.empty(0, dtype=torch.long))  # the last one may be a short rest
+
+    def serving(self, experts: torch.Tensor) -> contextlib.AbstractContextManager[None]:
+        """A block in which the host's forward reads slots under these adapters, `[B, slots]`."""
+        return self.adapters.using(experts) if self.adapters is not None else contextlib.nullcontext()
+
+    def serve(self, experts: torch.Tensor | None) -> None:
+        """The same from now on, until None."""
+        if self.adapters is not None:
+            self.adapters.choose(experts)
+
+    def _settled_at(self, row: Row, ids: torch.Tensor) -> int:
+        """Tokens of the row at which its chunks were what they are: the prompt's end, or the last compaction."""
+        at = min(row.prompt, len(ids))
+        return max(at, self._compressed_at(row.chunks[-1], ids)) if row.chunks else at
 
     def next_choice(self, row: Row, length: int) -> int:
         """Tokens of the row, more than `length`, at which recall is chosen anew if no chunk is compressed before."""
@@ -183,7 +292,7 @@ class Reader:
         for r, row in enumerate(rows):
             for c, chunk in enumerate(row.chunks):
                 if chunk.soft is None:
-                    wanted.setdefault(chunk.ids.numpy().tobytes(), (chunk, f"chunk {c} of row {r}"))
+                    wanted.setdefault(_key(chunk.ids), (chunk, f"chunk {c} of row {r}"))
         if not wanted:
             return tuple(rows)
         made, items = {}, list(wanted.items())
@@ -193,7 +302,7 @@ class Reader:
             made.update({key: prompts for (key, _), prompts in zip(batch, soft, strict=True)})
         filled = []
         for row in rows:
-            chunks = (c if c.soft is not None else replace(c, soft=made[c.ids.numpy().tobytes()]) for c in row.chunks)
+            chunks = (c if c.soft is not None else replace(c, soft=made[_key(c.ids)]) for c in row.chunks)
             filled.append(replace(row, chunks=tuple(chunks)))
         return tuple(filled)
 
@@ -201,10 +310,7 @@ class Reader:
         crouter: Any = self.crouter
         projector: Any = self.projector
         ids = torch.nn.utils.rnn.pad_sequence([chunk.ids for chunk, _ in items], batch_first=True)
-        if ids.max() >= crouter.config.vocab_size:
-            raise MismatchError(
-                f"tokenizer: expected ids below {crouter.config.vocab_size} (the crouter's), got {int(ids.max())}"
-            )
+        self._check_ids([ids])
         mask = torch.arange(ids.shape[1]) < torch.tensor([len(chunk.ids) for chunk, _ in items])[:, None]
         latents = crouter.encode(ids.to(crouter.device), None if mask.all() else mask.to(crouter.device))
         finite = latents.isfinite().flatten(1).all(1).tolist()
@@ -214,6 +320,15 @@ class Reader:
                 f"latents: expected finite numbers, got others in {name} (tokens {chunk.start} to {chunk.end})"
             )
         return projector(latents.to(projector.scale.device))
+
+    def _check_ids(self, pieces: Sequence[torch.Tensor]) -> None:
+        most, size = max((int(ids.max()) for ids in pieces if ids.numel()), default=0), self.crouter.config.vocab_size  # pyright: ignore
+        if most >= size:
+            raise MismatchError(f"tokenizer: expected ids below {size} (the crouter's), got {most}")
+
+
+def _key(ids: torch.Tensor) -> bytes:
+    return ids.numpy().tobytes()
 
 
 class FirstTurn:

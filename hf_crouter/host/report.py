@@ -28,6 +28,9 @@ class ChunkRecord:
         residual: nats/token with which the latents rebuild it; None without a crouter.
         accuracy: share of its tokens rebuilt exactly at their position (TRA), 0 to 1; None without a crouter.
         copied: generated tokens that copying brought from it.
+        expert: whose adapter served it; None: the plain host.
+        verdict: on the expert, see `Route`; empty without experts.
+        margin: see `Route`; None without experts.
     """
 
     row: int
@@ -38,6 +41,28 @@ class ChunkRecord:
     residual: float | None = None
     accuracy: float | None = None
     copied: int = 0
+    expert: str | None = None
+    verdict: str = ""
+    margin: float | None = None
+
+
+@dataclass(frozen=True)
+class RouteRecord:
+    """The expert of a row's raw window from some length on.
+
+    Attributes:
+        row: row of the batch.
+        length: tokens of the row when it was decided.
+        expert: whose adapter served; None: the plain host.
+        verdict: see `Route`.
+        margin: see `Route`.
+    """
+
+    row: int
+    length: int
+    expert: str | None
+    verdict: str
+    margin: float
 
 
 @dataclass(frozen=True)
@@ -103,6 +128,7 @@ class HistoryReport:
         archive_bytes: their ids (and confidences) in main memory, indexes left out.
         index_bytes: bytes of the indexes over them, which are made again when needed.
         recalls: every chunk of every choice of recall, row after row; the last of a row are those that stand there.
+        routes: every decision on a raw window, row after row; empty without experts.
     """
 
     chunks: tuple[ChunkRecord, ...]
@@ -117,6 +143,7 @@ class HistoryReport:
     archive_bytes: int = 0
     index_bytes: int = 0
     recalls: tuple[RecallRecord, ...] = ()
+    routes: tuple[RouteRecord, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain lists and numbers, for JSON."""
@@ -143,13 +170,16 @@ class HistoryReport:
                 f"({row.prefix} prefix, {row.soft} soft, {recalled}{row.raw} raw window)"
             )
             lines += self._recalled(i)
+            lines += [f"       window from {r.length} tokens on: {r.expert or 'plain host'} ({r.verdict})"
+                      for r in self.routes if r.row == i]  # fmt: skip
         if self.chunks:
-            lines.append("row  chunk        span  tokens  residual   TRA  copied")
+            lines.append("row  chunk        span  tokens  residual   TRA  copied" + "  expert" * bool(self.routes))
             for c in self.chunks:
                 residual = "       -" if c.residual is None else f"{c.residual:>8.3f}"
                 accuracy = "   -" if c.accuracy is None else f"{c.accuracy:>4.0%}"
                 span = f"{f'{c.start}-{c.end}':>10}"
-                lines.append(f"{c.row:>3}  {c.index:>5}  {span}  {c.tokens:>6}  {residual}  {accuracy}  {c.copied:>6}")
+                line = f"{c.row:>3}  {c.index:>5}  {span}  {c.tokens:>6}  {residual}  {accuracy}  {c.copied:>6}"
+                lines.append(line + (f"  {c.expert or 'plain host'} ({c.verdict})" if c.verdict else ""))
         else:
             lines.append("Nothing was compressed: the history is shorter than window and chunk together.")
         if self.archive_tokens:
@@ -183,7 +213,7 @@ class Trace:
         self.archive = tuple(map(sum, ([len(a) for a in archives], [a.nbytes for a in archives],
                                        [a.index_bytes for a in archives])))  # fmt: skip
         width, batch = cache.width, len(cache.rows)
-        self.rows, self.chunks, self.recalls = [], [], []
+        self.rows, self.chunks, self.recalls, self.routes = [], [], [], []
         for i, row in enumerate(cache.rows):
             length = width - row.pad
             latents = sum(len(c.soft) for c in row.chunks if c.soft is not None)
@@ -196,7 +226,8 @@ class Trace:
                 for choice in row.choices
                 for chunk, scores in zip(choice.chunks, choice.scores, strict=True)
             ]
-            self.chunks += [(i, j, c.start, c.end, c.ids) for j, c in enumerate(row.chunks)]
+            self.routes += [RouteRecord(i, r.at, r.route.expert, r.route.verdict, r.route.margin) for r in row.routes]
+            self.chunks += [(i, j, c.start, c.end, c.ids, c.route) for j, c in enumerate(row.chunks)]
         self.slots, self.peak = cache.layout.shape[1], cache.peak
         self.kv_bytes = batch * cache.slot_bytes(cache.peak)
         self.kv_bytes_full = batch * cache.slot_bytes(max(row.tokens for row in self.rows))
@@ -207,12 +238,15 @@ class Trace:
         if crouter is not None and len(self.measured) < len(self.chunks):
             self.measured = _measure(crouter, [chunk[4] for chunk in self.chunks])
         records = []
-        for k, (row, index, start, end, ids) in enumerate(self.chunks):
+        for k, (row, index, start, end, ids, route) in enumerate(self.chunks):
             residual, accuracy = self.measured[k] if self.measured else (None, None)
-            records.append(ChunkRecord(row, index, start, end, len(ids), residual, accuracy, self.copied[row, index]))
+            served = (route.expert, route.verdict, route.margin) if route is not None else ()
+            records.append(
+                ChunkRecord(row, index, start, end, len(ids), residual, accuracy, self.copied[row, index], *served)
+            )
         return HistoryReport(
             tuple(records), tuple(self.rows), self.slots, self.peak, self.kv_bytes, self.kv_bytes_full, self.soft,
-            self.copied.total(), *self.archive, recalls=tuple(self.recalls),
+            self.copied.total(), *self.archive, recalls=tuple(self.recalls), routes=tuple(self.routes),
         )  # fmt: skip
 
 

@@ -25,16 +25,20 @@ def test_stacked_rows_are_padded_at_the_left():
 
 def test_common_columns_are_those_of_all_rows():
     a, b = torch.tensor([[0, 1, 2, 3], [0, 1, 2, 3]]), torch.tensor([[0, 1, 2], [0, 9, 2]])
-    assert common_columns(a, b) == 1
-    assert common_columns(a, a) == 4
-    assert common_columns(a, a[:1]) == 0
-    assert common_columns(a[:, :0], a) == 0
+    assert common_columns([a], [b]) == 1
+    assert common_columns([a], [a]) == 4
+    assert common_columns([a], [a[:1]]) == 0
+    assert common_columns([a[:, :0]], [a]) == 0
+    other = torch.tensor([[-1, -1, 0, 0], [-1, -1, -1, 0]])
+    assert common_columns([a, other], [a, torch.full_like(a, -1)]) == 2
+    assert common_columns([a, other], [b, other[:, :3]]) == 1
 
 
 def filled():
     cache = CompressedDynamicCache(config=tiny_host().config)
     cache.rows = (Row(0, prefix=1), Row(2, prefix=2))
     cache.layout = stack_rows([torch.arange(5), torch.arange(3)])
+    cache.experts = torch.tensor([[0] * 5, [1] * 5])
     cache.ids = torch.arange(10).view(2, 5)
     for layer in range(2):
         cache.update(torch.randn(2, 2, 5, 8), torch.randn(2, 2, 5, 8), layer)
@@ -48,7 +52,7 @@ class TestMirror:
         cache.reorder_cache(torch.tensor([1, 1]))
         assert [row.prefix for row in cache.rows] == [2, 2]
         assert cache.layout.tolist() == [[PAD, PAD, 0, 1, 2]] * 2 and cache.ids.tolist() == [[5, 6, 7, 8, 9]] * 2
-        assert torch.equal(cache.layers[0].keys, keys[[1, 1]])
+        assert torch.equal(cache.layers[0].keys, keys[[1, 1]]) and cache.experts.tolist() == [[1] * 5] * 2
 
     def test_select_by_index_and_by_mask(self):
         for indices in (torch.tensor([1]), torch.tensor([False, True])):

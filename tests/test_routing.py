@@ -1,0 +1,263 @@
+"""Experts in generation: every step equals one forward in which each position has its own adapter."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers.generation import CompileConfig
+
+from hf_crouter.adapters import AdapterStack, Lora
+from hf_crouter.errors import InputError
+from hf_crouter.host.cache import CompressedCache, common_columns
+from hf_crouter.types import Route
+
+from . import reference
+from .test_adapters import save_adapter
+from .test_history import GREEDY, PREFIX, WINDOW, make, run
+from .tiny import CHUNK, VOCAB, tiny_crouter, tiny_host
+
+TARGETS = {"gpt_neox": ["query_key_value", "dense_4h_to_h"]}
+NAMES = ("low", "high")
+torch.set_num_threads(1)
+
+
+class ByMean:
+    """Low ids belong to the first expert, high ones to the second, those between to neither."""
+
+    names, fewest = NAMES, 1
+
+    def __init__(self):
+        self.asked = 0
+
+    def remove(self):
+        pass
+
+    def residuals(self, pieces):
+        self.asked += len(pieces)
+        means = torch.stack([piece.float().mean() / VOCAB for piece in pieces])
+        return torch.stack([means, 1 - means], dim=1)
+
+    def decide(self, nats, tokens, previous=None):
+        number = int(nats.argmin()) if nats.min() < 0.46 else -1
+        return Route(NAMES[number] if number >= 0 else None, number, "known" if number >= 0 else "unknown",
+                     dict(zip(NAMES, nats.tolist(), strict=True)), float((nats[0] - nats[1]).abs()))  # fmt: skip
+
+    def __call__(self, ids):
+        return self.decide(self.residuals([torch.tensor(ids)])[0], len(ids)).number
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    base = tmp_path_factory.mktemp("routing")
+    made = {}
+    for family in ("llama", "gemma2", "gpt_neox"):
+        targets = TARGETS.get(family, ["q_proj", "v_proj", "down_proj"])
+        made[family] = [
+            save_adapter(base / f"{family}{n}", n, make=lambda f=family: tiny_host(f), targets=targets)
+            for n in range(2)
+        ]
+    return made
+
+
+@pytest.fixture
+def host():
+    return tiny_host()
+
+
+@pytest.fixture
+def crouter():
+    return tiny_crouter()
+
+
+def routed(host, crouter, folders, family="llama", **options):
+    history = make(host, crouter, copy=False, **options)
+    loras = dict(zip(NAMES, map(Lora.load, folders[family]), strict=True))
+    history.reader = replace(history.reader, router=ByMean(), adapters=AdapterStack(host, loras), experts=NAMES)
+    return history
+
+
+def mixed(*lengths, seed=3):
+    """Left-padded rows whose ids are low for a while, then high, then anything."""
+    generator = torch.Generator().manual_seed(seed)
+    width = max(lengths)
+    ids, mask = torch.zeros(len(lengths), width, dtype=torch.long), torch.zeros(len(lengths), width, dtype=torch.long)
+    for i, length in enumerate(lengths):
+        bounds = [(3, VOCAB // 3), (2 * VOCAB // 3, VOCAB), (3, VOCAB)]
+        order = bounds[i % 2 :] + bounds[: i % 2]
+        parts = [torch.randint(*order[n % 3], (20,), generator=generator) for n in range(-(-length // 20))]
+        ids[i, width - length :], mask[i, width - length :] = torch.cat(parts)[:length], 1
+    return ids, mask
+
+
+def deltas_of(folders, family="llama"):
+    loras = [Lora.load(folder) for folder in folders[family]]
+    return [{path: lora.up[path] @ lora.down[path] for path in lora.down} for lora in loras]
+
+
+def assert_matches(out, lengths, host, history, folders, family="llama", atol=2e-4, raw=()):
+    width = out.sequences.shape[1] - len(out.logits)
+    with history.reader.serving(torch.full((1, 1), -1)):  # PEFT's own adapters rest
+        for i, length in enumerate(lengths):
+            for step, logits in enumerate(out.logits):
+                row = out.sequences[i, width - length : width + step]
+                expected = reference.routed_logits(
+                    host, history.crouter, history.reader.projector, row, length, PREFIX, WINDOW,
+                    deltas_of(folders, family), ByMean(), raw,
+                )  # fmt: skip
+                torch.testing.assert_close(logits[i], expected, atol=atol, rtol=0)
+
+
+class TestExactness:
+    @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_neox"])
+    @pytest.mark.parametrize("lengths", [(70,), (70, 33, 5)], ids=str)
+    def test_every_step_equals_a_forward_with_each_positions_adapter(self, family, lengths, folders, crouter):
+        host = tiny_host(family)
+        history = routed(host, crouter, folders, family)
+        out = run(host, *mixed(*lengths), logits_processor=[history])
+        assert_matches(out, lengths, host, history, folders, family)
+        report = history.report()
+        assert {chunk.expert for chunk in report.chunks} >= {"low", "high"}
+        if family == "llama":
+            assert len({route.expert for route in report.routes}) > 1, "the window's route never changed"
+
+    def test_keys_made_under_the_adapter_before_are_seen(self, folders, host, crouter, monkeypatch):
+        """The fault that this file is there to catch: a window that keeps the keys made under the adapter before."""
+        history = routed(host, crouter, folders)
+
+        def stale(reader, experts):
+            return reader.adapters.using(torch.full_like(experts, 0))
+
+        monkeypatch.setattr("hf_crouter.host.reader.Reader.serving", stale)
+        out = run(host, *mixed(70), logits_processor=[history])
+        monkeypatch.undo()
+        with pytest.raises(AssertionError, match="not close"):
+            assert_matches(out, (70,), host, history, folders)
+
+    @pytest.mark.parametrize("forgets", [False, True])
+    def test_a_prefix_read_under_another_adapter_is_read_anew(self, forgets, folders, host, crouter, monkeypatch):
+        """Before the first compaction it is the window's, then the first chunk's."""
+        low, high = mixed(20)[0][0], mixed(40)[0][0, 20:]
+        ids = torch.cat([low[:18], high[:8]])[None]
+        if forgets:
+            monkeypatch.setattr("hf_crouter.host.advance.common_columns", lambda a, b: common_columns(a[:1], b[:1]))
+        history = routed(host, crouter, folders)
+        out = run(host, ids, new=6, logits_processor=[history])
+        report = history.report()
+        assert report.routes[0].expert != report.chunks[0].expert
+        if forgets:
+            with pytest.raises(AssertionError, match="not close"):
+                assert_matches(out, (26,), host, history, folders)
+        else:
+            assert_matches(out, (26,), host, history, folders)
+
+    def test_scores_are_those_of_generate(self, folders, host, crouter):
+        history = routed(host, crouter, folders)
+        ids, mask = mixed(70, 50)
+        out = run(host, ids, mask, logits_processor=[history])
+        wide = torch.cat([mask, torch.ones(2, len(out.logits), dtype=torch.long)], dim=1)
+        scores = history.score(out.sequences, last=len(out.logits), attention_mask=wide)
+        steps = torch.stack(out.logits, dim=1).float().log_softmax(-1)
+        expected = steps.gather(2, out.sequences[:, ids.shape[1] :, None])[..., 0]
+        torch.testing.assert_close(scores, expected, atol=2e-4, rtol=0)
+
+    def test_scores_do_not_depend_on_batchmates_prompts(self, folders, host, crouter):
+        history = routed(host, crouter, folders, recall=1, refresh=8)
+        ids, mask = mixed(90, 90)
+        both = history.score(ids, last=[40, 12], attention_mask=mask)
+        alone = history.score(ids[1:], last=12)
+        torch.testing.assert_close(both[1:, -12:], alone, atol=2e-4, rtol=0)
+
+    def test_beams(self, folders, host, crouter):
+        options = {"num_beams": 3, "num_return_sequences": 3, "output_scores": True, "new": 30}
+        history = routed(host, crouter, folders)
+        out = run(host, *mixed(60), logits_processor=[history], **options)
+        for i in range(3):
+            row = out.sequences[i]
+            total = history.score(row[None], last=30).sum()
+            assert total.item() / 30 == pytest.approx(out.sequences_scores[i].item(), abs=1e-4)
+
+    def test_recalled_chunks_are_served_by_their_own_expert(self, folders, host, crouter):
+        history = routed(host, crouter, folders, recall=1, refresh=1000)
+        out = run(host, *mixed(70), new=3, logits_processor=[history])
+        recalled = [record.chunk for record in history.report().recalls]
+        assert len(recalled) == 1
+        assert_matches(out, (70,), host, history, folders, raw=recalled)
+
+    def test_static_cache_one_graph(self, folders, host, crouter):
+        graphs = []
+
+        def backend(graph, inputs):
+            graphs.append(graph)
+            return graph.forward
+
+        history = routed(host, crouter, folders)
+        config = CompileConfig(backend=backend, fullgraph=True, mode=None)
+        out = run(host, *mixed(70), logits_processor=[history], cache_implementation="static",
+                  compile_config=config, disable_compile=False)  # fmt: skip
+        assert_matches(out, (70,), host, history, folders)
+
+
+class TestAround:
+    def test_the_host_is_bit_for_bit_itself_afterwards(self, folders, host, crouter):
+        plain = run(host, *mixed(40), new=5)
+        history = routed(host, crouter, folders)
+        run(host, *mixed(70), logits_processor=[history])
+        again = run(host, *mixed(40), new=5)
+        assert torch.equal(torch.stack(plain.logits), torch.stack(again.logits))
+        history.detach()
+        assert not any(module._forward_hooks for module in host.modules())
+
+    @pytest.mark.parametrize("native", [True, False])
+    def test_adapters_that_peft_has_mounted(self, native, folders, crouter):
+        host = tiny_host()
+        if native:
+            host.load_adapter(str(folders["llama"][0]), adapter_name="low")
+            host.load_adapter(str(folders["llama"][1]), adapter_name="high")
+            outer = host
+        else:
+            outer = PeftModel.from_pretrained(host, str(folders["llama"][0]), adapter_name="low")
+            outer.load_adapter(str(folders["llama"][1]), adapter_name="high")
+        history = routed(host, crouter, folders)
+        before = run(outer, *mixed(40), new=5)
+        out = run(outer, *mixed(70), logits_processor=[history])
+        plain = tiny_host()
+        expected = run(plain, *mixed(70), logits_processor=[routed(plain, crouter, folders)])
+        assert torch.equal(out.sequences, expected.sequences)
+        torch.testing.assert_close(torch.stack(out.logits), torch.stack(expected.logits), atol=2e-4, rtol=0)
+        assert torch.equal(torch.stack(run(outer, *mixed(40), new=5).logits), torch.stack(before.logits))
+
+    def test_chunks_and_windows_are_looked_at_once(self, folders, host, crouter):
+        history = routed(host, crouter, folders)
+        run(host, *mixed(70), new=40, logits_processor=[history], num_beams=3)
+        report = history.report()
+        first = [chunk for chunk in report.chunks if chunk.row == 0]
+        assert history.reader.router.asked <= len(report.rows) * (2 * len(first) + 1)
+
+    def test_a_second_turn_keeps_the_routes_of_its_chunks(self, folders, host, crouter):
+        history = routed(host, crouter, folders)
+        first = run(host, *mixed(70), new=10, logits_processor=[history])
+        longer = torch.cat([first.sequences, mixed(20)[0]], dim=1)
+        asked = history.reader.router.asked
+        out = run(host, longer, new=10, logits_processor=[history], past_key_values=first.past_key_values)
+        assert isinstance(out.past_key_values, CompressedCache) and history.reader.router.asked - asked <= 4
+        assert_matches(out, (longer.shape[1],), host, history, folders)
+
+    def test_a_cache_of_other_experts_is_refused(self, folders, host, crouter):
+        out = run(host, *mixed(70), new=2, logits_processor=[routed(host, crouter, folders)])
+        other = make(host, crouter, copy=False)
+        with pytest.raises(InputError, match="experts"):
+            run(host, out.sequences, new=2, logits_processor=[other], past_key_values=out.past_key_values)
+
+    def test_report(self, folders, host, crouter):
+        history = routed(host, crouter, folders)
+        run(host, *mixed(70), logits_processor=[history])
+        report = history.report()
+        text = str(report)
+        assert "window from 70 tokens on" in text and "expert" in text and "low (known)" in text
+        assert report.to_dict()["routes"][0]["expert"] in ("low", "high", None)
+        assert all(math.isfinite(chunk.margin) for chunk in report.chunks)
+
+
+assert GREEDY["do_sample"] is False and CHUNK == 16
