@@ -53,6 +53,7 @@ class CompressedHFLM(_HFLM):
     """The harness's Hugging Face model with a `CompressedHistory`: its past beyond a raw window is compressed.
 
     Requests too short for anything to be compressed go the way of `hf`: they score and generate the same, to the bit.
+    With `experts` that is so only where no expert is found.
 
     Args:
         pretrained: name that `hf-crouter host list` shows, folder or hub name of the host; or a loaded one.
@@ -167,7 +168,8 @@ class CompressedHFLM(_HFLM):
         return _Row(index, ids[-most:], len(continuation), given)
 
     def _is_compressed(self, row: _Row) -> bool:
-        return bool(self.history.reader.extend(Row(0), torch.tensor(row.ids[:-1])).chunks)
+        reader = self.history.reader  # with experts even a short request is read under one's adapter
+        return reader.router is not None or bool(reader.extend(Row(0), torch.tensor(row.ids[:-1])).chunks)
 
     def _score(self, batch: list[_Row]) -> list[tuple[float, bool]]:
         width = max(len(row.ids) for row in batch)

@@ -48,9 +48,11 @@ def chunk_record(
 
 
 def chunk_records(report: HistoryReport, calibration: Calibration | None) -> list[dict[str, Any]]:
-    """The chunks of a history's report, one row of the batch."""
+    """The chunks of a history's report, one row of the batch; with experts also `expert`, `route` and `margin`."""
     return [
-        chunk_record(c.index, c.tokens, c.accuracy, c.residual, calibration, (c.start, c.end)) for c in report.chunks
+        chunk_record(c.index, c.tokens, c.accuracy, c.residual, calibration, (c.start, c.end))
+        | ({"expert": c.expert, "route": c.verdict, "margin": c.margin} if c.verdict else {})
+        for c in report.chunks
     ]
 
 
@@ -58,8 +60,10 @@ def print_chunks(records: Iterable[dict[str, Any]], stream: TextIO | None = None
     """Prints chunks as a table, to stdout by default."""
     records = list(records)
     spans = any("start" in record for record in records)
+    routed = any("route" in record for record in records)
     columns = [Column("chunk"), *([Column("host tokens")] if spans else []), Column("tokens"), Column("TRA %"),
-               Column("residual nats/token"), Column("verdict", right=False)]  # fmt: skip
+               Column("residual nats/token"), Column("verdict", right=False),
+               *([Column("expert", right=False)] if routed else [])]  # fmt: skip
     rows = []
     for record in records:
         measured = record["residual"] is not None
@@ -70,6 +74,7 @@ def print_chunks(records: Iterable[dict[str, Any]], stream: TextIO | None = None
             f"{100 * record['accuracy']:.1f}" if measured else "-",
             f"{record['residual']:.3f}" if measured else "-",
             record["verdict"] or "dropped",
+            *([f"{record['expert'] or 'plain host'} ({record['route']})"] if routed else []),
         ))  # fmt: skip
     print_table(columns, rows, stream=stream or sys.stdout)
 

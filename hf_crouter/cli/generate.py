@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -49,6 +50,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="K",
         help="compressed chunks that come back raw, chosen anew as the text goes on (default: 0)",
     )
+    parser.add_argument(
+        "--experts", metavar="FOLDER", help="expert set: each chunk is read under the adapter of the one that fits it"
+    )
     parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default)")
     parser.add_argument("--top-p", type=share, default=1.0, metavar="P", help="default: 1.0")
     parser.add_argument("--top-k", type=int, default=0, metavar="K", help="0 is off (default)")
@@ -68,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
     crouter, crouter_tokenizer = load_crouter(args.crouter, device=where)
     history = CompressedHistory(
         host, crouter, window=args.window, soft=not args.no_soft, copy=COPY[args.copy], recall=args.recall,
-        tokenizer=tokenizer, crouter_tokenizer=crouter_tokenizer,
+        experts=args.experts, tokenizer=tokenizer, crouter_tokenizer=crouter_tokenizer,
     )  # fmt: skip
     sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     if args.temperature:
@@ -92,6 +96,7 @@ def run(args: argparse.Namespace) -> int:
             "new_tokens": len(new), "seconds": seconds, "slots": report.slots, "peak_slots": report.peak_slots,
             "kv_bytes": report.kv_bytes, "kv_bytes_full": report.kv_bytes_full, "copied": report.copied,
             "archive_bytes": report.archive_bytes, "chunks": chunks,
+            "routes": [asdict(route) for route in report.routes],
         })  # fmt: skip
         return 0
     sys.stdout.flush()
@@ -103,6 +108,8 @@ def run(args: argparse.Namespace) -> int:
         if report.archive_tokens:
             note(f"copied: {report.copied} of {len(new)} tokens, from an archive of {report.archive_tokens:,} tokens "
                  f"({size(report.archive_bytes)} of main memory)")  # fmt: skip
+        for route in report.routes:
+            note(f"window from token {route.length:,} on: {route.expert or 'the plain host'} ({route.verdict})")
     else:
         note(f"nothing was compressed: the text is shorter than the window and one chunk together, "
              f"{args.window} + {crouter.config.chunk_length} tokens")  # fmt: skip
