@@ -30,6 +30,7 @@ from .routing.router import Router
 
 CHUNK_LENGTH = 512  # where no crouter says otherwise
 SCORE_COLUMNS = 512  # most logits a row at once
+FEWEST = 64  # tokens of a text whose expert can be told
 
 
 class CompressedHistory(HistoryProcessor):
@@ -144,7 +145,9 @@ class CompressedHistory(HistoryProcessor):
             experts = experts if isinstance(experts, ExpertSet) else ExpertSet.load(experts)
             experts.check(crouter_fingerprint(crouter, decoder=True), host_fingerprint(self.host))
             routing["adapters"] = AdapterStack(self.host, {expert.name: expert.host for expert in experts})
-            routing["router"] = Router(crouter, experts, stay=hysteresis)
+            routing["router"] = Router(
+                crouter, experts, stay=hysteresis, fewest=min(FEWEST, crouter.config.chunk_length)
+            )
             routing["experts"] = tuple(f"{expert.name} {expert.host.checksum}" for expert in experts)
         self.reader = Reader(
             window=window,

@@ -9,14 +9,17 @@ from peft import PeftModel
 from transformers.generation import CompileConfig
 
 from hf_crouter.adapters import AdapterStack, Lora
-from hf_crouter.errors import InputError
+from hf_crouter.errors import InputError, MismatchError
+from hf_crouter.history import CompressedHistory
 from hf_crouter.host.cache import CompressedCache, common_columns
+from hf_crouter.routing.experts import ExpertSet
 from hf_crouter.types import Route
 
 from . import reference
+from .routing.trained_experts import DOMAINS, FOREIGN, texts, trained_set
 from .test_adapters import save_adapter
-from .test_history import GREEDY, PREFIX, WINDOW, make, run
-from .tiny import CHUNK, VOCAB, tiny_crouter, tiny_host
+from .test_history import PREFIX, WINDOW, make, run
+from .tiny import VOCAB, tiny_crouter, tiny_host
 
 TARGETS = {"gpt_neox": ["query_key_value", "dense_4h_to_h"]}
 NAMES = ("low", "high")
@@ -260,4 +263,53 @@ class TestAround:
         assert all(math.isfinite(chunk.margin) for chunk in report.chunks)
 
 
-assert GREEDY["do_sample"] is False and CHUNK == 16
+class TestExperts:
+    """With an expert set from disk."""
+
+    def ids(self):
+        kinds = (DOMAINS["low"], DOMAINS["low"], DOMAINS["high"], FOREIGN, DOMAINS["high"])
+        return torch.cat([texts(0, 1, PREFIX)[0] + 3, *(texts(first, 1, seed=5)[0] for first in kinds)])[None]
+
+    def test_chunks_and_window_find_their_expert(self, host, crouter):
+        history = make(host, crouter, copy=False, experts=trained_set())
+        run(host, self.ids(), new=2, logits_processor=[history])
+        report = history.report()
+        assert [chunk.expert for chunk in report.chunks] == ["low", "low", "high", None]
+        assert report.chunks[-1].verdict == "unknown"
+        assert report.routes[0].expert == "high" and report.routes[0].length == self.ids().shape[1]
+        history.detach()
+        assert not any(m._forward_hooks for model in (host, crouter) for m in model.modules())
+
+    def test_the_loaded_set_serves_as_well(self, host, crouter):
+        by_folder = make(host, crouter, experts=trained_set())
+        first = run(host, self.ids(), new=4, logits_processor=[by_folder])
+        by_folder.detach()
+        loaded = make(host, crouter, experts=ExpertSet.load(trained_set()))
+        assert torch.equal(run(host, self.ids(), new=4, logits_processor=[loaded]).sequences, first.sequences)
+
+    def test_hysteresis_keeps_what_was_before(self, host, crouter):
+        history = make(host, crouter, experts=trained_set(), hysteresis=1000.0)
+        history.reader.router.known = 1.0
+        run(host, self.ids(), new=2, logits_processor=[history])
+        assert history.report().chunks[1].expert == "low"
+
+    @pytest.mark.parametrize(
+        "options, message",
+        [
+            ({"hysteresis": -1.0}, "0 nats/token or more"),
+            ({"experts": "nowhere"}, "no set of experts"),
+        ],
+    )
+    def test_bad_arguments(self, host, crouter, options, message):
+        with pytest.raises(InputError, match=message):
+            make(host, crouter, **options)
+
+    def test_without_a_crouter(self, host):
+        with pytest.raises(InputError, match="without a crouter no expert"):
+            CompressedHistory(host, None, soft=False, experts=trained_set())
+
+    def test_experts_of_another_host_or_crouter(self, host, crouter):
+        with pytest.raises(MismatchError, match="host"):
+            make(tiny_host(seed=9), crouter, experts=trained_set())
+        with pytest.raises(MismatchError, match="crouter"):
+            make(host, tiny_crouter(seed=9), experts=trained_set())
