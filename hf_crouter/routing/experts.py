@@ -30,7 +30,7 @@ from safetensors.torch import save as save_safetensors
 
 from ..adapters import CONFIG, WEIGHTS, Lora
 from ..errors import InputError, MismatchError
-from ..storage import clear_write_errors, replaced_file, replaced_folder, write_json
+from ..storage import replaced_file, replaced_folder, temporary_folder_beside, write_json
 from .calibration import CALIBRATION_FILE, LengthCalibration
 
 EXPERT_FILE, SET_FILE, LATENTS_FILE = "expert.json", "experts.json", "latents.safetensors"
@@ -315,9 +315,10 @@ def remove_expert(set_folder: str | os.PathLike, name: str) -> None:
     if name not in names:
         raise InputError(f"{set_folder}: expected one of the experts {', '.join(names) or '(none)'}, got {name}")
     write_json(set_folder / SET_FILE, {"names": [other for other in names if other != name]})
-    with clear_write_errors(set_folder / name):
-        if (set_folder / name).is_dir():
-            shutil.rmtree(set_folder / name)
+    place = set_folder / name
+    if place.is_dir():
+        with temporary_folder_beside(place) as away:  # half a folder is never seen under its name
+            place.rename(away / name)
 
 
 def _read_description(folder: Path) -> tuple[str, ExpertConfig, dict[str, str]]:
@@ -373,6 +374,6 @@ def _check_unique(names: list[str], where: str) -> None:
 
 def _compare(expert: Expert, what: str, expected: str, got: str) -> None:
     if not isinstance(got, str):
-        raise TypeError(f"expected the {what}'s fingerprint, got {type(got).__name__}")
+        raise TypeError(f"expected the {what}'s fingerprint (hf_crouter.host.fingerprint), got {type(got).__name__}")
     if expected and got and expected != got:
         raise MismatchError(f"expert {expert.name}: expected the {what} with fingerprint {expected}, got {got}")

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from hf_crouter.errors import InputError
-from hf_crouter.routing.calibration import Calibration, verdict
+from hf_crouter.routing.calibration import Calibration, LengthCalibration, verdict
 
 
 @pytest.fixture
@@ -71,3 +71,45 @@ def test_load_refuses_falling_quantiles(calibration, tmp_path):
     path.write_text(json.dumps(fields))
     with pytest.raises(InputError, match="rising"):
         Calibration.load(tmp_path)
+
+
+class TestLengths:
+    @pytest.fixture
+    def lengths(self):
+        rows = {512: np.linspace(2.0, 3.0, 1001), 64: np.linspace(0.0, 1.0, 1001), 128: np.linspace(1.0, 2.0, 1001)}
+        return LengthCalibration.fit(rows, 5, "abc", "def")
+
+    @pytest.mark.parametrize(
+        ("tokens", "median"), [(1, 0.5), (64, 0.5), (90, 0.5), (91, 1.5), (255, 1.5), (257, 2.5), (9999, 2.5)]
+    )
+    def test_the_nearest_measured_length_speaks(self, lengths, tokens, median):
+        assert lengths.residual(tokens, 0.5) == pytest.approx(median)
+
+    def test_any_quantile(self, lengths):
+        for quantile in (0.0, 0.01, 0.3, 0.97, 0.99, 1.0):
+            assert lengths.residual(64, quantile) == pytest.approx(quantile)
+
+    def test_margins(self, lengths):
+        assert lengths.margin(64, 0.01) == float("-inf")
+        more = lengths.with_margins({64: [0.1, 0.2, 0.3]}, "scaled")
+        assert more.margin(512, 0.5) == pytest.approx(0.2) and more.score == "scaled"
+        assert more.residuals == lengths.residuals and not lengths.margins
+
+    def test_round_trip_is_exact(self, lengths, tmp_path):
+        more = lengths.with_margins({64: [0.1, 0.2]})
+        more.save(tmp_path)
+        assert LengthCalibration.load(tmp_path) == more
+        assert (more.pieces, more.documents) == ({64: 1001, 128: 1001, 512: 1001}, 5)
+
+    @pytest.mark.parametrize("residuals", [{}, {64: []}, {64: [float("nan")]}, {0: [1.0]}], ids=str)
+    def test_fit_refuses(self, residuals):
+        with pytest.raises(InputError, match="calibration: expected"):
+            LengthCalibration.fit(residuals, 1, "a", "b")
+
+    def test_one_is_not_the_other(self, calibration, lengths, tmp_path):
+        calibration.save(tmp_path)
+        with pytest.raises(InputError, match="not an expert's calibration"):
+            LengthCalibration.load(tmp_path)
+        lengths.save(tmp_path)
+        with pytest.raises(InputError, match="not a calibration"):
+            Calibration.load(tmp_path)

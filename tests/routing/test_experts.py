@@ -1,0 +1,290 @@
+"""Experts and sets on disk: what is written, and what is refused."""
+
+import dataclasses
+import hashlib
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from hf_crouter.adapters import Lora
+from hf_crouter.errors import InputError, MismatchError
+from hf_crouter.host.fingerprint import crouter_fingerprint, host_fingerprint
+from hf_crouter.routing import experts as module
+from hf_crouter.routing.experts import Centroid, Expert, ExpertSet, add_expert, mounted_names, remove_expert
+
+from ..tiny import tiny_crouter, tiny_host
+from .trained_experts import save_expert
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    base = tmp_path_factory.mktemp("experts")
+    return {
+        name: save_expert(base / name, seed=seed, trained=False) for seed, name in enumerate(("a", "b", "c.v-2_x"))
+    }
+
+
+@pytest.fixture
+def folder(folders, tmp_path):
+    """A set of `b` and `a`, in this order."""
+    add_expert(tmp_path / "set", folders["b"])
+    add_expert(tmp_path / "set", folders["a"])
+    return tmp_path / "set"
+
+
+def content(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def change(path, **values):
+    record = json.loads(path.read_text())
+    path.write_text(json.dumps({**record, **values}))
+
+
+def resealed(folder):
+    """Checksums of what stands there now: damage that only the file itself can show."""
+    sums = json.loads((folder / "expert.json").read_text())["sha256"]
+    change(folder / "expert.json", sha256={p: hashlib.sha256((folder / p).read_bytes()).hexdigest() for p in sums})
+
+
+class TestSet:
+    def test_round_trip(self, folder, folders):
+        found = ExpertSet.load(folder)
+        assert found.names == ("b", "a") and len(found) == 2 and [e.name for e in found] == ["b", "a"]
+        expert, lora = found["a"], Lora.load(folders["a"] / "compressor")
+        assert all(torch.equal(expert.compressor.up[path], lora.up[path]) for path in lora.up)
+        assert expert.config.training == {"seed": 0} and expert.calibration.residual(16, 0.5) > 0
+        assert expert.centroid is not None and expert.nbytes > 0
+        assert expert.calibration.weights == lora.checksum and expert.host.checksum != found["b"].host.checksum, (
+            "each has its own files"
+        )
+
+    def test_a_set_travels_as_one(self, folder, tmp_path):
+        moved = shutil.move(folder, tmp_path / "elsewhere")
+        assert ExpertSet.load(moved).names == ("b", "a")
+
+    def test_mounting_and_removing_change_no_byte_of_the_others(self, folder, folders):
+        before = {name: content(folder / name) for name in ("a", "b")}
+        add_expert(folder, folders["c.v-2_x"])
+        assert mounted_names(folder) == ["b", "a", "c.v-2_x"]
+        remove_expert(folder, "b")
+        assert ExpertSet.load(folder).names == ("a", "c.v-2_x")
+        assert content(folder / "a") == before["a"] and not (folder / "b").exists()
+        add_expert(folder, folders["b"])
+        assert content(folder / "b") == before["b"]
+        assert not list(folder.glob(".*")), "nothing temporary stays"
+
+    def test_only_an_experts_own_files_are_copied(self, folder, folders):
+        (folders["a"] / "compressor" / "README.md").write_text("PEFT writes one")
+        assert set(content(folder / "a")) == {
+            "expert.json", "calibration.json", "latents.safetensors", "compressor/adapter_config.json",
+            "compressor/adapter_model.safetensors", "host/adapter_config.json", "host/adapter_model.safetensors",
+        }  # fmt: skip
+
+    def test_in_place(self, folders, tmp_path):
+        """An expert that was made inside the set's folder."""
+        shutil.copytree(folders["a"], tmp_path / "set" / "a")
+        add_expert(tmp_path / "set", tmp_path / "set" / "a")
+        assert ExpertSet.load(tmp_path / "set").names == ("a",)
+
+    def test_interrupted_mounting(self, folder, folders, monkeypatch):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "write_json", interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                add_expert(folder, folders["c.v-2_x"])
+        assert ExpertSet.load(folder).names == ("b", "a")
+        add_expert(folder, folders["c.v-2_x"])
+        assert ExpertSet.load(folder).names == ("b", "a", "c.v-2_x")
+
+    def test_interrupted_copying(self, folder, folders, monkeypatch):
+        with monkeypatch.context() as patch:
+            patch.setattr(module.shutil, "copyfile", interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                add_expert(folder, folders["c.v-2_x"])
+        assert sorted(path.name for path in folder.iterdir()) == ["a", "b", "experts.json"]
+
+    def test_interrupted_removal(self, folder, folders, monkeypatch):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "temporary_folder_beside", interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                remove_expert(folder, "b")
+        assert ExpertSet.load(folder).names == ("a",)
+        add_expert(folder, folders["b"])
+        assert ExpertSet.load(folder).names == ("a", "b")
+
+    def test_empty(self, folder):
+        for name in ("a", "b"):
+            remove_expert(folder, name)
+        assert ExpertSet.load(folder).names == ()
+
+    def test_check(self, folder):
+        found, crouter = ExpertSet.load(folder), crouter_fingerprint(tiny_crouter(), decoder=True)
+        host = host_fingerprint(tiny_host())
+        found.check(crouter)
+        found.check(crouter, host, crouter_tokenizer="crouter ids", host_tokenizer="host ids")
+        with pytest.raises(MismatchError, match="expert b: expected the crouter with fingerprint"):
+            found.check(crouter_fingerprint(tiny_crouter(seed=1), decoder=True))
+        with pytest.raises(MismatchError, match="expected the host with"):
+            found.check(crouter, host_fingerprint(tiny_host(seed=1)))
+        with pytest.raises(MismatchError, match="crouter's tokenizer"):
+            found.check(crouter, host, crouter_tokenizer="others")
+        with pytest.raises(MismatchError, match="host's tokenizer"):
+            found.check(crouter, host, host_tokenizer="others")
+        with pytest.raises(TypeError, match="fingerprint"):
+            found.check(tiny_crouter())  # pyright: ignore
+
+    def test_centroid(self):
+        near, far = torch.randn(50, 2, 12), torch.randn(50, 2, 12) + 1
+        centroid = Centroid.fit(near)
+        assert (centroid.distance(near) < centroid.distance(far)).float().mean() > 0.9
+        with pytest.raises(InputError, match="at least 2"):
+            Centroid.fit(near[:1])
+
+
+def interrupt(*_, **__):
+    raise KeyboardInterrupt
+
+
+class TestRefusedExperts:
+    @pytest.fixture
+    def expert(self, folders, tmp_path):
+        return shutil.copytree(folders["a"], tmp_path / "a")
+
+    @pytest.mark.parametrize("part", ["compressor", "host"])
+    @pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+    def test_a_missing_adapter_file(self, expert, part, name):
+        (expert / part / name).unlink()
+        with pytest.raises(InputError, match=f"{part}.*{name}"):
+            Expert.load(expert)
+
+    @pytest.mark.parametrize("name", ["calibration.json", "latents.safetensors", "expert.json"])
+    def test_another_missing_file(self, expert, name):
+        (expert / name).unlink()
+        with pytest.raises(InputError, match=name):
+            Expert.load(expert)
+
+    @pytest.mark.parametrize("part", ["compressor", "host"])
+    def test_altered_weights(self, expert, part):
+        path = expert / part / "adapter_model.safetensors"
+        save_file({key: value + 1 for key, value in load_file(path).items()}, path)
+        with pytest.raises(InputError, match="other weights" if part == "compressor" else "altered"):
+            Expert.load(expert)
+
+    def test_an_altered_scale(self, expert):
+        change(expert / "host" / "adapter_config.json", lora_alpha=99)
+        with pytest.raises(InputError, match="altered"):
+            Expert.load(expert)
+
+    @pytest.mark.parametrize("key", ["weights", "fingerprint"])
+    def test_a_calibration_made_for_other_weights(self, expert, key):
+        change(expert / "calibration.json", **{key: "0" * 32})
+        resealed(expert)
+        with pytest.raises(MismatchError, match="calibration of its own (compressor|crouter).* other weights"):
+            Expert.load(expert)
+
+    @pytest.mark.parametrize(
+        "changes",
+        [{"residuals": {}}, {"residuals": {"16": {"0.5": 1.0}}}, {"residuals": 3}, {"pieces": None},
+         {"residuals": {"0": {}}}, {"margins": {"16": {"0.5": 1.0}}}],
+        ids=str,
+    )  # fmt: skip
+    def test_a_damaged_calibration(self, expert, changes):
+        change(expert / "calibration.json", **changes)
+        resealed(expert)
+        with pytest.raises(InputError, match="calibration.json: (expected|not an expert's)"):
+            Expert.load(expert)
+
+    @pytest.mark.parametrize("text", ["", "{", "[]", "{}", "3", '{"name": "a", "sha256": 3}'])
+    def test_a_damaged_description(self, expert, text):
+        (expert / "expert.json").write_text(text)
+        with pytest.raises(InputError, match="expert.json: not an expert's"):
+            Expert.load(expert)
+
+    @pytest.mark.parametrize(
+        "changes", [{"host_fingerprint": 3}, {"training": []}, {"sha256": {}}, {"sha256": {"../x": "0"}}], ids=str
+    )
+    def test_a_description_of_something_else(self, expert, changes):
+        change(expert / "expert.json", **changes)
+        with pytest.raises(InputError, match="expert.json: (not an expert's|expected checksums)"):
+            Expert.load(expert)
+
+    def test_damaged_latents(self, expert):
+        (expert / "latents.safetensors").write_bytes(b"\0" * 9)
+        with pytest.raises(InputError, match="latents.safetensors: damaged"):
+            Expert.load(expert)
+
+    def test_a_name_that_is_not_the_folders(self, expert, tmp_path):
+        with pytest.raises(InputError, match="expected the folder's name, got an expert named a"):
+            Expert.load(expert.rename(tmp_path / "z"))
+
+    @pytest.mark.parametrize("name", ["", "a b", "a/b", "..", ".a", "ä", "a\n", 3, None])
+    def test_a_bad_name(self, expert, name):
+        change(expert / "expert.json", name=name)
+        with pytest.raises(InputError, match="expected a name"):
+            Expert.load(expert)
+
+    def test_a_description_of_other_adapters(self, folders, expert):
+        with pytest.raises(InputError, match="expected the adapter"):
+            Expert.load(folders["a"]).save_description(folders["b"])
+        (expert / "host" / "adapter_model.safetensors").unlink()
+        with pytest.raises(InputError, match="cannot be read"):
+            Expert.load(folders["a"]).save_description(expert)
+
+
+class TestRefusedSets:
+    def test_no_set(self, tmp_path):
+        with pytest.raises(InputError, match="no set of experts"):
+            ExpertSet.load(tmp_path)
+
+    @pytest.mark.parametrize("text", ["", "[]", "{}", '{"names": "a"}', '{"names": [3]}', '{"names": ["../a"]}'])
+    def test_damaged(self, folder, text):
+        (folder / "experts.json").write_text(text)
+        with pytest.raises(InputError):
+            ExpertSet.load(folder)
+
+    def test_two_of_one_name(self, folder, folders):
+        with pytest.raises(InputError, match="an expert named a already"):
+            add_expert(folder, folders["a"])
+        (folder / "experts.json").write_text('{"names": ["a", "b", "a"]}')
+        with pytest.raises(InputError, match="two named a"):
+            ExpertSet.load(folder)
+        expert = Expert.load(folders["a"])
+        with pytest.raises(InputError, match="two named a"):
+            ExpertSet((expert, expert))
+
+    def test_a_mounted_expert_that_is_gone(self, folder):
+        shutil.rmtree(folder / "b")
+        with pytest.raises(InputError, match="no expert"):
+            ExpertSet.load(folder)
+
+    def test_another_folder_in_its_place(self, folder, folders):
+        (folder / "c.v-2_x").mkdir()
+        (folder / "c.v-2_x" / "precious").touch()
+        with pytest.raises(InputError, match="something else"):
+            add_expert(folder, folders["c.v-2_x"])
+        assert (folder / "c.v-2_x" / "precious").exists()
+
+    def test_unknown_names(self, folder):
+        with pytest.raises(InputError, match="one of the experts b, a, got z"):
+            ExpertSet.load(folder)["z"]
+        with pytest.raises(InputError, match="one of the experts b, a, got z"):
+            remove_expert(folder, "z")
+
+    @pytest.mark.parametrize(
+        ("what", "options"), [("crouter", {"crouter": tiny_crouter(seed=5)}), ("host", {"host": tiny_host(seed=5)})]
+    )
+    def test_an_expert_of_another_base_model(self, folder, tmp_path, what, options):
+        before = content(folder)
+        with pytest.raises(MismatchError, match=f"expert z: expected the {what} with fingerprint"):
+            add_expert(folder, save_expert(tmp_path / "z", trained=False, **options))
+        assert content(folder) == before
+
+    @pytest.mark.parametrize("key", ["crouter_tokenizer", "host_tokenizer"])
+    def test_an_expert_of_another_tokenizer(self, folder, folders, key):
+        found, expert = ExpertSet.load(folder), Expert.load(folders["c.v-2_x"])
+        config = dataclasses.replace(expert.config, **{key: "others"})
+        with pytest.raises(MismatchError, match="tokenizer"):
+            ExpertSet((*found, dataclasses.replace(expert, config=config)))

@@ -1,0 +1,247 @@
+"""Decisions from residuals, with two experts that were trained and with made-up calibrations."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+
+from hf_crouter.adapters import Lora
+from hf_crouter.errors import InputError, MismatchError
+from hf_crouter.routing.calibration import LengthCalibration
+from hf_crouter.routing.experts import Expert, ExpertConfig, ExpertSet
+from hf_crouter.routing.router import Router, calibrated_score
+from hf_crouter.routing.spans import Span, route_spans, split_document
+
+from ..tiny import CHUNK, tiny_crouter
+from .trained_experts import DOMAINS, FOREIGN, save_expert, texts, trained_set, with_margins
+
+torch.set_num_threads(1)
+LOW, HIGH = 0, 1
+
+
+@pytest.fixture
+def crouter():
+    return tiny_crouter()
+
+
+@pytest.fixture(scope="module")
+def experts():
+    return with_margins(ExpertSet.load(trained_set()), tiny_crouter())
+
+
+@pytest.fixture
+def router(crouter, experts):
+    return Router(crouter, experts, fewest=4, rows=16)
+
+
+def pieces_of(*kinds):
+    """One text a kind, `low`, `high` or `?`."""
+    return [texts(DOMAINS.get(kind, FOREIGN), 1, seed=200 + n)[0] for n, kind in enumerate(kinds)]
+
+
+class TestTrained:
+    def test_domains_are_told_apart_and_a_third_is_refused(self, router):
+        for number, (name, first) in enumerate(DOMAINS.items()):
+            routes = [router([piece])[0] for piece in texts(first, 40, seed=7)]
+            assert sum(route.number == number for route in routes) >= 39
+            assert {route.expert for route in routes} <= {name, None} and routes[0].nats.keys() == DOMAINS.keys()
+        routes = [router([piece])[0] for piece in texts(FOREIGN, 40, seed=7)]
+        assert (
+            sum(route.verdict == "unknown" and route.expert is None and route.number == -1 for route in routes) >= 38
+        )
+
+    def test_other_lengths(self, router):
+        for number, first in enumerate(DOMAINS.values()):
+            assert sum(router([piece])[0].number == number for piece in texts(first, 40, 9, seed=8)) >= 37
+
+    def test_a_row_of_chunks(self, router):
+        pieces = [*pieces_of("low", "low", "high", "?", "high"), torch.tensor([11, 12])]
+        routes = router(pieces)
+        assert [route.number for route in routes] == [LOW, LOW, HIGH, -1, HIGH, HIGH]
+        assert routes[-1].verdict == "short" and routes[-1].nats == {}
+        alone = [router([piece])[0] for piece in pieces[:-1]]
+        assert [route.expert for route in alone] == [route.expert for route in routes[:-1]]
+
+    def test_rows_at_once_are_rows_alone(self, crouter, experts):
+        pieces = [piece[: 4 + 3 * n] for n, piece in enumerate(pieces_of("low", "high", "?", "low", "high"))]
+        both = Router(crouter, experts, rows=16).residuals(pieces)
+        alone = Router(crouter, experts, rows=1).residuals(pieces)
+        assert both.shape == (5, 2) and torch.allclose(both, alone, atol=1e-5)
+
+    def test_residuals_are_those_of_the_adapter(self, router, crouter, experts):
+        piece = pieces_of("low")[0]
+        assert router.token_residuals(piece).shape == (2, CHUNK)
+        assert torch.allclose(router.token_residuals(piece).mean(1), router.residuals([piece])[0], atol=1e-5)
+        other = tiny_crouter()
+        for path, down in experts["high"].compressor.down.items():
+            other.get_submodule(path).weight.data += experts["high"].compressor.up[path] @ down
+        with torch.no_grad():
+            merged = other(piece[None]).token_residual[0]
+        assert torch.allclose(router.token_residuals(piece)[HIGH], merged, atol=1e-4)
+        some = router.token_residuals(piece, [HIGH])
+        assert some[LOW].isnan().all() and torch.allclose(some[HIGH], merged, atol=1e-4)
+
+    def test_the_crouter_is_bit_for_bit_itself(self, crouter, experts):
+        ids = torch.stack(pieces_of("low", "high"))
+        with torch.no_grad():
+            before = crouter(ids).token_residual
+            router = Router(crouter, experts)
+            assert torch.equal(crouter(ids).token_residual, before)
+            found = router.residuals(list(ids))
+            assert torch.equal(crouter(ids).token_residual, before)
+        with pytest.raises(InputError, match="1 to 16 tokens"):
+            router.residuals([ids[0], torch.zeros(CHUNK + 1, dtype=torch.long)])
+        assert torch.equal(router.residuals(list(ids)), found)
+        with torch.no_grad():
+            assert torch.equal(crouter(ids).token_residual, before)
+        router.remove()
+        assert not any(module._forward_hooks for module in crouter.modules())
+
+    def test_a_third_expert_changes_no_bit_of_the_others(self, crouter, experts, tmp_path):
+        pieces = [piece[: 5 + 2 * n] for n, piece in enumerate(pieces_of("low", "high", "?", "high", "low"))]
+        before = Router(crouter, experts, rows=3).residuals(pieces)
+        third = Expert.load(save_expert(tmp_path / "third", trained=False, seed=9))
+        more = Router(tiny_crouter(), ExpertSet((*experts, third)), rows=3).residuals(pieces)
+        assert more.shape == (5, 3) and torch.equal(more[:, :2], before)
+
+    def test_shortlist(self, crouter, experts, tmp_path):
+        third = Expert.load(save_expert(tmp_path / "third", trained=False, seed=9))
+        experts = ExpertSet((*experts, third))
+        pieces = [piece for first in DOMAINS.values() for piece in texts(first, 20, seed=9)]
+        router = Router(crouter, experts, shortlist=2, rows=16)
+        found, full = router.residuals(pieces), Router(tiny_crouter(), experts, rows=16).residuals(pieces)
+        left_out = found.isnan()
+        assert (left_out.sum(1) == 1).all()
+        assert torch.allclose(found[~left_out], full[~left_out], atol=1e-5)
+        own = torch.tensor([0] * 20 + [1] * 20)
+        assert left_out[torch.arange(40), own].float().mean() <= 0.1, "its own expert is nearly always on the list"
+        route = router.decide(found[0], CHUNK)
+        assert len(route.nats) == 2 and math.isfinite(route.margin)
+        assert not Router(crouter, experts, shortlist=3).residuals(pieces[:2]).isnan().any()
+
+    def test_overlap_is_below_the_experts_own_margins(self, router, experts):
+        verdicts = [router([piece])[0].verdict for piece in texts(DOMAINS["low"], 60, seed=11)]
+        assert verdicts.count("overlap") <= 4
+        least = experts["low"].calibration.margin(CHUNK, 0.01)
+        medians = torch.tensor([e.calibration.residual(CHUNK, 0.5) for e in experts])
+        for margin, verdict in ((least - 0.05, "overlap"), (least + 0.05, "known")):
+            route = router.decide(medians + torch.tensor([0.0, margin]), CHUNK)
+            assert (route.number, route.verdict) == (LOW, verdict) and route.margin == pytest.approx(margin, abs=1e-5)
+
+    def test_borders_of_a_document(self, router):
+        low, high = (torch.cat(texts(first, 3, seed=12)) for first in DOMAINS.values())
+        ids = torch.cat([low[:40], high[:41], low[:20]])  # no border is a chunk's
+        spans = split_document(router, ids, switch=6.0, smooth=4)
+        assert [span.number for span in spans] == [LOW, HIGH, LOW]
+        assert abs(spans[0].end - 40) <= 4 and abs(spans[1].end - 81) <= 4 and spans[-1].end == 101
+        routes = route_spans(router, ids, spans)
+        assert [route.number for route in routes] == [LOW, HIGH, LOW]
+        assert split_document(router, [], switch=1.0) == []
+        assert split_document(router, low, switch=6.0) == [Span(0, 48, LOW)]
+
+
+def made_up(medians, *, spread=0.5, margins=None, score="calibrated"):
+    """Experts whose residuals at 100 tokens lie evenly around a median, half of it at 10 tokens."""
+    found = []
+    for n, median in enumerate(medians):
+        rows = {
+            length: torch.linspace(-spread, spread, 1001) + median * share for length, share in ((10, 0.5), (100, 1))
+        }
+        calibration = LengthCalibration.fit({k: v.numpy() for k, v in rows.items()}, 9, "f", "w")
+        if margins is not None:
+            calibration = calibration.with_margins({100: margins}, score)
+        lora = Lora({}, {}, "w")
+        found.append(Expert(f"e{n}", lora, lora, calibration, ExpertConfig("f")))
+    return ExpertSet(tuple(found))
+
+
+def decide(experts, nats, tokens=100, previous=None, **options):
+    return Router(tiny_crouter(), experts, **options).decide(torch.tensor(nats), tokens, previous)
+
+
+class TestDecision:
+    def test_each_expert_is_measured_by_what_is_usual_for_it(self):
+        """The second domain is the harder one: more nats are less surprising there."""
+        experts = made_up([1.0, 3.0])
+        assert decide(experts, [1.4, 2.8]).expert == "e1"
+        assert decide(experts, [1.4, 2.8], score="nll").expert == "e0"
+        assert decide(experts, [1.4, 2.8]).margin == pytest.approx(0.6, abs=1e-5)
+
+    def test_scaled(self):
+        calibration = made_up([1.0])["e0"].calibration
+        assert calibrated_score(1.0, 100, calibration, "scaled") == pytest.approx(0.0, abs=1e-6)
+        assert calibrated_score(1.4, 100, calibration, "scaled") == pytest.approx(1.0, abs=1e-6)
+        assert calibrated_score(0.9, 10, calibration) == pytest.approx(0.4, abs=1e-6)
+
+    def test_unknown_is_above_every_experts_own_quantile(self):
+        experts = made_up([1.0, 3.0])
+        route = decide(experts, [1.6, 3.6])
+        assert (route.expert, route.number, route.verdict) == (None, -1, "unknown")
+        assert route.nats == pytest.approx({"e0": 1.6, "e1": 3.6})
+        assert decide(experts, [1.6, 3.4]).expert == "e1"
+        assert decide(experts, [1.45, 3.6]).verdict == "known"
+        assert decide(experts, [1.45, 3.6], known=0.9).verdict == "unknown"
+        assert decide(experts, [1.45, 3.6], tokens=10, fewest=5).verdict == "unknown"
+        assert decide(experts, [float("nan"), float("nan")]).verdict == "unknown"
+        assert decide(experts, [float("nan"), 3.0]).number == 1
+
+    def test_hysteresis(self):
+        experts = made_up([1.0, 1.0])
+        for previous, stay, expected in [
+            (None, 0.3, 1), (-1, 0.3, 1), (1, 0.3, 1), (0, 0.3, 0), (0, 0.1, 1), (0, 0.0, 1)
+        ]:  # fmt: skip
+            assert decide(experts, [1.2, 1.0], previous=previous, stay=stay).number == expected, (previous, stay)
+        assert decide(experts, [1.0, 1.0], previous=1).number == 1, "nothing is better"
+        assert decide(experts, [1.6, 1.4], previous=0, stay=9.0).number == 1, "it no longer knows the text"
+        assert decide(experts, [1.6, 1.6], previous=0, stay=9.0).number == -1
+        assert decide(experts, [float("nan"), 1.0], previous=0, stay=9.0).number == 1
+
+    def test_short(self):
+        experts = made_up([1.0, 3.0])
+        for previous in (None, -1, 1):
+            route = decide(experts, [1.0, 3.5], tokens=63, previous=previous)
+            assert (route.verdict, route.number) == ("short", -1 if previous is None else previous)
+        assert decide(experts, [1.0, 3.5], tokens=63, previous=1).expert == "e1"
+        assert decide(experts, [1.0, 3.5], tokens=64).verdict == "known"
+
+    def test_overlap(self):
+        margins = torch.linspace(0.0, 1.0, 101).numpy()
+        experts = made_up([1.0, 1.0], margins=margins)
+        assert decide(experts, [1.0, 1.005]).verdict == "overlap"
+        assert decide(experts, [1.0, 1.02]).verdict == "known"
+        assert decide(experts, [1.0, 1.02], clear=0.1).verdict == "overlap"
+        assert decide(experts, [1.0, 1.005], score="scaled").verdict == "known", (
+            "margins of another score do not count"
+        )
+        assert decide(made_up([1.0, 1.0]), [1.0, 1.0]).verdict == "known", "no margins were measured"
+
+    def test_a_lone_expert(self):
+        route = decide(made_up([1.0]), [1.0])
+        assert (route.number, route.margin, route.verdict) == (0, math.inf, "known")
+
+    def test_margins(self):
+        router = Router(tiny_crouter(), made_up([1.0, 3.0, 2.0]))
+        nats = torch.tensor([[1.0, 3.5, 2.2], [1.5, 3.0, 2.6], [1.0, float("nan"), 2.4]])
+        assert router.margins(nats, 100, 0).tolist() == pytest.approx([0.2, -0.5, 0.4], abs=1e-5)
+
+
+class TestRefused:
+    def test_sets(self, crouter, experts):
+        with pytest.raises(InputError, match="at least one"):
+            Router(crouter, ExpertSet(()))
+        with pytest.raises(InputError, match="expected a score"):
+            Router(crouter, experts, score="tra")
+        with pytest.raises(InputError, match="centroid of every expert"):
+            Router(crouter, ExpertSet(tuple(dataclasses.replace(e, centroid=None) for e in experts)), shortlist=1)
+
+    def test_another_crouter(self, experts):
+        crouter = tiny_crouter(hidden_size=32)
+        with pytest.raises(MismatchError, match="another model"):
+            Router(crouter, experts)
+        assert not any(module._forward_hooks for module in crouter.modules())
+
+    @pytest.mark.parametrize("piece", [torch.zeros(0, dtype=torch.long), torch.zeros(2, 3, dtype=torch.long)])
+    def test_texts(self, router, piece):
+        with pytest.raises(InputError, match="texts of 1 to 16 tokens"):
+            router.residuals([piece])

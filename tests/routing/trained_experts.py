@@ -1,0 +1,87 @@
+"""Two experts small enough to be trained in seconds: each on texts made of a few tokens of its own."""
+
+from __future__ import annotations
+
+import functools
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, get_peft_model
+
+from hf_crouter.adapters import AdapterStack, Lora
+from hf_crouter.host.fingerprint import crouter_fingerprint, host_fingerprint
+from hf_crouter.routing.calibration import LengthCalibration
+from hf_crouter.routing.experts import Centroid, Expert, ExpertConfig, ExpertSet, add_expert
+from hf_crouter.routing.router import Router, rebuilding_nats
+
+from ..test_adapters import save_adapter
+from ..tiny import CHUNK, tiny_crouter, tiny_host
+
+DOMAINS = {"low": 10, "high": 50}  # by name: the first of the eight ids that its texts are made of
+FOREIGN = 80
+LENGTHS = (8, CHUNK)
+TARGETS = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj", "to_latent", "from_latent", "output_proj"]
+
+
+def texts(first, count, length=CHUNK, seed=0):
+    """Texts of one kind, `count` of `[length]`."""
+    generator = torch.Generator().manual_seed(seed)
+    return list(first + torch.randint(8, (count, length), generator=generator))
+
+
+def train_compressor(folder, first):
+    torch.manual_seed(first)
+    model = get_peft_model(tiny_crouter(), LoraConfig(r=4, lora_alpha=8, target_modules=TARGETS))
+    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.0)
+    for n in range(60):
+        loss = model(torch.stack(texts(first, 16, LENGTHS[n % 2], seed=1000 + n))).loss
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    model.save_pretrained(folder)
+
+
+def save_expert(folder, first=FOREIGN, *, seed=0, trained=True, crouter=None, host=None):
+    """An expert in a folder of its own name."""
+    crouter, host = crouter or tiny_crouter(), host or tiny_host()
+    if trained:
+        train_compressor(folder / "compressor", first)
+    else:
+        save_adapter(folder / "compressor", seed, targets=["qkv_proj"], make=tiny_crouter)
+    save_adapter(folder / "host", seed)
+    lora, fingerprint = Lora.load(folder / "compressor"), crouter_fingerprint(crouter, decoder=True)
+    stack = AdapterStack(crouter, {"a": lora})
+    nats = {n: rebuilding_nats(crouter, texts(first, 256, n, seed=1), stack, rows=256) for n in LENGTHS}
+    stack.remove()
+    residuals = {length: [row.mean().item() for row in rows] for length, rows in nats.items()}
+    config = ExpertConfig(fingerprint, "crouter ids", "tiny", host_fingerprint(host), "host ids", {"seed": seed})
+    with torch.no_grad():
+        centroid = Centroid.fit(crouter.encode(torch.stack(texts(first, 64, seed=1))))
+    calibration = LengthCalibration.fit(residuals, 256, fingerprint, lora.checksum)
+    Expert(folder.name, lora, Lora.load(folder / "host"), calibration, config, centroid).save_description(folder)
+    return folder
+
+
+def with_margins(experts, crouter):
+    """The same set, each expert with the margins that it has among the others."""
+    router = Router(crouter, experts, rows=64)
+    found = []
+    for number, (expert, first) in enumerate(zip(experts, DOMAINS.values(), strict=True)):
+        margins = {n: router.margins(router.residuals(texts(first, 64, n, seed=1)), n, number) for n in LENGTHS}
+        found.append(replace(expert, calibration=expert.calibration.with_margins(margins)))
+    router.remove()
+    return ExpertSet(tuple(found))
+
+
+@functools.cache
+def trained_set() -> Path:
+    """Folder of the set of both experts."""
+    base = Path(tempfile.mkdtemp(prefix="trained-experts-"))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # far faster than many threads on matrices this small
+    for seed, (name, first) in enumerate(DOMAINS.items()):
+        add_expert(base / "set", save_expert(base / name, first, seed=seed))
+    torch.set_num_threads(threads)
+    return base / "set"
