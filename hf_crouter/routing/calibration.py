@@ -203,7 +203,7 @@ class LengthCalibration:
         path = Path(folder) / CALIBRATION_FILE
         try:
             fields = json.loads(path.read_text(encoding="utf-8"))
-            residuals, margins = (_numbers(fields[name]) for name in ("residuals", "margins"))
+            residuals, margins = (read_table(fields[name]) for name in ("residuals", "margins"))
             pieces = {int(length): int(count) for length, count in fields["pieces"].items()}
             fingerprint, weights, score = (str(fields[name]) for name in ("fingerprint", "weights", "score"))
             calibration = cls(residuals, margins, pieces, int(fields["documents"]), fingerprint, weights, score)
@@ -211,8 +211,8 @@ class LengthCalibration:
             raise InputError(f"{path}: cannot be read ({error.strerror})") from error
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise InputError(f"{path}: not an expert's calibration, or damaged ({error!r})") from error
-        if not residuals or not all(_rising(length, row) for length, row in [*residuals.items(), *margins.items()]):
-            raise InputError(f"{path}: expected finite, rising quantiles {LEVELS} for at least one length")
+        if not residuals:
+            raise InputError(f"{path}: expected residuals for at least one length of text, got none")
         return calibration
 
 
@@ -226,13 +226,20 @@ def _quantiles(values: Mapping[int, Sequence[float] | np.ndarray], what: str) ->
     return table
 
 
-def _numbers(table: dict[str, dict[str, float]]) -> dict[int, dict[float, float]]:
-    return {int(length): {float(level): float(value) for level, value in row.items()} for length, row in table.items()}
+def read_table(table: dict[str, dict[str, float]]) -> dict[int, dict[float, float]]:
+    """Quantiles by length, as JSON holds them.
 
-
-def _rising(length: int, row: dict[float, float]) -> bool:
-    values = list(row.values())
-    return length >= 1 and tuple(row) == LEVELS and bool(np.isfinite(values).all()) and sorted(values) == values
+    Raises:
+        ValueError: not finite, not rising, or not those of `LEVELS`.
+        TypeError: no table of numbers.
+        AttributeError: likewise.
+    """
+    found = {int(length): {float(k): float(value) for k, value in row.items()} for length, row in table.items()}
+    for length, row in found.items():
+        values = list(row.values())
+        if length < 1 or tuple(row) != LEVELS or not np.isfinite(values).all() or sorted(values) != values:
+            raise ValueError(f"expected finite, rising quantiles {LEVELS} at {length} tokens")
+    return found
 
 
 def _at(table: dict[int, dict[float, float]], tokens: int, quantile: float) -> float:

@@ -4,6 +4,7 @@ A set is a folder: one subfolder an expert, and `experts.json`, which says which
 An expert's folder is written once; mounting or removing others changes no byte of it.
 
     SET/experts.json
+    SET/margins.json              how far apart the experts are from each other, if that was measured
     SET/NAME/expert.json          name, origin, and the checksum of every file beside it; written last
     SET/NAME/calibration.json     what is usual for it, by length
     SET/NAME/latents.safetensors  where its texts lie among the shared crouter's latents, for a shortlist
@@ -18,11 +19,12 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
@@ -31,9 +33,10 @@ from safetensors.torch import save as save_safetensors
 from ..adapters import CONFIG, WEIGHTS, Lora
 from ..errors import InputError, MismatchError
 from ..storage import replaced_file, replaced_folder, temporary_folder_beside, write_json
-from .calibration import CALIBRATION_FILE, LengthCalibration
+from .calibration import CALIBRATION_FILE, LengthCalibration, read_table
 
-EXPERT_FILE, SET_FILE, LATENTS_FILE = "expert.json", "experts.json", "latents.safetensors"
+EXPERT_FILE, SET_FILE, MARGINS_FILE = "expert.json", "experts.json", "margins.json"
+LATENTS_FILE = "latents.safetensors"
 COMPRESSOR, HOST = "compressor", "host"
 NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")  # a folder's name that is neither hidden nor a way out of the set
 _ADAPTERS = tuple(f"{part}/{name}" for part in (COMPRESSOR, HOST) for name in (CONFIG, WEIGHTS))
@@ -223,11 +226,14 @@ class ExpertSet:
     def load(cls, folder: str | os.PathLike) -> ExpertSet:
         """Reads the experts that `experts.json` names, in its order.
 
+        Margins measured among just these experts (`save_margins`) take the place of those that each brings along.
+
         Raises:
             InputError: missing or damaged files, two experts of one name.
             MismatchError: experts of different crouters, hosts or tokenizers, or a calibration of other weights.
         """
-        return cls(tuple(Expert.load(Path(folder) / name) for name in mounted_names(folder)))
+        experts = [Expert.load(Path(folder) / name) for name in mounted_names(folder)]
+        return cls(_among_each_other(Path(folder) / MARGINS_FILE, experts))
 
     def check(
         self, crouter: str, host: str | None = None, *, crouter_tokenizer: str = "", host_tokenizer: str = ""
@@ -319,6 +325,49 @@ def remove_expert(set_folder: str | os.PathLike, name: str) -> None:
     if place.is_dir():
         with temporary_folder_beside(place) as away:  # half a folder is never seen under its name
             place.rename(away / name)
+
+
+def save_margins(
+    set_folder: str | os.PathLike,
+    margins: Mapping[str, Mapping[int, Sequence[float] | np.ndarray]],
+    score: str = "calibrated",
+) -> None:
+    """Keeps margins measured among all experts of a set, in a file of the set's own: no expert's folder changes.
+
+    They count until an expert is mounted or removed.
+
+    Args:
+        set_folder: of the set.
+        margins: by expert and length in tokens, one margin a held-out text of its domain, see `Router.margins`.
+        score: what they are differences of.
+
+    Raises:
+        InputError: not one entry for every expert, margins that are not finite, or the set cannot be written.
+    """
+    experts = ExpertSet.load(set_folder)
+    if margins.keys() != set(experts.names):
+        raise InputError(f"margins: expected those of {', '.join(experts.names)}, got {', '.join(margins) or 'none'}")
+    tables = {e.name: asdict(e.calibration.with_margins(margins[e.name], score))["margins"] for e in experts}
+    record = {"score": score, "weights": {e.name: e.compressor.checksum for e in experts}, "margins": tables}
+    write_json(Path(set_folder) / MARGINS_FILE, record)
+
+
+def _among_each_other(path: Path, experts: list[Expert]) -> tuple[Expert, ...]:
+    if not path.exists():
+        return tuple(experts)
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if record["weights"] != {expert.name: expert.compressor.checksum for expert in experts}:
+            return tuple(experts)  # of other experts: each one's own margins are all there is
+        tables = {expert.name: read_table(record["margins"][expert.name]) for expert in experts}
+        return tuple(
+            replace(e, calibration=replace(e.calibration, margins=tables[e.name], score=str(record["score"])))
+            for e in experts
+        )
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise InputError(f"{path}: not a set's margins, or damaged ({error!r})") from error
 
 
 def _read_description(folder: Path) -> tuple[str, ExpertConfig, dict[str, str]]:

@@ -109,10 +109,12 @@ def split_document(router: Router, ids: torch.Tensor | Sequence[int], *, switch:
 def route_spans(router: Router, ids: torch.Tensor | Sequence[int], spans: Sequence[Span]) -> list[Route]:
     """Each span judged on its own: rebuilt apart from its neighbours, against texts of its length.
 
+    One that is too short to judge keeps its expert, with the verdict `short`.
+
     Args:
         router: decides.
         ids: the document's crouter token ids.
         spans: one longer than a chunk is judged by its first chunk.
     """
     ids, length = torch.as_tensor(ids, dtype=torch.long), router.crouter.config.chunk_length
-    return [router([ids[span.start : min(span.end, span.start + length)]])[0] for span in spans]
+    return [router([ids[span.start : min(span.end, span.start + length)]], span.number)[0] for span in spans]

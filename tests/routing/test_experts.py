@@ -13,7 +13,15 @@ from hf_crouter.adapters import Lora
 from hf_crouter.errors import InputError, MismatchError
 from hf_crouter.host.fingerprint import crouter_fingerprint, host_fingerprint
 from hf_crouter.routing import experts as module
-from hf_crouter.routing.experts import Centroid, Expert, ExpertSet, add_expert, mounted_names, remove_expert
+from hf_crouter.routing.experts import (
+    Centroid,
+    Expert,
+    ExpertSet,
+    add_expert,
+    mounted_names,
+    remove_expert,
+    save_margins,
+)
 
 from ..tiny import tiny_crouter, tiny_host
 from .trained_experts import save_expert
@@ -120,6 +128,19 @@ class TestSet:
             remove_expert(folder, name)
         assert ExpertSet.load(folder).names == ()
 
+    def test_margins_among_all_experts(self, folder, folders):
+        before = {name: content(folder / name) for name in ("a", "b")}
+        save_margins(folder, {"a": {16: [0.1, 0.3]}, "b": {16: [0.4]}}, "scaled")
+        found = ExpertSet.load(folder)
+        assert (
+            found["a"].calibration.margin(16, 0.5) == pytest.approx(0.2) and found["a"].calibration.score == "scaled"
+        )
+        assert {name: content(folder / name) for name in ("a", "b")} == before
+        add_expert(folder, folders["c.v-2_x"])
+        assert not ExpertSet.load(folder)["a"].calibration.margins, "they were measured among other experts"
+        remove_expert(folder, "c.v-2_x")
+        assert ExpertSet.load(folder)["b"].calibration.margin(16, 0.5) == pytest.approx(0.4)
+
     def test_check(self, folder):
         found, crouter = ExpertSet.load(folder), crouter_fingerprint(tiny_crouter(), decoder=True)
         host = host_fingerprint(tiny_host())
@@ -194,7 +215,7 @@ class TestRefusedExperts:
     def test_a_damaged_calibration(self, expert, changes):
         change(expert / "calibration.json", **changes)
         resealed(expert)
-        with pytest.raises(InputError, match="calibration.json: (expected|not an expert's)"):
+        with pytest.raises(InputError, match="calibration.json: (expected residuals|not an expert's)"):
             Expert.load(expert)
 
     @pytest.mark.parametrize("text", ["", "{", "[]", "{}", "3", '{"name": "a", "sha256": 3}'])
@@ -243,6 +264,19 @@ class TestRefusedSets:
     def test_damaged(self, folder, text):
         (folder / "experts.json").write_text(text)
         with pytest.raises(InputError):
+            ExpertSet.load(folder)
+
+    def test_margins(self, folder):
+        with pytest.raises(InputError, match="expected those of b, a, got a"):
+            save_margins(folder, {"a": {16: [0.1]}})
+        with pytest.raises(InputError, match="finite margins of 16 tokens"):
+            save_margins(folder, {"a": {16: [0.1]}, "b": {16: [float("inf")]}})
+        save_margins(folder, {"a": {16: [0.1]}, "b": {16: [0.1]}})
+        change(folder / "margins.json", margins={"a": {"16": {"0.5": 1}}, "b": {}})
+        with pytest.raises(InputError, match="margins.json: not a set's margins"):
+            ExpertSet.load(folder)
+        (folder / "margins.json").write_text("{")
+        with pytest.raises(InputError, match="margins.json: not a set's margins"):
             ExpertSet.load(folder)
 
     def test_two_of_one_name(self, folder, folders):
