@@ -139,11 +139,12 @@ class Router:
             pieces: crouter token ids, 1-D, 1 to `chunk_length` each.
 
         Raises:
-            InputError: a chunk that is empty or too long.
+            InputError: a chunk that is empty or too long, or the router's adapters were removed.
         """
         wanted = self.shortlisted(pieces)
         found = torch.full(wanted.shape, math.nan)
-        for number, stack in enumerate(self._stacks):
+        for number in range(len(self.experts)):
+            stack = self._stack(number)
             chosen = [i for i in range(len(pieces)) if wanted[i, number]]
             nats = rebuilding_nats(self.crouter, [pieces[i] for i in chosen], stack, rows=self.rows)
             for i, row in zip(chosen, nats, strict=True):
@@ -159,7 +160,7 @@ class Router:
         """
         found = torch.full((len(self.experts), len(piece)), math.nan)
         for number in range(len(self.experts)) if numbers is None else numbers:
-            found[number] = rebuilding_nats(self.crouter, [piece], self._stacks[number])[0]
+            found[number] = rebuilding_nats(self.crouter, [piece], self._stack(number))[0]
         return found
 
     @torch.no_grad()
@@ -249,10 +250,15 @@ class Router:
         return torch.tensor([_lead(self.scores(row, tokens).nan_to_num(nan=math.inf), number) for row in nats])
 
     def remove(self) -> None:
-        """Takes the adapters off the crouter."""
+        """Takes the adapters off the crouter; from then on only `decide` works."""
         for stack in self._stacks:
             stack.remove()
         self._stacks = []
+
+    def _stack(self, number: int) -> AdapterStack:
+        if not self._stacks:
+            raise InputError("router: expected its adapters on the crouter, got a router after `remove`")
+        return self._stacks[number]
 
     def _route(self, number: int, verdict: str, nats: dict[str, float], margin: float) -> Route:
         return Route(self.names[number] if number != BASE else None, number, verdict, nats, margin)

@@ -53,7 +53,7 @@ def find_spans(token_nats: torch.Tensor, *, switch: float, smooth: int = 1) -> l
     Source: dynamic programming after Viterbi, 1967; here with a fewest length.
     """
     costs = token_nats.detach().double().cpu().numpy()
-    if costs.ndim != 2 or not len(costs) or switch < 0 or smooth < 1:
+    if costs.ndim != 2 or not len(costs) or not switch >= 0 or smooth < 1:
         raise InputError(
             f"spans: expected costs [n, T], switch >= 0 and smooth >= 1, got {list(costs.shape)}, {switch}, {smooth}"
         )

@@ -97,6 +97,8 @@ class TestTrained:
             assert torch.equal(crouter(ids).token_residual, before)
         router.remove()
         assert not any(module._forward_hooks for module in crouter.modules())
+        with pytest.raises(InputError, match="after `remove`"):
+            router.residuals(list(ids))
 
     def test_a_third_expert_changes_no_bit_of_the_others(self, crouter, experts, tmp_path):
         pieces = [piece[: 5 + 2 * n] for n, piece in enumerate(pieces_of("low", "high", "?", "high", "low"))]
