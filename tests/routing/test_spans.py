@@ -67,7 +67,8 @@ def test_short_texts():
 
 @pytest.mark.parametrize(
     ("costs", "options"),
-    [(torch.zeros(2, 3), {"switch": -1.0}), (torch.zeros(2, 3), {"switch": float("nan")}), (torch.zeros(2, 3), {"switch": 1.0, "smooth": 0}),
+    [(torch.zeros(2, 3), {"switch": -1.0}), (torch.zeros(2, 3), {"switch": float("nan")}),
+     (torch.zeros(2, 3), {"switch": 1.0, "smooth": 0}),
      (torch.zeros(0, 3), {"switch": 1.0}), (torch.zeros(3), {"switch": 1.0}),
      (torch.full((2, 3), float("nan")), {"switch": 1.0})],
 )  # fmt: skip
