@@ -126,6 +126,7 @@ class AdapterStack:
     def __init__(self, model: nn.Module, adapters: Mapping[str, Lora]):
         self.names = tuple(adapters)
         self._chosen: torch.Tensor | None = None  # one-hot, `[B, 1 or T, n]`, on the model's device
+        self._alone: int | None = None  # the adapter that all positions share; None where they differ
         self._known: tuple[Any, torch.Tensor | None] = ((), None)
         self._down: dict[str, torch.Tensor] = {}  # `[n * r, I]`
         self._up: dict[str, torch.Tensor] = {}  # `[O, n * r]`
@@ -172,6 +173,14 @@ class AdapterStack:
             if self._chosen is None:
                 return None
             down, up = self._down[path], self._up[path]
+            # a compiled graph must not depend on which adapter it is
+            if not torch.compiler.is_compiling() and self._alone is not None:
+                if self._alone == BASE:
+                    return None
+                rank = len(down) // len(self.names)
+                part = slice(self._alone * rank, (self._alone + 1) * rank)
+                hidden = nn.functional.linear(inputs[0].to(down.dtype), down[part])
+                return output + nn.functional.linear(hidden, up[:, part]).to(output.dtype)
             hidden = nn.functional.linear(inputs[0].to(down.dtype), down).unflatten(-1, (len(self.names), -1))
             hidden = (hidden * self._chosen[..., None].to(hidden.dtype)).flatten(-2)
             return output + nn.functional.linear(hidden, up).to(output.dtype)
@@ -191,6 +200,8 @@ class AdapterStack:
         numbers = torch.as_tensor(numbers, dtype=torch.long)
         if numbers.ndim == 1 or (numbers == numbers[:, :1]).all():
             numbers = numbers.reshape(len(numbers), -1)[:, :1]
+        first = int(numbers[0, 0])
+        self._alone = first if bool((numbers == first).all()) else None
         key = (tuple(numbers.shape), numbers.cpu().numpy().tobytes())
         if key != self._known[0]:
             device = next(iter(self._down.values())).device if self._down else numbers.device
@@ -201,13 +212,13 @@ class AdapterStack:
     @contextlib.contextmanager
     def using(self, numbers: torch.Tensor | Sequence[int] | None) -> Iterator[None]:
         """`choose` for a block; what was chosen before returns after it."""
-        before = self._chosen
+        before = self._chosen, self._alone
         self.choose(numbers)
         try:
             yield
         finally:
-            self._rest(before is not None)
-            self._chosen = before
+            self._rest(before[0] is not None)
+            self._chosen, self._alone = before
 
     def _rest(self, rest: bool) -> None:
         """Puts PEFT's adapters of these names out of force, or back."""

@@ -57,6 +57,14 @@ def test_rows_differ_and_each_is_what_peft_computes(folders):
     assert not torch.allclose(found[0], logits(tiny_host(), ids[:1])[0], atol=1e-2)
 
 
+@pytest.mark.parametrize("number", [0, 1])
+def test_one_adapter_for_all(folders, number):
+    host, ids = tiny_host(), ids_of()
+    stack = AdapterStack(host, {name: Lora.load(folder) for name, folder in zip("ab", folders, strict=True)})
+    with stack.using([number] * 3):
+        assert torch.allclose(logits(host, ids), by_peft(folders[number], ids), atol=1e-5)
+
+
 def test_positions_differ(folders):
     """A causal model's first positions do not see the later ones' adapter, which reads them as they were made."""
     host, ids = tiny_host(), ids_of(1)
@@ -129,7 +137,7 @@ def test_one_graph_for_all_switches(folders):
         return graph.forward
 
     compiled = torch.compile(host, backend=backend, fullgraph=True)
-    for numbers in ([0, 1, BASE], [1, 1, 1], [0, 0, BASE]):
+    for numbers in ([0, 1, BASE], [1, 1, 1], [0, 0, BASE], [BASE] * 3):
         with stack.using(numbers):
             expected = logits(host, ids)
             assert torch.allclose(logits(compiled, ids), expected, atol=1e-5)
