@@ -329,7 +329,7 @@ class CompressedHistory(HistoryProcessor):
             if copier is None and cache.compressed:
                 archived = [width] * len(ends) if given else ends
                 copier = self._copier(width - max(lasts), out.logits.shape[-1], len(pads), archived)
-            scored, chosen = _scored(out.logits, targets, copier, cache, input_ids, first)
+            scored, chosen = _scored(out.logits, targets, copier, cache, input_ids, first, greedy)
             pieces.append(scored)
             best.append(chosen)
             first = end
@@ -362,6 +362,7 @@ def _scored(
     cache: CompressedCache,
     input_ids: torch.Tensor,
     first: int,
+    greedy: bool,
     block: int = 64,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probabilities of targets, and whether each had the highest.
@@ -373,10 +374,11 @@ def _scored(
         cache: that the logits come from.
         input_ids: `[B, width]`.
         first: column of `input_ids` in which the first target stands.
+        greedy: whether it matters which token had the highest score.
         block: columns at once.
 
     Returns:
-        `[B, T]`, float32, and `[B, T]`, bool.
+        `[B, T]`, float32, and `[B, T]`, bool, all False if it does not matter.
     """
     scores, hits = [], []
     for start in range(0, targets.shape[1], block):
@@ -388,11 +390,13 @@ def _scored(
         if mixture is None:
             part = part.float()
             found = part.gather(1, chosen.reshape(-1, 1))[:, 0] - part.logsumexp(-1)
-            best = part.argmax(-1)
         else:
-            found, best = mixture.of(chosen.flatten(), part), mixture.greedy()
+            found = mixture.of(chosen.flatten(), part)
         scores.append(found.view_as(chosen))
-        hits.append(best.view_as(chosen) == chosen)
+        hits.append(torch.zeros_like(chosen, dtype=torch.bool))
+        if greedy:
+            best = part.argmax(-1) if mixture is None else mixture.greedy()
+            hits[-1] = best.view_as(chosen) == chosen
     return torch.cat(scores, dim=1), torch.cat(hits, dim=1)
 
 
