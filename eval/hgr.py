@@ -52,12 +52,13 @@ NOTES = (
     "ratio of means; for prose the mean of the domains' ratios, and .ratio over all documents); intervals: paired "
     "bootstrap clustered by package, or by record of prose. .diff: hgr minus that of recent_same_slots_copy, for arms "
     "with raw recalled chunks minus that of recent_same_slots_recall_copy. Recall arms hold no soft prompts; all, "
-    "soft_recall2 and soft_learned2 do. recall2 is bm25_2. snapkv, expected_attention, streaming and knorm are "
-    "kvpress 0.5.5 at the slots of recent_same_slots or recent_same_slots_recall (_recall); mean_pool: means of token "
-    "embeddings. pairs.<score>.share: what a score's two chunks gain, one by one, of what the best two do, on gate "
-    "sets. Every *_copy arm has a gate fitted on the gate sets to what that arm reads; *_pooled share one gate, "
-    "*_generic one that does not see the host. oracle2: the best pair by the target's loss, on fewer documents "
-    "(.documents), over which window and full are taken too."
+    "soft_recall2 and soft_learned2 do. recall2 is bm25_2. snapkv, snapkv_window (its observation window is the raw "
+    "one), expected_attention, streaming and knorm are kvpress 0.5.5 at the slots of recent_same_slots or "
+    "recent_same_slots_recall (_recall), at the kept tokens' own positions; mean_pool: means of token embeddings. "
+    "pairs.<score>.share: what a score's two chunks gain, one by one, of what the best two do, on gate sets. Every "
+    "*_copy arm has a gate fitted on the gate sets to what that arm reads; *_pooled share one gate, *_generic one "
+    "that does not see the host. oracle2: the best pair by the target's loss, on fewer documents (.documents), over "
+    "which window and full are taken too."
 )
 
 

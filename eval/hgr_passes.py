@@ -148,7 +148,7 @@ POOLED = ("copy", "copy_rebuilt", "soft_copy", "soft_copy_rebuilt", "recall2_cop
 GATES = (*SOURCES, "pooled", "generic", "nine")
 GREEDY = ("window", "copy", "all", "full")
 ALIASES = {"recall2": "bm25_2"}
-KVPRESS = ("snapkv", "expected_attention", "streaming", "knorm")
+KVPRESS = ("snapkv", "snapkv_window", "expected_attention", "streaming", "knorm")
 """Methods of `eval.kvpress_arms`: as many slots as `recent_same_slots`, or `recent_same_slots_recall` (`_recall`)."""
 
 

@@ -36,9 +36,11 @@ from safetensors.numpy import load_file, save_file
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, DynamicCache
 
+WINDOW = 512  # tokens before the target that the other arms hold raw
 SETS = ("young", "files", "packages", "prose")
 PRESSES: dict[str, tuple[str, str, dict[str, int]]] = {  # module, class, what is not left to its defaults
     "snapkv": ("snapkv_press", "SnapKVPress", {}),
+    "snapkv_window": ("snapkv_press", "SnapKVPress", {"window_size": WINDOW}),  # keeps what the other arms hold raw
     "expected_attention": ("expected_attention_press", "ExpectedAttentionPress", {}),
     "streaming": ("streaming_llm_press", "StreamingLLMPress", {"n_sink": 4}),
     "knorm": ("knorm_press", "KnormPress", {}),
@@ -58,7 +60,7 @@ class Layout:
     prefix: int = 4
     chunk: int = 512
     chunks: int = 8
-    window: int = 512
+    window: int = WINDOW
     target: int = 512
     latents: int = 8
     recalled: int = 2
