@@ -412,8 +412,7 @@ def train_expert(name: str, arguments: ExpertArguments, models: ExpertModels | N
             expert = measured_expert(folder, config, domain, others, models, arguments, record)
             expert.save_description(folder)
             add_expert(arguments.experts, folder)
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
+    accelerator.wait_for_everyone()  # and no more: the next expert is trained by the same processes
     return {"path": str(Path(arguments.experts) / name), **record}
 
 

@@ -1,8 +1,11 @@
 import ast
 import functools
 import json
+import os
+import subprocess
+import sys
 import tempfile
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -206,6 +209,40 @@ def test_the_same_seed_trains_the_same_expert(tmp_path):
     assert sums[0] == sums[1]
     train_expert("code", replace(arguments, experts=str(tmp_path / "c"), seed=1))
     assert json.loads((tmp_path / "c/code/expert.json").read_text())["sha256"] != sums[0]
+
+
+def test_bfloat16_trains_on_a_host_in_bfloat16(tmp_path):
+    arguments = world().arguments(experts=str(tmp_path / "e"), compressor_steps=4, host_steps=20, bf16=True)
+    models = load_models(arguments)
+    before = {name: value.clone() for name, value in models.host.state_dict().items()}
+    loss = train_expert("code", arguments, models)["held_out"]["host_loss"]
+    assert models.host.dtype == torch.bfloat16 and loss["adapter"] < loss["base"]
+    assert all(torch.equal(value, before[name]) for name, value in models.host.state_dict().items())
+
+
+TWO = """
+import json, sys, torch
+from hf_crouter.training.experts import ExpertArguments, load_models, train_expert
+torch.set_num_threads(1)
+arguments = ExpertArguments(**json.loads(sys.argv[1]))
+models = load_models(arguments)
+for name in ("one", "two"):
+    record = train_expert(name, arguments, models)
+    assert record["host"]["processes"] == 2
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_train_one_expert_after_the_other(tmp_path):
+    (tmp_path / "two.py").write_text(TWO)
+    arguments = world().arguments(experts=str(tmp_path / "e"), compressor_steps=3, host_steps=3)
+    words = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", str(tmp_path / "two.py")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*words, json.dumps(asdict(arguments))], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    experts = ExpertSet.load(tmp_path / "e")
+    assert experts.names == ("one", "two") and experts["two"].calibration.margins
+    assert experts["one"].compressor.checksum == experts["two"].compressor.checksum
 
 
 @pytest.mark.parametrize(
