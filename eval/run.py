@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from eval import demo, hgr, lm_eval_tasks, reading, reading_step, reconstruction
+from eval import demo, hgr, lm_eval_tasks, reading, reading_step, reconstruction, routing
 from eval.benchmarks import prefill, recall_choice, suffix_index, training
 from hf_crouter.errors import InputError
 
@@ -20,6 +20,7 @@ EXPERIMENTS = {
     "hgr": hgr,
     "reading": reading,
     "copy-cpu": reading_step,
+    "routing": routing,
 }
 
 

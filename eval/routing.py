@@ -1,0 +1,205 @@
+"""Routing by residual among eight experts of a real host, beside n-grams, TF-IDF, perplexity, a probe and Arrow.
+
+Stages: `train` (accelerator) makes the experts and the adapters beside them; `text` (CPU) measures what needs no
+model; `measure` (accelerator) computes all other arrays; `report` (CPU) turns them into `routing.json` and a picture
+of the confusion matrix. Data are those of `eval.routing_data`. `--shard i/k` splits training by experts and measuring
+by parts; a stage that was interrupted goes on with what is missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.numpy import load_file
+from tokenizers import Tokenizer
+from transformers import AutoModel
+
+from eval import routing_measure as measuring
+from eval.hgr import _shard
+from eval.hgr_files import about_of, save_arrays
+from eval.results import write_result
+from eval.routing_baselines import decoder
+from eval.routing_data import KNOWN, TestWindows, load_mixed, load_mixed_fit, load_part
+from eval.routing_report import draw_confusion, metrics, table
+from eval.routing_train import merged, train
+from hf_crouter.adapters import Lora
+from hf_crouter.compressor import CRouterModel
+from hf_crouter.errors import InputError
+from hf_crouter.loading import SHIPPED, load_crouter, load_host
+from hf_crouter.routing.experts import SET_FILE, ExpertSet, mounted_names
+
+PARTS = ("residuals", "borders", "changing", "host", "probe", "arrow", "latency", "full")
+NOTES = (
+    "Host: SmolLM2-135M-Instruct; experts: LoRA over the shipped crouter and LoRA of the host, 8 known domains; near "
+    "unknown: shakespeare, speeches_en, meetings_qmsum; far: csv_tables, zh_tech. Chunks of 512 tokens of held-out "
+    "documents, two of a window of 1024; spans of 128, rebuilt alone (span128) or read off the chunk's tokens "
+    "(span128.within). accuracy: mean of the domains; a chunk left to the base model is wrong; .argmin: without that, "
+    "as baselines answer. unseen: AUROC of the least residual above its expert's 99% quantile on "
+    "calibration chunks, for baselines too (.calibrated: above the median; .raw: as it is). oracle.loss_ratio: host "
+    "loss of a window's second chunk under the route of its first, over that under the domain's own adapter. border: "
+    "spliced chunks; docstrings, descriptions, notebooks: real ones, code against prose, with the switch chosen on "
+    "spliced calibration chunks (.own: on calibration files with docstrings). lag: chunks from the one that holds the "
+    "change to the first on the new route. forgetting: change of a domain's routed host loss, nats/token, since it "
+    "was mounted; sequential: of one adapter trained on the domains in turn. Intervals: clustered by document."
+)
+
+
+def setting(args: argparse.Namespace, chunk: int) -> measuring.Setting:
+    """What all parts share.
+
+    Raises:
+        InputError: the data are missing or were cut for another chunk length.
+    """
+    windows = TestWindows.load(args.data)
+    if windows.ids.shape[1] != 2 * chunk:
+        raise InputError(f"{args.data}: expected windows of {2 * chunk} tokens, got {windows.ids.shape[1]}")
+    train_tokens, calibration = (
+        [load_part(args.data, domain, part) for domain in args.domains] for part in ("train", "calibration")
+    )
+    return measuring.Setting(
+        windows, load_mixed(args.data), train_tokens, calibration, tuple(args.domains), chunk,
+        args.pieces, args.limit, args.rows, args.seed, load_mixed_fit(args.data),
+    )  # fmt: skip
+
+
+def beside_names(save: Path, domains: int) -> list[str]:
+    """Adapters beside the experts that were trained, in the order in which their losses stand."""
+    wanted = [*(f"sequential{i}" for i in range(domains)), "joint"]
+    return [name for name in wanted if (save / "beside" / name / "adapter_config.json").exists()]
+
+
+def done(args: argparse.Namespace, part: str) -> bool:
+    """Whether a part was measured on the same pieces."""
+    path = args.save / "parts" / f"{part}.safetensors"
+    return path.exists() and about_of(path) == about(args)
+
+
+def about(args: argparse.Namespace) -> dict[str, Any]:
+    """What the arrays of a part depend on."""
+    return {"domains": list(args.domains), "pieces": args.pieces, "limit": args.limit, "seed": args.seed}
+
+
+def save_part(args: argparse.Namespace, part: str, compute: Callable[[], dict[str, np.ndarray]]) -> None:
+    """Computes and writes a part, unless it is there."""
+    if done(args, part):
+        print(f"{part}: done before", flush=True)
+        return
+    began = time.monotonic()
+    arrays = compute()
+    save_arrays(args.save / "parts" / f"{part}.safetensors", arrays, about(args))
+    print(f"{part}: {time.monotonic() - began:.0f} s", flush=True)
+
+
+def run_text(args: argparse.Namespace) -> None:
+    """What needs no model."""
+    tokenizer = Tokenizer.from_file(str(Path(args.crouter or SHIPPED) / "tokenizer.json"))
+    chunk = TestWindows.load(args.data).ids.shape[1] // 2
+    common = setting(args, chunk)
+    save_part(args, "text", lambda: measuring.measure_text(common, decoder(tokenizer), tokenizer))
+
+
+def run_measure(args: argparse.Namespace) -> None:
+    """All parts of this shard."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda":
+        torch.set_float32_matmul_precision("high")
+    shard, shards = args.shard
+    if not shard:  # the others wait until it has mounted all experts
+        merged(args.save, args.domains)
+    experts = awaited(args.save, args.domains)
+    if experts.names != tuple(args.domains):
+        raise InputError(f"{args.save}: expected experts of {', '.join(args.domains)}, got {', '.join(experts.names)}")
+    crouter, _ = load_crouter(args.crouter, device)
+    host, _ = load_host(args.host, device, torch.bfloat16 if device == "cuda" else torch.float32)
+    crouter.requires_grad_(False)
+    host.requires_grad_(False)
+    common = setting(args, crouter.config.chunk_length)
+    beside = {name: Lora.load(args.save / "beside" / name) for name in beside_names(args.save, len(args.domains))}
+    computing: dict[str, Callable[[], dict[str, np.ndarray]]] = {
+        "residuals": lambda: measuring.measure_residuals(crouter, experts, common),
+        "borders": lambda: measuring.measure_borders(common, measuring.expert_costs(crouter, experts, common)),
+        "changing": lambda: measuring.measure_changing(crouter, experts, common),
+        "host": lambda: measuring.measure_host(host, experts, beside, common),
+        "probe": lambda: measuring.measure_probe(crouter, common),
+        "arrow": lambda: measuring.measure_arrow(host, experts, str(args.save / "experts"), common),
+        "latency": lambda: measuring.measure_latency(crouter, experts, common),
+        "full": lambda: measuring.measure_full(whole_copies(args.save, device), experts, common),
+    }
+    # What takes longest stands at different shards: residuals and borders, or the host's passes.
+    order = ("host", "residuals", "arrow", "borders", "probe", "changing", "full", "latency")
+    for part in [name for name in order if name in args.parts][shard::shards]:
+        if part != "full" or any((args.save / "full").glob("*/config.json")):
+            save_part(args, part, computing[part])
+
+
+def awaited(save: Path, domains: Sequence[str], seconds: float = 120) -> ExpertSet:
+    """The mounted set, once it holds every domain; whatever it holds after so many seconds."""
+    folder, end = save / "experts", time.monotonic() + seconds
+    while time.monotonic() < end:
+        if (folder / SET_FILE).exists() and mounted_names(folder) == list(domains):
+            break
+        time.sleep(1)
+    return ExpertSet.load(folder)
+
+
+def whole_copies(save: Path, device: str) -> dict[str, CRouterModel]:
+    """Crouters that were trained whole."""
+    folders = sorted(path.parent for path in (save / "full").glob("[!.]*/config.json"))
+    return {folder.name: AutoModel.from_pretrained(folder).to(device).eval().requires_grad_(False)
+            for folder in folders}  # fmt: skip
+
+
+def run_report(args: argparse.Namespace) -> None:
+    """Figures, table and picture of whatever was measured."""
+    parts = {
+        name: load_file(args.save / "parts" / f"{name}.safetensors") for name in (*PARTS, "text") if done(args, name)
+    }
+    windows = TestWindows.load(args.data)
+    beside = beside_names(args.save, len(args.domains)) if (args.save / "beside").exists() else args.beside
+    found = metrics(parts, windows, load_mixed(args.data), args.domains, beside, chunk=windows.ids.shape[1] // 2,
+                    seed=args.seed, draws=args.draws)  # fmt: skip
+    print(table(found))
+    config = about(args) | {"windows": len(windows.ids), "parts": sorted(parts), "draws": args.draws}
+    path = write_result(args.result, found, seed=args.seed, config=config, notes=NOTES)
+    if "residuals" in parts:
+        print(draw_confusion(found, path.with_name(f"{args.result}-confusion.svg")).name)
+    print(path)
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments."""
+    cuda = torch.cuda.device_count() > 0  # does not start the accelerator
+    default = [*(f"sequential{i}" for i in range(len(KNOWN))), "joint"]
+    parser.add_argument("stage", choices=["train", "text", "measure", "report"])
+    parser.add_argument("--data", required=True, type=Path, help="folder of eval.routing_data")
+    parser.add_argument("--save", required=True, type=Path, help="folder of experts and arrays")
+    parser.add_argument("--host", default="smollm2-135m")
+    parser.add_argument("--crouter", help="the shipped one by default")
+    parser.add_argument("--domains", nargs="+", default=list(KNOWN), help="known ones, in the order of mounting")
+    parser.add_argument("--seconds", nargs=2, type=float, default=[60.0, 45.0], metavar=("COMPRESSOR", "HOST"),
+                        help="training of each expert's two parts")  # fmt: skip
+    parser.add_argument("--steps", nargs=2, type=int, metavar=("COMPRESSOR", "HOST"), help="instead of seconds")
+    parser.add_argument("--options", help="further fields of ExpertArguments, as a JSON object")
+    parser.add_argument("--continual", action="store_true", help="also one adapter in turn and one of all together")
+    parser.add_argument("--full", nargs="*", default=[], help="domains that also get a whole copy of the crouter")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="to measure")
+    parser.add_argument("--pieces", type=int, default=400, help="spliced and changing documents, each")
+    parser.add_argument("--limit", type=int, default=300, help="calibration pieces of a domain, at most")
+    parser.add_argument("--rows", type=int, default=64 if cuda else 4, help="chunks at once")
+    parser.add_argument("--shard", type=_shard, default=(0, 1), help="i/k: this process of k that run at once")
+    parser.add_argument("--draws", type=int, default=400, help="of the bootstrap")
+    parser.add_argument("--beside", nargs="*", default=default, help="adapters measured, where their files are gone")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--result", default="routing")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Trains, measures or reports."""
+    args.save.mkdir(parents=True, exist_ok=True)
+    {"train": train, "text": run_text, "measure": run_measure, "report": run_report}[args.stage](args)

@@ -1,0 +1,143 @@
+"""Experts of the known domains, and beside them one adapter trained on all domains in turn and one on all together."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from argparse import Namespace
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from eval.routing_data import load_part
+from hf_crouter.errors import InputError
+from hf_crouter.routing.experts import COMPRESSOR, EXPERT_FILE, HOST, SET_FILE, ExpertSet, add_expert, mounted_names
+from hf_crouter.storage import write_json
+from hf_crouter.training.experts import (
+    ExpertArguments,
+    ExpertModels,
+    HostLoss,
+    host_batch,
+    join,
+    load_models,
+    lora,
+    save_adapter,
+    train_expert,
+)
+from hf_crouter.training.loop import make_accelerator, run_loop
+from hf_crouter.training.reconstruct import ReconstructionLoss, reconstruction_batch
+
+
+def expert_arguments(args: Namespace) -> ExpertArguments:
+    """The training's arguments, without data and set."""
+    cuda = torch.cuda.is_available()
+    steps, seconds = args.steps, args.seconds
+    boxes = {"compressor_steps": steps[0], "host_steps": steps[1]} if steps else {
+        "compressor_seconds": seconds[0], "host_seconds": seconds[1]}  # fmt: skip
+    options = json.loads(args.options) if args.options else {}
+    return ExpertArguments(
+        crouter=args.crouter or "", host=args.host, seed=args.seed, bf16=cuda, **{**boxes, **options}
+    )
+
+
+def train(args: Namespace, models: ExpertModels | None = None) -> None:
+    """Trains this shard's experts, then its part of the adapters beside them; what is there already is kept."""
+    shard, shards = args.shard
+    if torch.cuda.is_available():
+        torch.set_float32_matmul_precision("high")  # as in measuring: calibrations are of the same arithmetic
+    arguments = expert_arguments(args)
+    models = models or load_models(arguments)
+    record: dict[str, Any] = {}
+    for domain in args.domains[shard::shards]:
+        folder = args.save / "trained" / f"{shard}of{shards}"
+        if not (folder / domain / EXPERT_FILE).exists():
+            found = train_expert(domain, replace(arguments, data=str(args.data / domain), experts=str(folder)), models)
+            record[domain] = {key: found[key] for key in ("compressor", "host", "held_out")}
+            write_json(args.save / f"train.{shard}of{shards}.json", record)
+    for domain in args.full[shard::shards]:
+        if not (args.save / "full" / domain).exists():
+            train_full(args, arguments, models, domain)
+    if args.continual:
+        for name in ("sequential", "joint")[shard % 2 :: min(shards, 2)] if shard < 2 else ():
+            train_beside(args, arguments, models, name)
+
+
+def train_beside(args: Namespace, arguments: ExpertArguments, models: ExpertModels, name: str) -> None:
+    """One adapter of the host: `sequential`, kept after each domain, or `joint`, of all domains' steps together."""
+    folder = args.save / "beside"
+    last = folder / (f"{name}{len(args.domains) - 1}" if name == "sequential" else name)
+    if last.exists():
+        return
+    data = [load_part(args.data, domain, "train") for domain in args.domains]
+    stages = data if name == "sequential" else [join(data)]
+    more = 1 if name == "sequential" else len(args.domains)
+    longer = replace(
+        arguments,
+        host_steps=arguments.host_steps and more * arguments.host_steps,
+        host_seconds=arguments.host_seconds and more * arguments.host_seconds,
+    )
+    accelerator = make_accelerator(longer.settings(HOST, ""))
+    options = (longer.host_rank, longer.host_alpha, longer.host_targets)
+    with tempfile.TemporaryDirectory() as temporary, lora(models.host, *options) as adapted:
+        for number, tokens in enumerate(stages):
+            run_loop(
+                HostLoss(models.host),
+                lambda index, tokens=tokens: host_batch(tokens, longer, index),
+                longer.settings(HOST, Path(temporary) / str(number)),
+                accelerator,
+                positions_per_sequence=longer.window,
+                title=f"{name} {number}",
+            )
+            place = folder / (f"{name}{number}" if name == "sequential" else name)
+            part = Path(temporary) / f"adapter{number}"
+            save_adapter(adapted, part)
+            place.mkdir(parents=True, exist_ok=True)
+            for file in part.iterdir():
+                (place / file.name).write_bytes(file.read_bytes())
+            accelerator.free_memory()
+
+
+def train_full(args: Namespace, arguments: ExpertArguments, models: ExpertModels, domain: str) -> None:
+    """A whole copy of the crouter, trained as long as an adapter of it."""
+    accelerator = make_accelerator(arguments.settings(COMPRESSOR, ""))
+    before = {key: value.detach().cpu().clone() for key, value in models.crouter.state_dict().items()}
+    flags = [parameter.requires_grad for parameter in models.crouter.parameters()]
+    tokens, length = load_part(args.data, domain, "train"), models.crouter.config.chunk_length
+    models.crouter.requires_grad_(True)
+    with tempfile.TemporaryDirectory() as temporary:
+        settings = arguments.settings(COMPRESSOR, temporary)
+        run_loop(
+            ReconstructionLoss(models.crouter),
+            lambda index: reconstruction_batch(tokens, settings, length, index),
+            settings,
+            accelerator,
+            positions_per_sequence=length,
+            title=f"{domain}: whole copy",
+        )
+    part = args.save / "full" / f".{domain}"
+    models.crouter.save_pretrained(part)
+    os.replace(part, part.with_name(domain))
+    models.crouter.load_state_dict(before)
+    for parameter, flag in zip(models.crouter.parameters(), flags, strict=True):
+        parameter.requires_grad_(flag)
+        parameter.grad = None
+    models.crouter.eval()
+    accelerator.free_memory()
+
+
+def merged(save: Path, domains: Sequence[str]) -> ExpertSet:
+    """The experts of all shards in the domains' order, mounted in `save/experts`."""
+    folder = save / "experts"
+    there = mounted_names(folder) if (folder / SET_FILE).exists() else []
+    for domain in domains:
+        for place in sorted(save.glob(f"trained/*/{domain}")):
+            if domain not in there:
+                add_expert(folder, place)
+                there.append(domain)
+    if not there:
+        raise InputError(f"{save}: expected trained experts, got none; run the stage `train`")
+    return ExpertSet.load(folder)
