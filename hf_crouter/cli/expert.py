@@ -61,8 +61,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
                       "prepared")  # fmt: skip
     test.add_argument("--limit", type=positive, default=64, metavar="N", help="chunks of each (default: 64)")
     test.add_argument("--score", choices=SCORES, default=SCORES[0],
-                      help="what experts are compared by: nats/token less each one's usual, the same over its spread, "
-                      "or nats/token alone (default: %(default)s)")  # fmt: skip
+                      help="what experts are compared by: nats/token, that less each one's usual, or this over its "
+                      "spread (default: %(default)s)")  # fmt: skip
     test.add_argument("--host", help="also measure this host's loss without and with the adapters")
     add_crouter(test)
     add_device(test)

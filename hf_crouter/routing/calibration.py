@@ -129,7 +129,7 @@ class LengthCalibration:
     documents: int
     fingerprint: str
     weights: str
-    score: str = "calibrated"
+    score: str = "nll"
 
     @classmethod
     def fit(
@@ -156,7 +156,7 @@ class LengthCalibration:
         return cls(_quantiles(residuals, "residuals"), {}, pieces, int(documents), fingerprint, weights)
 
     def with_margins(
-        self, margins: Mapping[int, Sequence[float] | np.ndarray], score: str = "calibrated"
+        self, margins: Mapping[int, Sequence[float] | np.ndarray], score: str = "nll"
     ) -> LengthCalibration:
         """The same calibration with margins measured among the experts there are now.
 

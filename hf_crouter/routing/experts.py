@@ -330,7 +330,7 @@ def remove_expert(set_folder: str | os.PathLike, name: str) -> None:
 def save_margins(
     set_folder: str | os.PathLike,
     margins: Mapping[str, Mapping[int, Sequence[float] | np.ndarray]],
-    score: str = "calibrated",
+    score: str = "nll",
 ) -> None:
     """Keeps margins measured among all experts of a set, in a file of the set's own: no expert's folder changes.
 

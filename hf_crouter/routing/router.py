@@ -18,18 +18,19 @@ from ..types import Route
 from .calibration import LengthCalibration
 from .experts import ExpertSet
 
-SCORES = ("calibrated", "scaled", "nll")
+SCORES = ("nll", "calibrated", "scaled")
 
 
-def calibrated_score(nats: Any, tokens: int, calibration: LengthCalibration, score: str = "calibrated") -> Any:
+def calibrated_score(nats: Any, tokens: int, calibration: LengthCalibration, score: str = "nll") -> Any:
     """A residual as one expert's calibration sees it; the lower, the more the text is its own.
 
     Args:
         nats: nats/token, a number or a tensor of any shape.
         tokens: length of the text that was rebuilt.
         calibration: the expert's.
-        score: `calibrated`: minus the expert's own median; `scaled`: that over the distance from its median to its
-            90% quantile, no unit; `nll`: the residual as it is.
+        score: `nll`: the residual as it is, a likelihood under models of one kind; `calibrated`: minus the expert's
+            own median, which leans to experts of hard domains where the adapters are weak; `scaled`: that over the
+            distance from its median to its 90% quantile, no unit.
     """
     if score == "nll":
         return nats
@@ -103,7 +104,7 @@ class Router:
         *,
         shortlist: int = 0,
         stay: float = 0.0,
-        score: str = "calibrated",
+        score: str = "nll",
         fewest: int = 64,
         known: float = 0.99,
         clear: float = 0.01,

@@ -301,7 +301,7 @@ def lora(model: PreTrainedModel, rank: int, alpha: float, targets: list[str]) ->
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:  # only training needs it
-        raise InputError("expert: training needs peft: pip install peft") from error
+        raise InputError('expert: training needs peft: pip install "hf_crouter[train]"') from error
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets), bias="none")  # type: ignore[arg-type]
     flags = [parameter.requires_grad for parameter in model.parameters()]
     parameters, training = list(model.parameters()), model.training

@@ -126,7 +126,7 @@ class TestTrained:
         verdicts = [router([piece])[0].verdict for piece in texts(DOMAINS["low"], 60, seed=11)]
         assert verdicts.count("overlap") <= 4
         least = experts["low"].calibration.margin(CHUNK, 0.01)
-        medians = torch.tensor([e.calibration.residual(CHUNK, 0.5) for e in experts])
+        medians = torch.tensor([min(e.calibration.residual(CHUNK, 0.5) for e in experts)] * 2)
         for margin, verdict in ((least - 0.05, "overlap"), (least + 0.05, "known")):
             route = router.decide(medians + torch.tensor([0.0, margin]), CHUNK)
             assert (route.number, route.verdict) == (LOW, verdict) and route.margin == pytest.approx(margin, abs=1e-5)
@@ -143,7 +143,7 @@ class TestTrained:
         assert split_document(router, low, switch=6.0) == [Span(0, 48, LOW)]
 
 
-def made_up(medians, *, spread=0.5, margins=None, score="calibrated"):
+def made_up(medians, *, spread=0.5, margins=None, score="nll"):
     """Experts whose residuals at 100 tokens lie evenly around a median, half of it at 10 tokens."""
     found = []
     for n, median in enumerate(medians):
@@ -166,15 +166,15 @@ class TestDecision:
     def test_each_expert_is_measured_by_what_is_usual_for_it(self):
         """The second domain is the harder one: more nats are less surprising there."""
         experts = made_up([1.0, 3.0])
-        assert decide(experts, [1.4, 2.8]).expert == "e1"
-        assert decide(experts, [1.4, 2.8], score="nll").expert == "e0"
-        assert decide(experts, [1.4, 2.8]).margin == pytest.approx(0.6, abs=1e-5)
+        assert decide(experts, [1.4, 2.8], score="calibrated").expert == "e1"
+        assert decide(experts, [1.4, 2.8]).expert == "e0", "by default the likelihoods themselves are compared"
+        assert decide(experts, [1.4, 2.8], score="calibrated").margin == pytest.approx(0.6, abs=1e-5)
 
     def test_scaled(self):
         calibration = made_up([1.0])["e0"].calibration
         assert calibrated_score(1.0, 100, calibration, "scaled") == pytest.approx(0.0, abs=1e-6)
         assert calibrated_score(1.4, 100, calibration, "scaled") == pytest.approx(1.0, abs=1e-6)
-        assert calibrated_score(0.9, 10, calibration) == pytest.approx(0.4, abs=1e-6)
+        assert calibrated_score(0.9, 10, calibration, "calibrated") == pytest.approx(0.4, abs=1e-6)
 
     def test_unknown_is_above_every_experts_own_quantile(self):
         experts = made_up([1.0, 3.0])
@@ -223,7 +223,7 @@ class TestDecision:
         assert (route.number, route.margin, route.verdict) == (0, math.inf, "known")
 
     def test_margins(self):
-        router = Router(tiny_crouter(), made_up([1.0, 3.0, 2.0]))
+        router = Router(tiny_crouter(), made_up([1.0, 3.0, 2.0]), score="calibrated")
         nats = torch.tensor([[1.0, 3.5, 2.2], [1.5, 3.0, 2.6], [1.0, float("nan"), 2.4]])
         assert router.margins(nats, 100, 0).tolist() == pytest.approx([0.2, -0.5, 0.4], abs=1e-5)
 
