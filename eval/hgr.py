@@ -212,6 +212,8 @@ def run_report(args: argparse.Namespace) -> None:
     for name in args.sets:
         try:
             sets[name] = losses_of(args.save, name, args.data)
+            if args.common:
+                sets[name] = sets[name].common()
         except InputError as error:
             print(error, flush=True)
     if not sets:
@@ -259,6 +261,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) // 2), help="searching processes")
     parser.add_argument("--block", type=int, default=32 if cuda else 2, help="documents on their way at once")
     parser.add_argument("--tokens", type=int, default=65_536 if cuda else 8192, help="forwarded at once")
+    parser.add_argument("--common", action="store_true", help="report: only documents that kvpress read as well")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--result", default="hgr")
 

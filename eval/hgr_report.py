@@ -28,6 +28,18 @@ class Losses:
         arrays = {key: values[rows] for key, values in self.arrays.items()}
         return Losses(arrays, [self.records[i] for i in rows])
 
+    def common(self) -> Losses:
+        """The documents that kvpress was measured on.
+
+        Raises:
+            InputError: there are none.
+        """
+        keys = [key for key in self.arrays if key.rpartition(".")[2] in KVPRESS]
+        rows = np.flatnonzero(~np.any([np.isnan(self.arrays[key]) for key in keys], axis=0)) if keys else []
+        if not len(rows):
+            raise InputError("--common: expected losses of eval.kvpress_arms beside ours, got none")
+        return self.take(np.asarray(rows))
+
 
 def losses_of(folder: Path, name: str, data: Path) -> Losses:
     """Joins what the shards wrote for a set, in the order of its documents, with what `eval.kvpress_arms` wrote.

@@ -18,6 +18,7 @@ from eval.hgr_report import Bootstrap, Losses
 from eval.statistics import clustered_interval
 from hf_crouter.archive.copying import Gate, mix, view_host
 from hf_crouter.archive.store import ORDERS
+from hf_crouter.errors import InputError
 
 from ..tiny import CHUNK, LATENTS, VOCAB, tiny_crouter, tiny_host, tiny_projector
 
@@ -278,6 +279,12 @@ def test_kvpress_losses_stand_beside_ours(tmp_path, measured, monkeypatch):
     assert losses.arrays["n4.window"].tolist() == arrays["n4.window"][[2, 1, 3, 0, 4]].tolist()
     found = report.metrics({"young": losses}, COUNTS, 0, draws=20, slots=LAYOUT)
     assert found["young.n4.snapkv.documents"] == 2
+    common = losses.common()
+    assert (
+        len(common.records) == 2 and common.arrays["n4.window"].tolist() == losses.arrays["n4.window"][[0, 4]].tolist()
+    )
+    with pytest.raises(InputError, match="kvpress"):
+        Losses(arrays, make_records()).common()
     assert found["young.n4.snapkv.slots"] == found["young.n4.recent_same_slots.slots"]
 
 
