@@ -56,6 +56,22 @@ HGR_DIFFERENCES = {
     "all_pooled.diff": ("soft prompts + copying + recall of 2", "a longer window (1,604 slots) + copying" + FITTED),
     "all.diff": ("soft prompts + copying + recall of 2" + FITTED, "a longer window (1,604 slots) + copying" + FITTED),
 }
+KVPRESS_WAYS = {  # at the slots of the soft prompts, then at those of recall as well
+    "streaming": "StreamingLLM",
+    "snapkv": "SnapKV",
+    "snapkv_window": "SnapKV that keeps the raw window",
+    "expected_attention": "ExpectedAttention",
+    "knorm": "Knorm",
+    "recent_same_slots": "as many raw tokens, read anew",
+    "soft_copy_pooled": "ours: soft prompts + copying",
+    "streaming_recall": "StreamingLLM",
+    "snapkv_recall": "SnapKV",
+    "snapkv_window_recall": "SnapKV that keeps the raw window",
+    "expected_attention_recall": "ExpectedAttention",
+    "knorm_recall": "Knorm",
+    "recent_same_slots_recall": "as many raw tokens, read anew",
+    "all_pooled": "ours: soft prompts + copying + recall of 2",
+}
 PROSE = {
     "csv_tables": "CSV tables",
     "de_law": "German statutes",
@@ -132,6 +148,33 @@ def hgr_table(metrics: dict[str, float]) -> list[str]:
                       f"latents draws on: {_per_set(metrics, 'tra', lambda value: _percent(value, 1))}. Loss in "
                       f"nats/token: raw window {worth[0]}; full history {worth[1]}."]  # fmt: skip
     return lines
+
+
+def kvpress_table(metrics: dict[str, float]) -> list[str]:
+    """Methods of kvpress beside ours, on the same documents and slots."""
+    rows = [
+        [label, _number(metrics.get(f"young.n8.{arm}.slots")), _share(metrics, f"young.n8.{arm}.hgr")]
+        for arm, label in KVPRESS_WAYS.items()
+    ]
+    lines = _table(["way", "KV slots", "young"], rows if metrics else [])
+    if metrics:
+        documents = _number(metrics["young.n8.documents"])
+        lines += ["", f"HGR in %, with 95% intervals, on {documents} documents of *young*."]
+    return lines
+
+
+def routing_text_table(metrics: dict[str, float]) -> list[str]:
+    """What tells domains apart without any model."""
+    rows = []
+    for key, label in {"ngram": "character n-grams", "tfidf": "TF-IDF centroids"}.items():
+        start = f"baseline.{key}"
+        rows.append([
+            label, *(_share(metrics, f"{start}.{end}") for end in ("accuracy", "span128.accuracy")),
+            *(_share(metrics, f"{start}.unseen.{end}.auroc") for end in ("near", "far")),
+        ])  # fmt: skip
+    head = ["classifier", "512-token chunks right", "128-token spans right", "AUROC, near unknown",
+            "AUROC, far unknown"]  # fmt: skip
+    return _table(head, rows if metrics else [])
 
 
 def difference_table(metrics: dict[str, float]) -> list[str]:
@@ -337,17 +380,20 @@ class Shown(NamedTuple):
         result: name of the result.
         host: the language model behind the figures.
         table: its lines, from the metrics.
+        experiment: that makes the result; by default the one of its name.
     """
 
     result: str
     host: str
     table: Callable[[dict[str, float]], list[str]]
+    experiment: str = ""
 
 
 TABLES = {
     "demo": Shown("demo", HOST, demo_table),
     "hgr": Shown("hgr", HOST, hgr_table),
     "hgr-differences": Shown("hgr", HOST, difference_table),
+    "kvpress": Shown("kvpress", HOST, kvpress_table, "hgr"),
     "hgr-prose": Shown("hgr", HOST, prose_table),
     "nextline": Shown("reading", HOST, nextline_table),
     "identifiers": Shown("reading", HOST, identifiers_table),
@@ -357,6 +403,7 @@ TABLES = {
     "compress-cpu": Shown("compress-cpu", HOST, compress_table),
     "suffix-index": Shown("suffix-index", "none, the index alone", index_table),
     "copy-cpu": Shown("copy-cpu", HOST, step_table),
+    "routing-text": Shown("routing-text", "none, text alone", routing_text_table, "routing"),
     "recall-choice": Shown("recall-choice", "none, the choice alone", choice_table),
     "lm-eval": Shown("lm-eval", HOST, ruler_table),
     "training-gpu": Shown("training-gpu", "none, the crouter alone", training_table),
@@ -371,14 +418,14 @@ def render(name: str, folder: Path = FOLDER) -> str:
     """
     if name not in TABLES:
         raise InputError(f"no table is called {name}; there are {', '.join(TABLES)}")
-    source, host, table = TABLES[name]
+    source, host, table, experiment = TABLES[name]
     path = folder / f"{source}.json"
     try:
         result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         lines = table(result["metrics"])
         origin = f"Device: {result['device']}. Made by `{result['command']}` ({result['date']})."
     except FileNotFoundError:
-        lines, origin = table({}), f"Device: {MISSING}. Made by `python -m eval.run {source}`."
+        lines, origin = table({}), f"Device: {MISSING}. Made by `python -m eval.run {experiment or source}`."
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path}: expected a result of eval.run, got {error!r}") from error
     return "\n".join([*lines, "", f"Host: {host}. {origin}"]) + "\n"

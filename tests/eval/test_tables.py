@@ -28,7 +28,7 @@ def test_a_result_that_is_missing_is_a_row_that_says_so(name, tmp_path):
     lines = render(name, tmp_path).splitlines()
     assert lines[2].startswith("| not measured yet | ") and lines[2].count("|") == lines[0].count("|")
     assert lines[-1].startswith("Host: ") and len(lines) == 5
-    assert f"`python -m eval.run {TABLES[name].result}`" in lines[-1]
+    assert f"`python -m eval.run {TABLES[name].experiment or TABLES[name].result}`" in lines[-1]
 
 
 @pytest.mark.parametrize("name", TABLES)
@@ -84,6 +84,16 @@ def test_lm_eval(tmp_path):
     rows = {row[0]: row[1:] for row in rows_of(text)}
     assert rows["`ruler_vt`: variables traced"] == ["12 ± 3", *["–"] * 6, "100"]
     assert rows["KV slots"] == ["4,012", *["–"] * 7] and len(rows) == len(tables.RULER_TASKS) + 1
+
+
+def test_kvpress_and_routing_text(tmp_path):
+    metrics = interval("young.n8.snapkv.hgr", -0.276, -0.449, -0.138)
+    write(tmp_path, "kvpress", {**metrics, "young.n8.snapkv.slots": 580.0, "young.n8.documents": 31.0})
+    rows = {row[0]: row[1:] for row in rows_of(render("kvpress", tmp_path))}
+    assert rows["SnapKV that keeps the raw window"] == ["–", "–"] and "31 documents" in render("kvpress", tmp_path)
+    assert ["SnapKV", "580", "−27.6 [−44.9, −13.8]"] in rows_of(render("kvpress", tmp_path))
+    write(tmp_path, "routing-text", {"baseline.ngram.accuracy": 0.97})
+    assert rows_of(render("routing-text", tmp_path))[0] == ["character n-grams", "97.0", "–", "–", "–"]
 
 
 def test_hgr_differences(tmp_path):
