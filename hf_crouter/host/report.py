@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 
 from ..compressor import CRouterModel
+from ..types import Route
 from .cache import CompressedCache
 
 BATCH = 4
@@ -30,7 +32,7 @@ class ChunkRecord:
         copied: generated tokens that copying brought from it.
         expert: whose adapter served it; None: the plain host.
         verdict: on the expert, see `Route`; empty without experts.
-        margin: see `Route`; None without experts.
+        margin: see `Route`; None without experts, or where only one was compared.
     """
 
     row: int
@@ -55,14 +57,14 @@ class RouteRecord:
         length: tokens of the row when it was decided.
         expert: whose adapter served; None: the plain host.
         verdict: see `Route`.
-        margin: see `Route`.
+        margin: see `Route`; None where only one expert was compared.
     """
 
     row: int
     length: int
     expert: str | None
     verdict: str
-    margin: float
+    margin: float | None
 
 
 @dataclass(frozen=True)
@@ -226,7 +228,7 @@ class Trace:
                 for choice in row.choices
                 for chunk, scores in zip(choice.chunks, choice.scores, strict=True)
             ]
-            self.routes += [RouteRecord(i, r.at, r.route.expert, r.route.verdict, r.route.margin) for r in row.routes]
+            self.routes += [RouteRecord(i, r.at, *_decision(r.route)) for r in row.routes]
             self.chunks += [(i, j, c.start, c.end, c.ids, c.route) for j, c in enumerate(row.chunks)]
         self.slots, self.peak = cache.layout.shape[1], cache.peak
         self.kv_bytes = batch * cache.slot_bytes(cache.peak)
@@ -240,7 +242,7 @@ class Trace:
         records = []
         for k, (row, index, start, end, ids, route) in enumerate(self.chunks):
             residual, accuracy = self.measured[k] if self.measured else (None, None)
-            served = (route.expert, route.verdict, route.margin) if route is not None else ()
+            served = _decision(route) if route is not None else (None, "", None)
             records.append(
                 ChunkRecord(row, index, start, end, len(ids), residual, accuracy, self.copied[row, index], *served)
             )
@@ -248,6 +250,11 @@ class Trace:
             tuple(records), tuple(self.rows), self.slots, self.peak, self.kv_bytes, self.kv_bytes_full, self.soft,
             self.copied.total(), *self.archive, recalls=tuple(self.recalls), routes=tuple(self.routes),
         )  # fmt: skip
+
+
+def _decision(route: Route) -> tuple[str | None, str, float | None]:
+    """Expert, verdict and margin; JSON knows no infinity."""
+    return route.expert, route.verdict, route.margin if math.isfinite(route.margin) else None
 
 
 @torch.no_grad()

@@ -142,3 +142,17 @@ def test_a_training_that_fails_leaves_the_set_alone(experts, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         train_expert("third", world().arguments(experts=str(experts), compressor_steps=1, host_steps=1))
     assert {path: path.stat().st_mtime_ns for path in experts.rglob("*")} == before
+
+
+def test_generate_reads_under_the_experts(experts, capsys):
+    text = next((world().root / "texts/prose").rglob("*.*")).read_text(encoding="utf-8")[:1500]
+    words = ["generate", "--host", world().host, "--crouter", world().crouter, "--no-soft", "--window", "32",
+             "--experts", experts, "--max-new-tokens", "2", "--prompt", text]  # fmt: skip
+    record = json.loads(output([*words, "--json"], capsys))
+    names = {None, *ExpertSet.load(experts).names}
+    assert record["chunks"] and {chunk["expert"] for chunk in record["chunks"]} <= names
+    assert record["routes"][0]["length"] == record["prompt_tokens"] and record["routes"][0]["verdict"]
+    assert main([str(word) for word in words]) == 0
+    shown = capsys.readouterr().err
+    assert "window from token" in shown and "expert" in shown
+    refused([*words[:9], "nowhere", *words[10:]], capsys, "nowhere", "no set of experts")
