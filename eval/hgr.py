@@ -23,7 +23,7 @@ from safetensors.numpy import load_file
 from torch import nn
 
 from eval.documents import CHUNK, EVALUATION, Windows
-from eval.hgr_files import Progress, about, about_of, blocks, chosen, joined_arrays, save_arrays, wait_for
+from eval.hgr_files import Progress, about, about_of, blocks, chosen, joined_arrays, save_arrays, shard_of, wait_for
 from eval.hgr_pairs import GATE_SETS, collect_pairs, compare, fit_scorer, load_pairs, pairs_path
 from eval.hgr_passes import (
     GATES,
@@ -234,14 +234,6 @@ def run_report(args: argparse.Namespace) -> None:
     print(write_result(args.result, found, seed=args.seed, config=config, notes=NOTES))
 
 
-def _shard(text: str) -> tuple[int, int]:
-    index, _, count = text.partition("/")
-    shard, shards = int(index), int(count or 1)
-    if not 0 <= shard < shards:
-        raise argparse.ArgumentTypeError(f"expected i/k with i from 0 to k - 1, got {text}")
-    return shard, shards
-
-
 def configure(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments."""
     cuda = torch.cuda.device_count() > 0  # does not start the accelerator
@@ -257,7 +249,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--oracle-documents", type=int, default=150, help="of each set, tried with every pair")
     parser.add_argument("--pairs", type=int, default=0, help="windows of the gate sets for a recall scorer")
     parser.add_argument("--steps", type=int, default=600, help="of fitting a gate")
-    parser.add_argument("--shard", type=_shard, default=(0, 1), help="i/k: this process of k that run at once")
+    parser.add_argument("--shard", type=shard_of, default=(0, 1), help="i/k: this process of k that run at once")
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) // 2), help="searching processes")
     parser.add_argument("--block", type=int, default=32 if cuda else 2, help="documents on their way at once")
     parser.add_argument("--tokens", type=int, default=65_536 if cuda else 8192, help="forwarded at once")

@@ -105,3 +105,12 @@ def joined_arrays(parts: Sequence[Mapping[str, np.ndarray]], size: str = "docume
             ]
         )
     return out
+
+
+def shard_of(text: str) -> tuple[int, int]:
+    """`i/k` of the command line: this process, and how many run at once."""
+    index, _, count = text.partition("/")
+    shard, shards = int(index), int(count or 1)
+    if not 0 <= shard < shards:
+        raise argparse.ArgumentTypeError(f"expected i/k with i from 0 to k - 1, got {text}")
+    return shard, shards

@@ -21,8 +21,7 @@ from tokenizers import Tokenizer
 from transformers import AutoModel
 
 from eval import routing_measure as measuring
-from eval.hgr import _shard
-from eval.hgr_files import about_of, save_arrays
+from eval.hgr_files import about_of, save_arrays, shard_of
 from eval.results import write_result
 from eval.routing_baselines import decoder
 from eval.routing_data import KNOWN, TestWindows, load_mixed, load_mixed_fit, load_part
@@ -192,7 +191,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pieces", type=int, default=400, help="spliced and changing documents, each")
     parser.add_argument("--limit", type=int, default=300, help="calibration pieces of a domain, at most")
     parser.add_argument("--rows", type=int, default=64 if cuda else 4, help="chunks at once")
-    parser.add_argument("--shard", type=_shard, default=(0, 1), help="i/k: this process of k that run at once")
+    parser.add_argument("--shard", type=shard_of, default=(0, 1), help="i/k: this process of k that run at once")
     parser.add_argument("--draws", type=int, default=400, help="of the bootstrap")
     parser.add_argument("--beside", nargs="*", default=default, help="adapters measured, where their files are gone")
     parser.add_argument("--seed", type=int, default=0)
