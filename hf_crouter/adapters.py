@@ -14,6 +14,7 @@ import hashlib
 import json
 import math
 import os
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,6 +66,8 @@ class Lora:
             tensors = load_file(folder / WEIGHTS)
         except Exception as error:  # whatever a damaged file makes the readers raise
             raise InputError(f"{folder}: not an adapter, or damaged ({type(error).__name__}: {error})") from error
+        if not isinstance(config, dict):
+            raise InputError(f"{folder / CONFIG}: expected a JSON object, got {type(config).__name__}")
         extras = [key for key in ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "lora_bias")
                   if config.get(key)]  # fmt: skip
         if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none" or extras:
@@ -80,6 +83,9 @@ class Lora:
             if kind not in ("lora_A", "lora_B") or value.ndim != 2:
                 raise InputError(f"{folder}: expected LoRA weights of linear layers, got {key} {list(value.shape)}")
             (down if kind == "lora_A" else up)[module] = value.float() * (1.0 if kind == "lora_A" else scale)
+        odd = [path for path in down.keys() & up.keys() if len(down[path]) != up[path].shape[1]]
+        if odd:
+            raise InputError(f"{folder}: expected one rank in both weights of {odd[0]}, got two")
         if down.keys() != up.keys() or not down:
             raise InputError(f"{folder}: expected both weights of every layer, got {len(down)} and {len(up)}")
         return cls(down, up, hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest())
@@ -112,8 +118,9 @@ def _has_dora(module: Any, name: str) -> bool:
 class AdapterStack:
     """Adapters of one model, of which `using` says which serves where; outside it the model is its plain self.
 
-    Where PEFT has mounted adapters of the same names in the model, those rest while the stack serves. One call at a
-    time: what is chosen is held by the stack.
+    Where PEFT has mounted adapters of the same names in the model, those rest while the stack serves; other active
+    ones stay in force, as a part of the model. What is chosen holds for the thread that chose it. Compiled graphs, and
+    PEFT's adapters that rest, know one choice alone: there one call at a time.
 
     Args:
         model: has the modules that the adapters name; plain, or with PEFT's layers in their place.
@@ -125,31 +132,29 @@ class AdapterStack:
 
     def __init__(self, model: nn.Module, adapters: Mapping[str, Lora]):
         self.names = tuple(adapters)
-        self._chosen: torch.Tensor | None = None  # one-hot, `[B, 1 or T, n]`, on the model's device
-        self._alone: int | None = None  # the adapter that all positions share; None where they differ
-        self._known: tuple[Any, torch.Tensor | None] = ((), None)
+        self._model = model
+        self._local = threading.local()  # of each thread what `_now` gives
+        self._compiled: torch.Tensor | None = None  # the same for compiled graphs: one-hot, `[B, 1 or T, n]`
         self._down: dict[str, torch.Tensor] = {}  # `[n * r, I]`
         self._up: dict[str, torch.Tensor] = {}  # `[O, n * r]`
-        modules = {path.replace(".base_layer", ""): module for path, module in _linear_layers(model)}
+        modules: dict[str, Any] = {path.replace(".base_layer", ""): m for path, m in _linear_layers(model)}
         for name, adapter in adapters.items():
             for path, down in adapter.down.items():
                 module, up = modules.get(path), adapter.up[path]
-                sizes = (module.weight.shape[1], module.weight.shape[0]) if module is not None else None
+                sizes = (module.in_features, module.out_features) if module is not None else None
                 if sizes != (down.shape[1], up.shape[0]):
                     have = f"a linear layer of {sizes[0]} to {sizes[1]}" if sizes else "no such layer"
                     raise MismatchError(
                         f"adapter {name}: expected {path} of {down.shape[1]} to {up.shape[0]}, got {have}; "
                         "it belongs to another model"
                     )
-        self._wrapped = [module for module in model.modules()
-                         if any(name in getattr(module, "lora_A", ()) for name in self.names)]  # fmt: skip
-        self._resting: list[Any] = []
+        self._resting: list[tuple[Any, Any]] | None = None  # PEFT's layers and what was active there; None: not asked
         self._handles = []
         for path in sorted({path for adapter in adapters.values() for path in adapter.down}):
             module: Any = modules[path]
             parts = [(a.down.get(path), a.up.get(path)) for a in adapters.values()]
             rank = max(len(down) for down, _ in parts if down is not None)
-            size, out = module.weight.shape[1], module.weight.shape[0]
+            size, out = module.in_features, module.out_features
             down = torch.zeros(len(parts), rank, size)
             up = torch.zeros(out, len(parts), rank)
             for i, (first, second) in enumerate(parts):
@@ -170,19 +175,24 @@ class AdapterStack:
 
     def _hook(self, path: str):
         def add(module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor | None:
-            if self._chosen is None:
+            x = inputs[0]
+            # a compiled graph must not depend on which adapter it is
+            compiling = torch.compiler.is_compiling()
+            chosen, alone = (self._compiled, None) if compiling else self._now
+            if chosen is None or alone == BASE:
                 return None
             down, up = self._down[path], self._up[path]
-            # a compiled graph must not depend on which adapter it is
-            if not torch.compiler.is_compiling() and self._alone is not None:
-                if self._alone == BASE:
-                    return None
+            if not compiling and down.device != x.device:  # the model was moved
+                down, up = self._down[path], self._up[path] = down.to(x.device), up.to(x.device)
+            if alone is not None:
                 rank = len(down) // len(self.names)
-                part = slice(self._alone * rank, (self._alone + 1) * rank)
-                hidden = nn.functional.linear(inputs[0].to(down.dtype), down[part])
+                part = slice(alone * rank, (alone + 1) * rank)
+                hidden = nn.functional.linear(x.to(down.dtype), down[part])
                 return output + nn.functional.linear(hidden, up[:, part]).to(output.dtype)
-            hidden = nn.functional.linear(inputs[0].to(down.dtype), down).unflatten(-1, (len(self.names), -1))
-            hidden = (hidden * self._chosen[..., None].to(hidden.dtype)).flatten(-2)
+            hidden = nn.functional.linear(x.to(down.dtype), down).unflatten(-1, (len(self.names), -1))
+            if not compiling:
+                chosen = _spread(chosen.to(x.device), x)
+            hidden = (hidden * chosen[..., None].to(hidden.dtype)).flatten(-2)
             return output + nn.functional.linear(hidden, up).to(output.dtype)
 
         return add
@@ -195,43 +205,56 @@ class AdapterStack:
         """
         self._rest(numbers is not None)
         if numbers is None:
-            self._chosen = None
+            self._set(None, None)
             return
         numbers = torch.as_tensor(numbers, dtype=torch.long)
         if numbers.ndim == 1 or (numbers == numbers[:, :1]).all():
             numbers = numbers.reshape(len(numbers), -1)[:, :1]
         first = int(numbers[0, 0])
-        self._alone = first if bool((numbers == first).all()) else None
+        alone = first if bool((numbers == first).all()) else None
         key = (tuple(numbers.shape), numbers.cpu().numpy().tobytes())
-        if key != self._known[0]:
+        known = getattr(self._local, "known", ((), None))
+        if key != known[0]:
             device = next(iter(self._down.values())).device if self._down else numbers.device
             hot = (numbers[..., None] == torch.arange(len(self.names), device=numbers.device)).to(device)
-            self._known = (key, hot.to(torch.float32))
-        self._chosen = self._known[1]
+            known = self._local.known = key, hot.to(torch.float32)
+        self._set(known[1], alone)
+
+    @property
+    def _now(self) -> tuple[torch.Tensor | None, int | None]:
+        """One-hot choice `[B, 1 or T, n]`, and the adapter that all positions share; None where they differ."""
+        return getattr(self._local, "now", (None, None))
+
+    def _set(self, chosen: torch.Tensor | None, alone: int | None) -> None:
+        self._local.now = chosen, alone
+        self._compiled = chosen
 
     @contextlib.contextmanager
     def using(self, numbers: torch.Tensor | Sequence[int] | None) -> Iterator[None]:
         """`choose` for a block; what was chosen before returns after it."""
-        before = self._chosen, self._alone
+        before = self._now
         self.choose(numbers)
         try:
             yield
         finally:
             self._rest(before[0] is not None)
-            self._chosen, self._alone = before
+            self._set(*before)
 
     def _rest(self, rest: bool) -> None:
         """Puts PEFT's adapters of these names out of force, or back."""
-        layers: list[Any] = self._wrapped
-        if rest and not self._resting:
-            self._resting = [layer._active_adapter for layer in layers]
-            for layer, active in zip(layers, self._resting, strict=True):
-                names = [active] if isinstance(active, str) else active
-                layer._active_adapter = [name for name in names if name not in self.names]
-        elif not rest:
-            for layer, active in zip(layers, self._resting, strict=False):
-                layer._active_adapter = active
+        if rest and self._resting is None:
             self._resting = []
+            for layer in self._model.modules():
+                if any(name in getattr(layer, "lora_A", ()) for name in self.names):
+                    wrapped: Any = layer
+                    active = wrapped._active_adapter
+                    self._resting.append((wrapped, active))
+                    names = [active] if isinstance(active, str) else active
+                    wrapped._active_adapter = [name for name in names if name not in self.names]
+        elif not rest:
+            for layer, active in self._resting or ():
+                layer._active_adapter = active
+            self._resting = None
 
     def remove(self) -> None:
         """Takes the hooks off."""
@@ -239,6 +262,17 @@ class AdapterStack:
         for handle in self._handles:
             handle.remove()
         self._handles = []
+
+
+def _spread(chosen: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """A choice `[B, 1 or T, n]` in the shape of a layer's input: `[B, T, I]`, or `[B * T, I]` in some models."""
+    if x.ndim == 2:
+        rows = len(chosen)
+        chosen = chosen.expand(rows, len(x) // rows, -1) if chosen.shape[1] == 1 else chosen
+        return chosen.flatten(0, 1)
+    if chosen.shape[1] not in (1, x.shape[1]):  # another forward of the call, guidance for example: the window's
+        chosen = chosen[:, -1:]
+    return chosen
 
 
 def _linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import bisect
 import contextlib
 import os
+import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal, overload
 
@@ -13,7 +14,7 @@ import torch
 from .adapters import AdapterStack
 from .archive.copying import Gate
 from .archive.recall import Recall, Scorer, make_scorer
-from .chunking import SameTokenizerChunker, make_chunker
+from .chunking import SameTokenizerChunker, make_chunker, tokenizer_fingerprint
 from .compressor import CRouterModel
 from .errors import InputError, MismatchError
 from .host.advance import advance, mask_and_positions
@@ -37,7 +38,7 @@ class CompressedHistory(HistoryProcessor):
     """A logits processor: the `generate` calls that it is passed to read their past compressed.
 
     It mixes what followed the last tokens in the compressed past into the scores (copying). Without it, after
-    `detach()` and before anything is compressed, the host is bit for bit its plain self.
+    `detach()` and, where no expert serves, before anything is compressed, the host is bit for bit its plain self.
 
     Args:
         host: decoder, plain or wrapped (PEFT, `torch.compile`, accelerate, pipeline).
@@ -60,7 +61,7 @@ class CompressedHistory(HistoryProcessor):
             tokens (BM25).
         experts: an expert set or its folder: each chunk, and the raw window by its last tokens, is served by the
             adapter of the expert that rebuilds it best, or by the plain host where none does. With them even a short
-            prompt is read under its expert's adapter.
+            prompt is read under its expert's adapter, if it has the 64 tokens that it takes to tell.
         hysteresis: nats/token by which an expert must undercut the one before it in the row.
         keep_first: raw tokens kept at the start; "auto": the chat template's system turn, or else 4 (attention sinks).
         projector: a folder or a `Projector`; None finds the one in the crouter's folder.
@@ -135,20 +136,28 @@ class CompressedHistory(HistoryProcessor):
         self.gate = None
         if copy and copy_strength:
             self.gate = gate if isinstance(gate, Gate) else find_gate(crouter, self.host, gate)
-        chunker = self._chunker(crouter, made, tokenizer, crouter_tokenizer)
+        if experts is not None and crouter is not None:
+            experts = experts if isinstance(experts, ExpertSet) else ExpertSet.load(experts)
+            names = [tokenizer_fingerprint(t) if t is not None else "" for t in (crouter_tokenizer, tokenizer)]
+            experts.check(
+                crouter_fingerprint(crouter, decoder=True), host_fingerprint(self.host),
+                crouter_tokenizer=names[0], host_tokenizer=names[1],
+            )  # fmt: skip
+        known = ("", "")
+        if made is not None:
+            known = made.config.host_tokenizer, made.config.crouter_tokenizer
+        elif isinstance(experts, ExpertSet) and len(experts):
+            config = experts.experts[0].config
+            known = config.host_tokenizer, config.crouter_tokenizer
+        chunker = self._chunker(crouter, known, tokenizer, crouter_tokenizer)
+        chooser = Recall(recall, make_scorer(scorer))
         self._rebuild = None
         if copy == "rebuilt" and crouter is not None:
             own = crouter_tokenizer or local_tokenizer(crouter.name_or_path)
             self._rebuild = Rebuilder(crouter, None if chunker.same_tokenizer else (own, tokenizer))
         routing: dict[str, Any] = {}
-        if experts is not None and crouter is not None:
-            experts = experts if isinstance(experts, ExpertSet) else ExpertSet.load(experts)
-            experts.check(crouter_fingerprint(crouter, decoder=True), host_fingerprint(self.host))
-            routing["adapters"] = AdapterStack(self.host, {expert.name: expert.host for expert in experts})
-            routing["router"] = Router(
-                crouter, experts, stay=hysteresis, fewest=min(FEWEST, crouter.config.chunk_length)
-            )
-            routing["experts"] = tuple(f"{expert.name} {expert.host.checksum}" for expert in experts)
+        if isinstance(experts, ExpertSet) and crouter is not None:
+            routing = self._routing(crouter, experts, hysteresis)
         self.reader = Reader(
             window=window,
             chunker=chunker,
@@ -157,12 +166,30 @@ class CompressedHistory(HistoryProcessor):
             projector=made,
             recall=recall,
             refresh=refresh,
-            chooser=Recall(recall, make_scorer(scorer)),
+            chooser=chooser,
             **routing,
         )
         self._trace: Trace | None = None
         self.mounted = True
-        mount(self.host)
+        mount(self.host, self.reader.adapters is not None)
+
+    def _routing(self, crouter: CRouterModel, experts: ExpertSet, hysteresis: float) -> dict[str, Any]:
+        """What a reader needs of the experts; it leaves the models with the history."""
+        router = Router(
+            crouter,
+            experts,
+            stay=hysteresis,
+            fewest=min(FEWEST, crouter.config.chunk_length),
+            rows=4 if crouter.device.type == "cpu" else 64,
+        )
+        try:
+            adapters = AdapterStack(self.host, {expert.name: expert.host for expert in experts})
+        except BaseException:
+            router.remove()
+            raise
+        weakref.finalize(self, _leave, adapters, router)  # a history that is dropped without `detach`
+        made = [f"{expert.name} {expert.host.checksum} {expert.compressor.checksum}" for expert in experts]
+        return {"router": router, "adapters": adapters, "experts": (*made, f"hysteresis {hysteresis}")}
 
     def _projector(self, crouter: CRouterModel, projector: str | os.PathLike | Projector | None) -> Projector:
         if projector is None:
@@ -171,13 +198,12 @@ class CompressedHistory(HistoryProcessor):
         made.check(self.host, crouter)
         return made
 
-    def _chunker(self, crouter: CRouterModel | None, projector: Projector | None, tokenizer: Any, other: Any):
+    def _chunker(self, crouter: CRouterModel | None, known: tuple[str, str], tokenizer: Any, other: Any):
         if crouter is None:
             return SameTokenizerChunker(CHUNK_LENGTH)
         length = crouter.config.chunk_length
-        known = (projector.config.host_tokenizer, projector.config.crouter_tokenizer) if projector else ("", "")
         if known[0] == known[1] and (known[0] or tokenizer is None):
-            return SameTokenizerChunker(length)  # the projector says that both share their ids, or nothing is known
+            return SameTokenizerChunker(length)  # both are said to share their ids, or nothing is known
         other = other or local_tokenizer(crouter.name_or_path)
         if known[0] == known[1] and other is None:
             return SameTokenizerChunker(length)
@@ -223,10 +249,8 @@ class CompressedHistory(HistoryProcessor):
         """Gives the host its own class back; later calls with this processor are plain ones."""
         if self.mounted:
             self.mounted = False
-            unmount(self.host)
-            for part in (self.reader.adapters, self.reader.router):
-                if part is not None:
-                    part.remove()
+            unmount(self.host, self.reader.adapters is not None)
+            _leave(self.reader.adapters, self.reader.router)
 
     def started(self) -> None:
         """Forgets the call before: what is not finished has no report."""
@@ -295,10 +319,12 @@ class CompressedHistory(HistoryProcessor):
             with fewer tokens than the largest `last` stand at the right; what is left of them means nothing.
 
         Raises:
-            InputError: `last` is not below the shortest row's length, or a mask with holes.
+            InputError: `last` is not below the shortest row's length, a mask with holes, or experts after `detach()`.
             CapacityError: more history than the host's positions can hold compressed.
         """
         host, reader = self.host, self.reader
+        if reader.router is not None and not self.mounted:
+            raise InputError("score: expected a history that is attached, got a detached one: its experts are gone")
         pads, width = row_pads(attention_mask, input_ids), input_ids.shape[1]
         lasts = [last] * len(pads) if isinstance(last, int) else [int(n) for n in last]
         if len(lasts) != len(pads):
@@ -353,6 +379,13 @@ class CompressedHistory(HistoryProcessor):
             # a chunk once compressed stays so: the first column at which there is one more is found by halving
             end = first + 1 + bisect.bisect_left(range(first + 1, end), True, key=grown)
         return end
+
+
+def _leave(adapters: AdapterStack | None, router: Any) -> None:
+    """Takes experts off host and crouter."""
+    for part in (adapters, router):
+        if part is not None:
+            part.remove()
 
 
 def _scored(

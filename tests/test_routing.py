@@ -1,6 +1,8 @@
 """Experts in generation: every step equals one forward in which each position has its own adapter."""
 
+import gc
 import math
+import threading
 from dataclasses import replace
 
 import pytest
@@ -12,6 +14,7 @@ from hf_crouter.adapters import AdapterStack, Lora
 from hf_crouter.errors import InputError, MismatchError
 from hf_crouter.history import CompressedHistory
 from hf_crouter.host.cache import CompressedCache, common_columns
+from hf_crouter.host.generation import mount, unmount
 from hf_crouter.routing.experts import ExpertSet
 from hf_crouter.types import Route
 
@@ -78,6 +81,8 @@ def routed(host, crouter, folders, family="llama", **options):
     history = make(host, crouter, copy=False, **options)
     loras = dict(zip(NAMES, map(Lora.load, folders[family]), strict=True))
     history.reader = replace(history.reader, router=ByMean(), adapters=AdapterStack(host, loras), experts=NAMES)
+    unmount(host)
+    mount(host, adapters=True)  # as a history with experts does
     return history
 
 
@@ -125,8 +130,8 @@ class TestExactness:
         if family == "llama":
             assert len({route.expert for route in report.routes}) > 1, "the window's route never changed"
 
-    def test_keys_made_under_the_adapter_before_are_seen(self, folders, host, crouter, monkeypatch):
-        """The fault that this file is there to catch: a window that keeps the keys made under the adapter before."""
+    def test_keys_made_under_another_adapter_are_seen(self, folders, host, crouter, monkeypatch):
+        """A fault that this file is there to catch: keys of an adapter that no longer serves."""
         history = routed(host, crouter, folders)
 
         def stale(reader, experts):
@@ -195,11 +200,48 @@ class TestExactness:
             graphs.append(graph)
             return graph.forward
 
-        history = routed(host, crouter, folders)
         config = CompileConfig(backend=backend, fullgraph=True, mode=None)
-        out = run(host, *mixed(70), logits_processor=[history], cache_implementation="static",
-                  compile_config=config, disable_compile=False)  # fmt: skip
+        config._compile_all_devices = True
+        plain = make(host, crouter, copy=False)  # its graph must not serve the experts
+        static = {"cache_implementation": "static", "compile_config": config, "disable_compile": False}
+        run(host, *mixed(70), logits_processor=[plain], **static)
+        before = len(graphs)
+        history = routed(host, crouter, folders)
+        out = run(host, *mixed(70), logits_processor=[history], **static)
+        assert before == 1 and len(graphs) == 2
         assert_matches(out, (70,), host, history, folders)
+
+    def test_a_static_cache_for_a_short_prompt(self, folders, host, crouter):
+        ids = mixed(12)
+        dynamic = run(host, *ids, new=5, logits_processor=[routed(host, crouter, folders)])
+        static = run(host, *ids, new=5, logits_processor=[routed(host, crouter, folders)],
+                     cache_implementation="static")  # fmt: skip
+        torch.testing.assert_close(torch.stack(static.logits), torch.stack(dynamic.logits), atol=2e-4, rtol=0)
+
+    def test_guidance_with_a_padded_batch(self, folders, host, crouter):
+        history = routed(host, crouter, folders)
+        out = run(host, *mixed(70, 33, 5), new=6, logits_processor=[history], guidance_scale=1.5)
+        assert out.sequences.shape == (3, 76)
+
+    def test_threads_do_not_see_each_others_adapters(self, folders, host, crouter):
+        plain = run(host, *mixed(40), new=20)
+        history = routed(host, crouter, folders)
+        expected = run(host, *mixed(70), new=20, logits_processor=[history])
+        found = {}
+
+        def work(name, *words, **options):
+            found[name] = [run(host, *words, new=20, **options).sequences for _ in range(3)]
+
+        threads = [threading.Thread(target=work, args=("plain", *mixed(40)))]
+        threads.append(
+            threading.Thread(target=work, args=("routed", *mixed(70)), kwargs={"logits_processor": [history]})
+        )
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert all(torch.equal(ids, plain.sequences) for ids in found["plain"])
+        assert all(torch.equal(ids, expected.sequences) for ids in found["routed"])
 
 
 class TestAround:
@@ -253,6 +295,25 @@ class TestAround:
         with pytest.raises(InputError, match="experts"):
             run(host, out.sequences, new=2, logits_processor=[other], past_key_values=out.past_key_values)
 
+    def test_a_short_cache_made_under_adapters_is_not_taken_for_a_plain_one(self, folders, host, crouter):
+        out = run(host, *mixed(12), new=2, logits_processor=[routed(host, crouter, folders)])
+        for processors in ([], [make(host, crouter, copy=False)]):
+            with pytest.raises(InputError, match="past_key_values"):
+                run(host, out.sequences, new=2, logits_processor=processors, past_key_values=out.past_key_values)
+
+    def test_a_dropped_history_leaves_nothing_behind(self, host, crouter):
+        make(host, crouter, experts=trained_set())
+        with pytest.raises(InputError):
+            make(host, crouter, experts=trained_set(), scorer="/nowhere")
+        gc.collect()
+        assert not any(m._forward_hooks for model in (host, crouter) for m in model.modules())
+
+    def test_scores_after_detaching(self, host, crouter):
+        history = make(host, crouter, experts=trained_set())
+        history.detach()
+        with pytest.raises(InputError, match="detached"):
+            history.score(mixed(70)[0], last=4)
+
     def test_report(self, folders, host, crouter):
         history = routed(host, crouter, folders)
         run(host, *mixed(70), logits_processor=[history])
@@ -291,7 +352,7 @@ class TestExperts:
         history = make(host, crouter, experts=trained_set(), hysteresis=1000.0)
         history.reader.router.known = 1.0
         run(host, self.ids(), new=2, logits_processor=[history])
-        assert history.report().chunks[1].expert == "low"
+        assert [chunk.expert for chunk in history.report().chunks][:3] == ["low", "low", "low"]
 
     @pytest.mark.parametrize(
         "options, message",

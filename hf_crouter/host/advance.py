@@ -54,7 +54,10 @@ def advance(
     check_capacity(host, reader, max(row.prefix or 0 for row in rows), max(len(code) for code in codes))
     layout = stack_rows(codes, 0 if compressed else width)
     served = [row_experts(row, code, reader.num_latents) for row, code in zip(rows, codes, strict=True)]
-    experts = stack_rows(served, layout.shape[1], BASE)
+    experts = torch.full_like(layout, BASE)
+    for i, numbers in enumerate(served):  # padding goes with what comes first: rows stay uniform where they can
+        experts[i, : layout.shape[1] - len(numbers)] = numbers[0] if len(numbers) else BASE
+        experts[i, layout.shape[1] - len(numbers) :] = numbers
     wanted, cached = (layout, experts), (cache.layout, cache.experts)
     slots = layout.shape[1]
     if main is None:

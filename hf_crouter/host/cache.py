@@ -146,7 +146,7 @@ def row_experts(row: Row, codes: torch.Tensor, num_latents: int) -> torch.Tensor
         num_latents: slots a compressed chunk takes, M.
     """
     window = row.routes[-1].route.number if row.routes else BASE
-    if not row.chunks:
+    if not row.chunks or not row.routes:
         return torch.full_like(codes, window)
     numbers = [chunk.route.number if chunk.route is not None else BASE for chunk in row.chunks]
     ends = torch.tensor([chunk.end for chunk in row.chunks])
@@ -161,10 +161,10 @@ def soft_index(codes: torch.Tensor) -> torch.Tensor:
     return PAD - 1 - codes
 
 
-def stack_rows(rows: Sequence[torch.Tensor], width: int = 0, value: int = PAD) -> torch.Tensor:
+def stack_rows(rows: Sequence[torch.Tensor], width: int = 0) -> torch.Tensor:
     """Left-pads rows of codes to `[B, S]`, S the longest row or `width` if that is more."""
     width = max(width, *(len(row) for row in rows))
-    return torch.stack([torch.nn.functional.pad(row, (width - len(row), 0), value=value) for row in rows])
+    return torch.stack([torch.nn.functional.pad(row, (width - len(row), 0), value=PAD) for row in rows])
 
 
 def common_columns(cached: Sequence[torch.Tensor], wanted: Sequence[torch.Tensor]) -> int:
@@ -209,6 +209,11 @@ class CompressedCache(Cache):
     def compressed(self) -> bool:
         """Whether any row holds a compressed chunk."""
         return any(row.chunks for row in self.rows)
+
+    @property
+    def own(self) -> bool:
+        """Whether it holds what only its own history can read on: compressed chunks, or slots made under adapters."""
+        return self.compressed or bool((self.experts != BASE).any())
 
     def keep_columns(self, columns: int) -> int:
         """Drops the slots after the first `columns`, or all where that cannot be done; returns how many stay."""

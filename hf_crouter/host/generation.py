@@ -149,7 +149,7 @@ class CompressedGenerationMixin:
 
         call = _CALLS.get().get(id(self))
         if call is None:
-            if isinstance(past_key_values, CompressedCache) and past_key_values.compressed:
+            if isinstance(past_key_values, CompressedCache) and past_key_values.own:
                 raise InputError("past_key_values: holds a compressed past; pass its CompressedHistory as well")
             return host_inputs()
         if inputs_embeds is not None or past_key_values is None or kwargs.get("use_cache") is False:
@@ -191,28 +191,35 @@ class CompressedGenerationMixin:
         return trim_drafts(generator, call.processor.reader, lambda: call.cache.rows[0] if call.cache else first)
 
 
-def mount(host: PreTrainedModel) -> None:
-    """Puts the mixin in front of the host's class; counted, so every `mount` needs its `unmount`."""
-    with _MOUNTING:
-        if not isinstance(host, CompressedGenerationMixin):
-            host.__class__ = _mixed(type(host))
-        host.__dict__["_hf_crouter_mounts"] = host.__dict__.get("_hf_crouter_mounts", 0) + 1
+def mount(host: PreTrainedModel, adapters: bool = False) -> None:
+    """Puts the mixin in front of the host's class; counted, so every `mount` needs its `unmount`.
+
+    Args:
+        host: the plain host.
+        adapters: hooks of adapters are on its layers.
+    """
+    _count(host, "_hf_crouter_mounts", 1, adapters)
 
 
-@functools.cache  # one class a host class: compiled graphs are guarded by it
-def _mixed(cls: type) -> type:
+@functools.cache  # compiled graphs are guarded by the class, but not by hooks: a host that has them needs its own
+def _mixed(cls: type, adapters: bool) -> type:
     names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "_hf_crouter_plain": cls}
     return type(cls.__name__, (CompressedGenerationMixin, cls), names)
 
 
-def unmount(host: PreTrainedModel) -> None:
-    """Undoes one `mount`; the last one gives the host its own class back."""
+def unmount(host: PreTrainedModel, adapters: bool = False) -> None:
+    """Undoes one `mount` of the same kind; the last one gives the host its own class back."""
+    _count(host, "_hf_crouter_mounts", -1, adapters)
+
+
+def _count(host: PreTrainedModel, key: str, change: int, adapters: bool) -> None:
     with _MOUNTING:
-        mounts = host.__dict__.pop("_hf_crouter_mounts", 0) - 1
+        mounts, hooked = host.__dict__.pop(key, (0, 0))
+        mounts, hooked = mounts + change, hooked + change * adapters
         if mounts > 0:
-            host.__dict__["_hf_crouter_mounts"] = mounts
-        elif isinstance(host, CompressedGenerationMixin):
-            host.__class__ = type(host)._hf_crouter_plain  # pyright: ignore[reportAttributeAccessIssue]
+            host.__dict__[key] = mounts, hooked
+        plain = getattr(type(host), "_hf_crouter_plain", type(host))
+        host.__class__ = _mixed(plain, hooked > 0) if mounts > 0 else plain
 
 
 def always_on(host: PreTrainedModel, processor: HistoryProcessor, on: bool) -> None:
@@ -255,10 +262,11 @@ def open_cache(host: Any, reader: Reader, given: Any, input_ids: torch.Tensor, p
     if isinstance(given, CompressedCache):
         if len(given.rows) != len(pads):
             raise InputError(f"past_key_values: expected {len(pads)} rows, got {len(given.rows)}")
-        if given.compressed and given.origin != reader.origin:
+        if given.own and given.origin != reader.origin:
             raise InputError(
                 "past_key_values: compressed by another crouter, projector or experts than this history's"
             )
+        given.origin = reader.origin
         given.rebase(input_ids, pads, [verified - pad - reader.window for pad in pads], reader.lookahead)
         given.rows = tuple(replace(row, prompt=verified - row.pad) for row in given.rows)
         given.heal()
@@ -269,12 +277,12 @@ def open_cache(host: Any, reader: Reader, given: Any, input_ids: torch.Tensor, p
     if isinstance(given, StaticCache):
         full = int(given.get_max_length())
         longest = full - min(pads)
-        if longest < reader.fewest:
+        if longest < reader.fewest and reader.router is None:
             return given
         room = most = full + reader.recall * reader.num_latents  # recalled chunks stand beside their soft prompts
         if reader.chunker.same_tokenizer:
             length = reader.chunker.chunk_length
-            chunks = (longest - reader.window) // length
+            chunks = max(0, longest - reader.window) // length
             # the prefix is at most what the prompt holds beside its chunks
             prefix = max(
                 (reader.prefix(row[pad:].tolist()) or width for row, pad in zip(input_ids, pads, strict=True))

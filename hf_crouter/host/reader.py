@@ -246,7 +246,7 @@ class Reader:
         """At most the last chunk's worth of a row's tokens, as crouter ids on the CPU."""
         if self.chunker.same_tokenizer:
             return ids[-self.chunker.chunk_length :].cpu()
-        chunks = self.chunker.chunk(ids.tolist())
+        chunks = self.chunker.chunk(ids.tolist(), final=True)
         pieces = [piece[mask.bool()] for piece, mask in zip(chunks.input_ids, chunks.attention_mask, strict=True)]
         return max(pieces[-2:], key=len, default=torch.empty(0, dtype=torch.long))  # the last one may be a short rest
 
