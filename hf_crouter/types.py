@@ -51,7 +51,8 @@ class Route:
         verdict: `known`; `overlap`: a second expert rebuilds the chunk nearly as well; `unknown`: none rebuilds it as
             it does its own domain, so the base model serves; `short`: too few tokens to tell, what was before stays.
         nats: residual under every expert that was scored, nats/token, by name.
-        margin: calibrated residual of the second best minus that of the best, nats/token; infinite for a lone expert.
+        margin: score of the second best minus that of the best, nats/token where the score has this unit; infinite
+            where only one expert was compared.
     """
 
     expert: str | None

@@ -11,16 +11,19 @@ from peft import PeftModel
 from transformers.generation import CompileConfig
 
 from hf_crouter.adapters import AdapterStack, Lora
+from hf_crouter.chunking import make_chunker
 from hf_crouter.errors import InputError, MismatchError
 from hf_crouter.history import CompressedHistory
 from hf_crouter.host.cache import CompressedCache, common_columns
 from hf_crouter.host.generation import mount, unmount
+from hf_crouter.host.reader import Reader
 from hf_crouter.routing.experts import ExpertSet
 from hf_crouter.types import Route
 
 from . import reference
 from .routing.trained_experts import DOMAINS, FOREIGN, texts, trained_set
 from .test_adapters import save_adapter
+from .test_chunking import TEXT, byte_tokenizer
 from .test_history import PREFIX, WINDOW, make, run
 from .tiny import VOCAB, tiny_crouter, tiny_host
 
@@ -322,6 +325,14 @@ class TestAround:
         assert "window from 70 tokens on" in text and "expert" in text and "low (known)" in text
         assert report.to_dict()["routes"][0]["expert"] in ("low", "high", None)
         assert all(math.isfinite(chunk.margin) for chunk in report.chunks)
+
+
+def test_the_window_of_a_host_with_other_tokens_is_judged_by_its_rest_too():
+    host_tokenizer, crouter_tokenizer = byte_tokenizer(300), byte_tokenizer(400)
+    reader = Reader(8, make_chunker(64, host_tokenizer, crouter_tokenizer), lambda ids: 0)
+    short, long = (torch.tensor(host_tokenizer.encode(TEXT[:size])) for size in (40, 2000))
+    assert reader._evidence(short).tolist() == crouter_tokenizer.encode(TEXT[:40])
+    assert len(reader._evidence(long[-128:])) > 32
 
 
 class TestExperts:

@@ -108,11 +108,11 @@ def run(args: argparse.Namespace) -> int:
         if report.archive_tokens:
             note(f"copied: {report.copied} of {len(new)} tokens, from an archive of {report.archive_tokens:,} tokens "
                  f"({size(report.archive_bytes)} of main memory)")  # fmt: skip
-        for route in report.routes:
-            note(f"window from token {route.length:,} on: {route.expert or 'the plain host'} ({route.verdict})")
     else:
         note(f"nothing was compressed: the text is shorter than the window and one chunk together, "
              f"{args.window} + {crouter.config.chunk_length} tokens")  # fmt: skip
+    for route in report.routes:
+        note(f"window from token {route.length:,} on: {route.expert or 'the plain host'} ({route.verdict})")
     note(f"{len(new)} new tokens after {inputs.shape[1]:,}, {seconds:.1f} s")
     return 0
 

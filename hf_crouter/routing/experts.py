@@ -38,7 +38,8 @@ from .calibration import CALIBRATION_FILE, LengthCalibration, read_table
 EXPERT_FILE, SET_FILE, MARGINS_FILE = "expert.json", "experts.json", "margins.json"
 LATENTS_FILE = "latents.safetensors"
 COMPRESSOR, HOST = "compressor", "host"
-NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")  # a folder's name that is neither hidden nor a way out of the set
+# a folder's name that is neither hidden, nor a way out of the set, nor a file's of the set
+NAME = re.compile(r"(?!.*\.json$)[A-Za-z0-9_-][A-Za-z0-9._-]*")
 _ADAPTERS = tuple(f"{part}/{name}" for part in (COMPRESSOR, HOST) for name in (CONFIG, WEIGHTS))
 
 
@@ -318,7 +319,8 @@ def remove_expert(set_folder: str | os.PathLike, name: str) -> None:
     """
     set_folder = Path(set_folder)
     names = mounted_names(set_folder)
-    if name not in names:
+    left = NAME.fullmatch(name) is not None and (set_folder / name / EXPERT_FILE).exists()  # by an interruption
+    if name not in names and not left:
         raise InputError(f"{set_folder}: expected one of the experts {', '.join(names) or '(none)'}, got {name}")
     write_json(set_folder / SET_FILE, {"names": [other for other in names if other != name]})
     place = set_folder / name

@@ -45,6 +45,7 @@ from ..routing.experts import (
     ExpertConfig,
     ExpertSet,
     add_expert,
+    mounted_names,
 )
 from ..routing.router import Router, rebuilding_nats
 from .evaluate import reconstruction_score
@@ -302,6 +303,10 @@ def lora(model: PreTrainedModel, rank: int, alpha: float, targets: list[str]) ->
         from peft import LoraConfig, get_peft_model
     except ImportError as error:  # only training needs it
         raise InputError('expert: training needs peft: pip install "hf_crouter[train]"') from error
+    odd = [f"a {type(layer).__name__} at {path}" for path, layer in model.named_modules()
+           if path.split(".")[-1] in targets and not isinstance(layer, nn.Linear)]  # fmt: skip
+    if odd:  # before peft has touched anything
+        raise InputError(f"{type(model).__name__}: expected linear layers {', '.join(targets)}, got {odd[0]}")
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets), bias="none")  # type: ignore[arg-type]
     flags = [parameter.requires_grad for parameter in model.parameters()]
     parameters, training = list(model.parameters()), model.training
@@ -456,9 +461,10 @@ def check_name(name: str, experts: str | Path) -> None:
     if not NAME.fullmatch(name):
         raise InputError(f"expert: expected a name of letters, digits, '.', '_' and '-', not hidden, got {name!r}")
     place = Path(experts) / name
-    if place.exists():
-        what = "an expert of this name already" if (place / EXPERT_FILE).exists() else "something else"
-        raise InputError(f"{place}: expected nothing there, got {what}")
+    if (Path(experts) / SET_FILE).exists() and name in mounted_names(experts):
+        raise InputError(f"{place}: expected nothing there, got an expert of this name already")
+    if place.exists() and not (place / EXPERT_FILE).exists():  # an expert that is not mounted was left half-way
+        raise InputError(f"{place}: expected nothing there, got something else")
 
 
 def expert_config(models: ExpertModels) -> ExpertConfig:

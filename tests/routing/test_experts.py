@@ -22,9 +22,10 @@ from hf_crouter.routing.experts import (
     remove_expert,
     save_margins,
 )
+from hf_crouter.storage import write_json
 
 from ..tiny import tiny_crouter, tiny_host
-from .trained_experts import save_expert
+from .trained_experts import save_expert, trained_set
 
 
 @pytest.fixture(scope="module")
@@ -322,3 +323,17 @@ class TestRefusedSets:
         config = dataclasses.replace(expert.config, **{key: "others"})
         with pytest.raises(MismatchError, match="tokenizer"):
             ExpertSet((*found, dataclasses.replace(expert, config=config)))
+
+
+def test_what_an_interrupted_removal_left_can_be_removed(tmp_path):
+    folder = shutil.copytree(trained_set(), tmp_path / "set")
+    write_json(folder / "experts.json", {"names": ["low"]})  # as far as it came
+    remove_expert(folder, "high")
+    assert not (folder / "high").exists() and ExpertSet.load(folder).names == ("low",)
+    with pytest.raises(InputError, match="expected one of the experts low"):
+        remove_expert(folder, "high")
+
+
+def test_no_expert_is_named_like_a_file_of_the_set(tmp_path):
+    with pytest.raises(InputError, match="expected a name"):
+        dataclasses.replace(ExpertSet.load(trained_set())["low"], name="margins.json")
