@@ -170,6 +170,13 @@ def layout_of(crouter: Any) -> Layout:
     return Layout(latents=crouter.config.num_latents)
 
 
+def compile_layers(host: Any) -> None:
+    """Compiles each layer of a decoder for any length; all layers share one graph."""
+    for module in host.modules():
+        if type(module).__name__ in (host._no_split_modules or ()):
+            module.compile(dynamic=True)
+
+
 def run_collect(args: argparse.Namespace) -> None:
     """The stage on the accelerator."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -179,6 +186,8 @@ def run_collect(args: argparse.Namespace) -> None:
         projector = find_projector(crouter, host).to(device)
         for model in (host, crouter, projector):
             model.requires_grad_(False)
+        if args.compile:
+            compile_layers(host)
         layout = layout_of(crouter)
         stop_ids = frozenset(tokenizer.all_special_ids)
         reader = Reader(host, crouter, projector, layout, stop_ids, searchers, args.tokens, args.seed)
@@ -253,6 +262,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) // 2), help="searching processes")
     parser.add_argument("--block", type=int, default=32 if cuda else 2, help="documents on their way at once")
     parser.add_argument("--tokens", type=int, default=65_536 if cuda else 8192, help="forwarded at once")
+    parser.add_argument("--compile", action="store_true", help="torch.compile each layer of the host")
     parser.add_argument("--common", action="store_true", help="report: only documents that kvpress read as well")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--result", default="hgr")

@@ -97,7 +97,8 @@ def attention(reader: Reader, block: Block, queries: int = 128) -> np.ndarray:
             rows = torch.from_numpy(block.rows[start : start + 32]).to(reader.device)
             soft = block.soft["own"][start : start + 32].to(embed.weight.dtype)
             parts = [embed(rows[:, : layout.prefix]), soft, embed(rows[:, layout.old : layout.split])]
-            out = host.base_model(inputs_embeds=torch.cat(parts, dim=1), output_attentions=True, use_cache=False)
+            with torch.compiler.set_stance("force_eager"):  # compiled layers do not hand out what they attended to
+                out = host.base_model(inputs_embeds=torch.cat(parts, dim=1), output_attentions=True, use_cache=False)
             total = torch.stack([layer[:, :, -queries:].float().mean((1, 2)) for layer in out.attentions]).mean(0)
             at = total[:, layout.prefix : layout.prefix + soft.shape[1]]
             found.append(at.unflatten(1, (layout.chunks, -1)).sum(-1).cpu().numpy())

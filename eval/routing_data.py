@@ -46,8 +46,8 @@ NEAR = ("shakespeare", "speeches_en", "meetings_qmsum")
 FAR = ("csv_tables", "zh_tech")
 DOMAINS = (*KNOWN, *NEAR, *FAR)
 WINDOW = 1024  # a chunk that decides, and the chunk after it
-EXCERPT = 24_000  # tokens of one document in training, at most: few long novels would be all of it
-TRAIN, CALIBRATION = 1_500_000, 150_000  # tokens of a domain, at most
+EXCERPT = 48_000  # tokens of one document in training, at most: few long novels would be all of it
+TRAIN, CALIBRATION = 4_000_000, 150_000  # tokens of a domain, at most
 WINDOWS = {"known": 120, "unknown": 60}  # of a domain, at most
 EACH = 12  # windows of one document, at most
 

@@ -304,7 +304,7 @@ def lora(model: PreTrainedModel, rank: int, alpha: float, targets: list[str]) ->
     except ImportError as error:  # only training needs it
         raise InputError('expert: training needs peft: pip install "hf_crouter[train]"') from error
     odd = [f"a {type(layer).__name__} at {path}" for path, layer in model.named_modules()
-           if path.split(".")[-1] in targets and not isinstance(layer, nn.Linear)]  # fmt: skip
+           if f".{path}".endswith(tuple(f".{t}" for t in targets)) and not isinstance(layer, nn.Linear)]  # fmt: skip
     if odd:  # before peft has touched anything
         raise InputError(f"{type(model).__name__}: expected linear layers {', '.join(targets)}, got {odd[0]}")
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets), bias="none")  # type: ignore[arg-type]
@@ -315,13 +315,9 @@ def lora(model: PreTrainedModel, rank: int, alpha: float, targets: list[str]) ->
     except ValueError as error:
         raise InputError(f"{type(model).__name__}: expected linear layers {', '.join(targets)}, got none") from error
     try:
-        for path, layer in list(model.named_modules()):
+        for layer in list(model.modules()):
             if not hasattr(layer, "lora_A"):
                 continue
-            if not isinstance(layer.base_layer, nn.Linear):
-                kind = type(layer.base_layer).__name__
-                raise InputError(f"{type(model).__name__}: expected linear layers {', '.join(targets)}, "
-                                 f"got a {kind} at {path}")  # fmt: skip
             for side in (layer.lora_A, layer.lora_B):
                 side["default"] = _Factor(side["default"].weight)  # type: ignore[index, union-attr]
         yield adapted
@@ -443,12 +439,7 @@ def _fit(
     accelerator.free_memory()
     return {
         "parameters": parameters,
-        "processes": result.processes,
-        "steps": result.steps,
-        "tokens": result.tokens,
-        "seconds": round(result.seconds, 1),
-        "tokens_per_second": round(result.tokens_per_second),
-        "final": result.final,
+        **result.record(),
     }
 
 

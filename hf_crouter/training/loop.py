@@ -99,6 +99,17 @@ class LoopResult:
         """Real tokens a second, all processes together, compilation left out."""
         return self.timed_tokens / self.seconds if self.seconds else 0.0
 
+    def record(self) -> dict[str, Any]:
+        """What stands of it in the record of a training."""
+        return {
+            "processes": self.processes,
+            "steps": self.steps,
+            "tokens": self.tokens,
+            "seconds": round(self.seconds, 1),
+            "tokens_per_second": round(self.tokens_per_second),
+            "final": self.final,
+        }
+
 
 def make_accelerator(arguments: LoopArguments) -> Accelerator:
     """Accelerator for the arguments; seeds every generator."""

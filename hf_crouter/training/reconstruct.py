@@ -234,12 +234,7 @@ def _record(
         "stage": "reconstruct",
         "arguments": {k: v for k, v in asdict(arguments).items() if k not in ("data", "tokenizer", "output", "init")},
         "parameters": sum(p.numel() for p in crouter.parameters()),
-        "processes": result.processes,
-        "steps": result.steps,
-        "tokens": result.tokens,
-        "seconds": round(result.seconds, 1),
-        "tokens_per_second": round(result.tokens_per_second),
-        "final": result.final,
+        **result.record(),
         "torch": torch.__version__,
         "device": "cpu",
     }
