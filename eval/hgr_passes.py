@@ -24,6 +24,7 @@ from hf_crouter.host.projector import Projector
 from hf_crouter.training.align import compressed_logits
 from hf_crouter.training.gate import mixture_log_likelihood
 
+KEPT = 32  # joined candidates of a block that are held
 DENSE = 2048  # places whose whole distribution is held in float32 at once
 
 
@@ -363,19 +364,18 @@ class Block:
     tra: np.ndarray
     waiting: list[Callable[[], dict]]
     found: list[dict] = field(default_factory=list)
-    kept: dict[tuple[int, str], Candidates] = field(default_factory=dict)  # of the whole block: most arms share them
+    kept: dict[tuple, Candidates] = field(default_factory=dict)  # by documents, count and kind: most arms share them
 
     def candidates(self, documents: Sequence[int], count: int, kind: str, places: int, device: Any) -> Candidates:
         """Of some documents of the block, which may come more than once; `places` of each."""
         if not self.found:
             self.found = [wait() for wait in self.waiting]
-        whole = list(documents) == list(range(len(self.rows)))
-        if whole and (count, kind) in self.kept:
-            return self.kept[count, kind]
-        candidates = joined([self.found[i][count, kind] for i in documents], places, device)
-        if whole:
-            self.kept[count, kind] = candidates
-        return candidates
+        key = (tuple(documents), count, kind)
+        if key not in self.kept:
+            if len(self.kept) == KEPT:
+                self.kept.pop(next(iter(self.kept)))  # the oldest one
+            self.kept[key] = joined([self.found[i][count, kind] for i in documents], places, device)
+        return self.kept[key]
 
 
 class Reader:
@@ -478,7 +478,8 @@ class Reader:
         extra = layout.extra(arm.longer, count)
         length = layout.raw(block.rows[0], extra, wanted[0][1]).size + layout.prefix
         length += count * layout.latents if arm.soft else 0
-        size = max(1, self.tokens // length)
+        distinct = len({i for i, _ in wanted})  # batches that start anew with each choice share their candidates
+        size = max(1, min(self.tokens // length, distinct))
         for start in range(0, len(wanted), size):
             some = wanted[start : start + size]
             documents = [i for i, _ in some]
@@ -608,8 +609,8 @@ def best_pairs(
     """`oracle2` and `oracle2_copy`: the least loss of any pair of chunks, without and with copying, and the pair."""
     layout = reader.layout
     pairs = list(itertools.combinations(range(layout.chunks - count, layout.chunks), layout.recalled))
-    wanted = [(i, pair) for i in oracle for pair in pairs]
-    losses = single_losses(reader, block, count, gate, wanted).reshape(len(oracle), len(pairs), 2)
+    wanted = [(i, pair) for pair in pairs for i in oracle]
+    losses = single_losses(reader, block, count, gate, wanted).reshape(len(pairs), len(oracle), 2).swapaxes(0, 1)
     out = {}
     for column, key in enumerate(("oracle2", "oracle2_copy")):
         out[f"n{count}.{key}"] = np.full(len(block.rows), np.nan, np.float32)

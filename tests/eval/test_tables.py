@@ -170,7 +170,8 @@ def test_what_the_readme_says_beside_its_tables_was_measured():
     assert f"{slots} instead of {full} is {ratio:.1f}x fewer" in text
     prose = [f"{100 * metrics[f'prose.n8.{key}']:.0f}%" for key in ("tra", "copy_rebuilt_pooled.hgr")]
     assert "of prose {} of the tokens are rebuilt, and HGR is {}.".format(*prose) in text
-    gates = f"The generic gate recovers {generic} on young code, the shipped one {copy}, one fitted to copying alone {fitted}."
+    gates = f"The generic gate recovers {generic} on young code, the shipped one {copy}, "
+    gates += f"one fitted to copying alone {fitted}."
     assert gates in text
     assert f"worth {generic} instead of {copy} on young code" in text
 
