@@ -26,6 +26,7 @@ from eval.documents import CHUNK, EVALUATION, Windows
 from eval.hgr_files import Progress, about, about_of, blocks, chosen, joined_arrays, save_arrays, shard_of, wait_for
 from eval.hgr_pairs import GATE_SETS, collect_pairs, compare, fit_scorer, load_pairs, pairs_path
 from eval.hgr_passes import (
+    ARMS,
     GATES,
     POOLED,
     Layout,
@@ -51,8 +52,9 @@ NOTES = (
     "Host: SmolLM2-135M-Instruct, 4-bit weights in bf16. hgr: share of what full history is worth over the window (a "
     "ratio of means; for prose the mean of the domains' ratios, and .ratio over all documents); intervals: paired "
     "bootstrap clustered by package, or by record of prose. .diff: hgr minus that of recent_same_slots_copy, for arms "
-    "with raw recalled chunks minus that of recent_same_slots_recall_copy. Recall arms hold no soft prompts; all, "
-    "soft_recall2 and soft_learned2 do. recall2 is bm25_2. snapkv, snapkv_window (its observation window is the raw "
+    "with raw recalled chunks minus that of recent_same_slots_recall_copy. Recall arms hold no soft prompts; all*, "
+    "soft_recall2, soft_learned2 and soft_overlap2 do. recall2 is bm25_2; overlap2, the default, on fewer documents "
+    "(.documents), was read on a CPU. snapkv, snapkv_window (its observation window is the raw "
     "one), expected_attention, streaming and knorm are kvpress 0.5.5 at the slots of recent_same_slots or "
     "recent_same_slots_recall (_recall), at the kept tokens' own positions; mean_pool: means of token embeddings. "
     "pairs.<score>.share: what a score's two chunks gain, one by one, of what the best two do, on gate sets. Every "
@@ -131,23 +133,26 @@ def finished(folder: Path, name: str) -> Path:
 def collect_losses(reader: Reader, args: argparse.Namespace, name: str, gates: dict[str, nn.Module]) -> None:
     """Measures this shard's part of an evaluation set; what is done so far is written after every block."""
     shard, shards = args.shard
-    path = args.save / "losses" / f"{name}.{shard}of{shards}.safetensors"
+    label = f".{'+'.join(args.arms)}" if args.arms else ""
+    path = args.save / "losses" / f"{name}{label}.{shard}of{shards}.safetensors"
     windows = Windows.load(args.data, name)
     order = chosen(windows.records, args.documents, args.seed)
-    index, oracle = order[shard::shards], set(order[: args.oracle_documents].tolist())
+    index, oracle = order[shard::shards], set(order[: 0 if label else args.oracle_documents].tolist())
+    arms = args.arms or list(ARMS)
     if path.exists() and about_of(path) == about(args) and len(load_file(path)["documents"]) == len(index):
         print(f"{name}: done before", flush=True)
         return
     progress, done, parts = Progress(name, len(index), reader), 0, []
-    archives = archives_of(reader.layout, args.chunks)
+    archives = archives_of(reader.layout, args.chunks, arms)
     for block in blocks(reader, windows.ids, index, args.block, partners(windows.records, args.seed), archives):
         tried = [i for i, document in enumerate(block.index) if int(document) in oracle]
-        found = measure(reader, block, args.chunks, gates, tried)
+        found = measure(reader, block, args.chunks, gates, tried, arms)
         parts.append({**found, "documents": block.index})
         save_arrays(path, joined_arrays(parts), about(args))
         progress(done := done + len(block.index))
-    sets = {name: losses_of(args.save, name, args.data)}
-    print(table(metrics(sets, args.chunks, args.seed, draws=200, slots=reader.layout)), flush=True)
+    if not label:
+        sets = {name: losses_of(args.save, name, args.data)}
+        print(table(metrics(sets, args.chunks, args.seed, draws=200, slots=reader.layout)), flush=True)
 
 
 def learned_scorer(reader: Reader, args: argparse.Namespace, gate: nn.Module) -> LearnedScorer:
@@ -253,6 +258,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--crouter", help="the shipped one by default")
     parser.add_argument("--sets", nargs="+", choices=EVALUATION, default=list(EVALUATION))
     parser.add_argument("--chunks", nargs="+", type=int, default=[2, 4, 8])
+    parser.add_argument("--arms", nargs="+", choices=list(ARMS), help="only these, beside what was measured before")
     parser.add_argument("--documents", type=int, help="of an evaluation set, at most; all by default")
     parser.add_argument("--gate-documents", type=int, default=400, help="of each gate set, at most")
     parser.add_argument("--oracle-documents", type=int, default=150, help="of each set, tried with every pair")

@@ -18,7 +18,16 @@ from torch import nn
 
 from eval.documents import CHUNK, CHUNKS, PREFIX, SCORED, WINDOW, Record, place
 from hf_crouter.archive.copying import Candidates, HostView, collect, gate_features
-from hf_crouter.archive.recall import QUERY, Bm25Scorer, ChunkIndex, RandomScorer, RecencyScorer, Scorer, choose
+from hf_crouter.archive.recall import (
+    QUERY,
+    Bm25Scorer,
+    ChunkIndex,
+    OverlapScorer,
+    RandomScorer,
+    RecencyScorer,
+    Scorer,
+    choose,
+)
 from hf_crouter.archive.store import ORDERS, Archive
 from hf_crouter.host.projector import Projector
 from hf_crouter.training.align import compressed_logits
@@ -141,6 +150,8 @@ ARMS = {
     "learned2": Arm(recall="learned2", readings=(("learned2_copy_pooled", "past", "pooled"),)),
     "soft_recall2": Arm("own", recall="bm25_2", readings=(_own("all"), ("all_pooled", "past", "pooled"))),
     "soft_learned2": Arm("own", recall="learned2", readings=(("all_learned_pooled", "past", "pooled"),)),
+    "overlap2": Arm(recall="overlap2", readings=(("overlap2_copy_pooled", "past", "pooled"),)),
+    "soft_overlap2": Arm("own", recall="overlap2", readings=(("all_overlap_pooled", "past", "pooled"),)),
     "full": Arm(longer="full", readings=(_own("full_copy"), ("full_copy_pooled", "past", "pooled"))),
 }  # fmt: skip
 SOURCES = {key: (name, archive) for name, arm in ARMS.items() for key, archive, gate in arm.readings if key == gate
@@ -409,7 +420,8 @@ class Reader:
         self.host, self.crouter, self.projector, self.layout = host, crouter, projector, layout
         self.stop_ids, self.searchers, self.tokens = stop_ids, searchers, tokens
         self.scorers: dict[str, Scorer] = {
-            "bm25_2": Bm25Scorer(), "last2": RecencyScorer(), "random2": RandomScorer(seed)
+            "bm25_2": Bm25Scorer(), "last2": RecencyScorer(), "random2": RandomScorer(seed),
+            "overlap2": OverlapScorer(),
         }  # fmt: skip
         self.device = host.device
         self.forwarded = 0  # tokens
@@ -511,14 +523,14 @@ def archive_of(arm: Arm, archive: str) -> str:
     return "rebuilt" if archive == "rebuilt" else "" if arm.longer == "full" else arm.longer
 
 
-def archives_of(layout: Layout, counts: Sequence[int]) -> list[tuple[int, str]]:
+def archives_of(layout: Layout, counts: Sequence[int], arms: Sequence[str] = tuple(ARMS)) -> list[tuple[int, str]]:
     """All archives that the arms read."""
     kinds = {
-        (count, archive_of(arm, archive))
+        (count, archive_of(ARMS[name], archive))
         for count in counts
-        for arm in ARMS.values()
-        if arm.exists(layout, count)
-        for _, archive, _ in arm.readings
+        for name in arms
+        if ARMS[name].exists(layout, count)
+        for _, archive, _ in ARMS[name].readings
     }
     return sorted(kinds)
 
@@ -543,7 +555,12 @@ def record_places(reader: Reader, block: Block, count: int) -> dict[str, np.ndar
 
 
 def measure(
-    reader: Reader, block: Block, counts: Sequence[int], gates: dict[str, nn.Module], oracle: Sequence[int] = ()
+    reader: Reader,
+    block: Block,
+    counts: Sequence[int],
+    gates: dict[str, nn.Module],
+    oracle: Sequence[int] = (),
+    arms: Sequence[str] = tuple(ARMS),
 ) -> dict[str, np.ndarray]:
     """Figures of every document, `[D]` each: `n<k>.<arm>`, loss in nats/token; `.right`, greedy accuracy, and more.
 
@@ -553,6 +570,7 @@ def measure(
         counts: of chunks.
         gates: by name.
         oracle: documents of the block whose every pair of chunks is tried.
+        arms: what is read.
     """
     layout, size = reader.layout, len(block.rows)
     out: dict[str, np.ndarray] = {}
@@ -561,7 +579,8 @@ def measure(
         values = places.float().unflatten(0, (len(documents), layout.target)).mean(1).cpu().numpy()
         out.setdefault(key, np.full(size, np.nan, np.float32))[list(documents)] = values
 
-    for (name, arm), count in itertools.product(ARMS.items(), counts):
+    for name, count in itertools.product(arms, counts):
+        arm = ARMS[name]
         if not reader.reads(arm, count) or (name == "window" and count != counts[0]):
             continue
         here = counts if name == "window" else [count]  # the window does not depend on how much is older

@@ -42,7 +42,9 @@ class Losses:
 
 
 def losses_of(folder: Path, name: str, data: Path) -> Losses:
-    """Joins what the shards wrote for a set, in the order of its documents, with what `eval.kvpress_arms` wrote.
+    """Joins what the shards wrote for a set, in the order of its documents, with what was measured beside it.
+
+    That is what `eval.kvpress_arms` wrote, and arms that were collected by themselves (`--arms`).
 
     Raises:
         InputError: there is nothing.
@@ -53,15 +55,18 @@ def losses_of(folder: Path, name: str, data: Path) -> Losses:
     arrays = joined_arrays(files)
     _, rows = np.unique(arrays["documents"], return_index=True)
     arrays = {key: values[rows] for key, values in arrays.items()}
-    others = [load_file(path) for path in sorted((folder / "losses").glob(f"{name}.kvpress.*of*.safetensors"))]
-    if others:
-        more = joined_arrays(others)
-        place = {int(document): row for row, document in enumerate(more["documents"])}
+    more: dict[str, list[dict[str, np.ndarray]]] = {}  # by what was measured
+    for path in sorted((folder / "losses").glob(f"{name}.[a-z]*.*of*.safetensors")):
+        more.setdefault(path.name.split(".")[1], []).append(load_file(path))
+    for files in more.values():
+        other = joined_arrays(files)
+        place = {int(document): row for row, document in enumerate(other["documents"])}
         some = [(i, place[int(d)]) for i, d in enumerate(arrays["documents"]) if int(d) in place]
-        ours, theirs = np.array(some).T
-        for key, values in more.items():
-            if key != "documents":
-                arrays[key] = np.full(len(rows), np.nan, np.float32)
+        ours, theirs = np.array(some, np.int64).reshape(-1, 2).T
+        for key, values in other.items():
+            if key not in arrays:
+                none = -1 if values.dtype.kind == "i" else np.nan
+                arrays[key] = np.full((len(rows), *values.shape[1:]), none, values.dtype)
                 arrays[key][ours] = values[theirs]
     records = Windows.load(data, name).records
     return Losses(arrays, [records[i] for i in arrays["documents"]])

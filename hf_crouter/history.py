@@ -57,8 +57,8 @@ class CompressedHistory(HistoryProcessor):
         recall: compressed chunks that come back raw, in order, between soft prompts and window.
         refresh: they are chosen at the prompt's end, whenever a chunk is compressed and at every multiple of so many
             tokens of a row.
-        scorer: says which ones matter: a `Scorer` or the folder of a learned one; None: overlap with the last 128
-            tokens (BM25).
+        scorer: says which ones matter: a `Scorer` or the folder of a learned one; None: `OverlapScorer`, words and
+            phrases shared with the last tokens.
         experts: an expert set or its folder: each chunk, and the raw window by its last tokens, is served by the
             adapter of the expert that rebuilds it best, or by the plain host where none does. With them even a short
             prompt is read under its expert's adapter, if it has the 64 tokens that it takes to tell.

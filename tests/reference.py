@@ -14,19 +14,35 @@ def pieces(length, prefix, chunk, window):
     return kept, chunks, rest
 
 
-def bm25(chunks, query):
-    """BM25 of lists of ids for a list of ids, straight from its formula."""
-    mean = sum(len(chunk) for chunk in chunks) / len(chunks)
+def bm25(chunks, query, weigh=None):
+    """BM25 of lists for a list, straight from its formula; `weigh` gives a weight to each distinct thing asked for."""
+    mean = max(sum(len(chunk) for chunk in chunks) / len(chunks), 1)
     scores = []
     for chunk in chunks:
         score = 0.0
-        for token in query:
+        for token in set(query) if weigh else query:
             having = sum(token in other for other in chunks)
             count = chunk.count(token)
             idf = math.log(1 + (len(chunks) - having + 0.5) / (having + 0.5))
-            score += idf * count * 2.5 / (count + 1.5 * (0.25 + 0.75 * len(chunk) / mean))
+            weight = weigh(token) if weigh else 1
+            score += weight * idf * count * 2.5 / (count + 1.5 * (0.25 + 0.75 * len(chunk) / mean))
         scores.append(score)
     return scores
+
+
+def overlap(chunks, query, decay, recency):
+    """Words and phrases of three, each weighing by how far back it last stands in the query, and recency."""
+
+    def shared(texts, asked):
+        return bm25(texts, asked, lambda thing: math.exp(-asked[::-1].index(thing) / decay))
+
+    def phrases(ids):
+        return list(zip(ids, ids[1:], ids[2:], strict=False))
+
+    both = zip(shared(chunks, query), shared([phrases(chunk) for chunk in chunks], phrases(query)), strict=True)
+    sums = [a + b for a, b in both]
+    best = max([*sums, 1e-9])
+    return [score / best + recency / (len(chunks) - i) for i, score in enumerate(sums)]
 
 
 def recalled(row, prompt, prefix, chunk, window, k, refresh, last):

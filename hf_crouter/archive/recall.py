@@ -1,7 +1,7 @@
 """Recall: which compressed chunks matter enough now to be read raw again.
 
-Scores are cheap and depend on a row's tokens alone: lexical overlap with the last tokens (BM25 over token ids, from
-posting lists) and recency. Axes: `N` chunks, `F` features.
+Scores are cheap and depend on a row's tokens alone: lexical overlap with the last tokens (BM25 over token ids and over
+phrases of three of them, from posting lists) and recency. Axes: `N` chunks, `F` features.
 
 Source: BM25 as in Robertson and Zaragoza, "The Probabilistic Relevance Framework" (2009), idf with one added inside.
 """
@@ -27,6 +27,9 @@ from ..errors import InputError
 K1, B = 1.5, 0.75  # saturation of a token's count, weight of a chunk's length
 QUERY = 512  # last tokens of a row that a scorer is given
 BLOCK = 1024  # chunks a block of posting lists at most: bounds what one merge costs
+PHRASE = 3  # tokens
+DECAY = 16.0  # tokens back at which a token of the query counts 1/e
+RECENCY = 0.25  # of the best overlap, that the latest chunk gets on top
 NAME = "scorer"
 FEATURES = (
     "bm25_128", "bm25_512", "rank_128", "rank_512", "log_bm25_128", "log_bm25_512", "recency", "place", "log_chunks",
@@ -39,8 +42,8 @@ class _Block:
 
     Attributes:
         chunks: number of chunks.
-        tokens: ids that occur, ascending, int64.
-        starts: first posting of each token, and the end of the last one's, int64, one longer.
+        tokens: ids (or hashes of phrases) that occur, ascending, uint32.
+        starts: first posting of each token, and the end of the last one's, int32, one longer.
         where: chunk of each posting, counted from the block's first, ascending within a token, uint16.
         counts: how often the token stands in the chunk, uint16.
     """
@@ -69,9 +72,10 @@ class _Block:
     @classmethod
     def _sorted(cls, chunks: int, tokens: np.ndarray, where: np.ndarray, counts: np.ndarray) -> _Block:
         starts = np.concatenate([[0], (tokens[1:] != tokens[:-1]).nonzero()[0] + 1]) if len(tokens) else np.zeros(0)
-        starts = starts.astype(np.int64)
+        starts = starts.astype(np.int32)
         counts = counts.clip(max=np.iinfo(np.uint16).max).astype(np.uint16)
-        return cls(chunks, tokens[starts], np.append(starts, len(tokens)), where.astype(np.uint16), counts)
+        ends = np.append(starts, np.int32(len(tokens)))
+        return cls(chunks, tokens[starts].astype(np.uint32), ends, where.astype(np.uint16), counts)
 
     @property
     def nbytes(self) -> int:
@@ -79,12 +83,12 @@ class _Block:
 
 
 @dataclass(frozen=True, eq=False)
-class ChunkIndex:
-    """Posting lists of one row's chunks; a value: extending it gives another one that shares its memory.
+class Postings:
+    """Posting lists of chunks; a value: extending it gives another one that shares its memory.
 
     Attributes:
         blocks: of consecutive chunks, the sizes as in a binary counter, up to `BLOCK`.
-        lengths: tokens of each chunk, int32 `[N]`.
+        lengths: tokens (or phrases) of each chunk, int32 `[N]`.
     """
 
     blocks: tuple[_Block, ...] = ()
@@ -96,15 +100,14 @@ class ChunkIndex:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the index; what it shares with others is counted in full."""
+        """Bytes of the lists; what they share with others is counted in full."""
         return self.lengths.nbytes + sum(block.nbytes for block in self.blocks)
 
-    def extended(self, *chunks: np.ndarray) -> ChunkIndex:
-        """With more chunks behind the others; token ids, integers `[tokens]` each."""
-        if not chunks:
+    def extended(self, pieces: Sequence[np.ndarray]) -> Postings:
+        """With more chunks behind the others; what occurs in each, int64 below 2^32."""
+        if not pieces:
             return self
-        blocks, pieces = list(self.blocks), [np.asarray(chunk, np.int64) for chunk in chunks]
-        done = 0
+        blocks, done = list(self.blocks), 0
         while done < len(pieces):  # many at once: whole blocks, not one merge after the other
             taken = 1 << min(BLOCK.bit_length() - 1, (len(pieces) - done).bit_length() - 1)
             blocks.append(_Block.of(pieces[done : done + taken]))
@@ -115,18 +118,24 @@ class ChunkIndex:
                 last = blocks.pop()
                 blocks.append(_Block.merged(blocks.pop(), last))
         lengths = np.array([len(piece) for piece in pieces], np.int32)
-        return ChunkIndex(tuple(blocks), np.concatenate([self.lengths, lengths]))
+        return Postings(tuple(blocks), np.concatenate([self.lengths, lengths]))
 
-    def bm25(self, query: np.ndarray) -> np.ndarray:
-        """BM25 of every chunk, float64 `[N]`; a token that the query repeats counts as often.
+    def bm25(self, query: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
+        """BM25 of every chunk, float64 `[N]`.
 
         Args:
-            query: token ids, integers `[tokens]`.
+            query: what is asked for, int64 `[Q]`.
+            weights: how much each counts, `[Q]`; of what stands twice the higher one. None: once for each time.
         """
         scores, total = np.zeros(len(self)), len(self)
-        tokens, repeats = np.unique(np.asarray(query, np.int64), return_counts=True)
-        if not total or not len(tokens):
+        if not total or not len(query):
             return scores
+        tokens, places = np.unique(query, return_inverse=True)
+        asked = np.bincount(places).astype(np.float64)
+        if weights is not None:
+            asked[:] = 0
+            np.maximum.at(asked, places, weights)
+        tokens = tokens.astype(np.uint32)
         found, occurs = [], np.zeros(len(tokens), np.int64)
         for block in self.blocks:
             at = block.tokens.searchsorted(tokens)
@@ -135,7 +144,7 @@ class ChunkIndex:
             sizes = np.where(at >= 0, block.starts[at + 1] - block.starts[at], 0)
             occurs += sizes
             found.append((block, at, sizes))
-        weights = repeats * np.log1p((total - occurs + 0.5) / (occurs + 0.5)) * (K1 + 1)
+        asked = asked * np.log1p((total - occurs + 0.5) / (occurs + 0.5)) * (K1 + 1)
         mean = max(float(self.lengths.mean()), 1.0)
         norms, first = K1 * (1 - B + B * self.lengths / mean), 0
         for block, at, sizes in found:
@@ -144,10 +153,54 @@ class ChunkIndex:
             places = np.arange(ends[-1]) + np.repeat(block.starts[at] - (ends - sizes), sizes)
             where, counts = block.where[places], block.counts[places]
             last = first + block.chunks
-            parts = np.repeat(weights, sizes) * (counts / (counts + norms[first:last][where]))
+            parts = np.repeat(asked, sizes) * (counts / (counts + norms[first:last][where]))
             scores[first:last] = np.bincount(where, parts, minlength=block.chunks)
             first = last
         return scores
+
+
+@dataclass(frozen=True, eq=False)
+class ChunkIndex:
+    """What occurs in one row's chunks; a value: extending it gives another one that shares its memory.
+
+    Attributes:
+        words: posting lists of token ids.
+        phrases: of hashes of `PHRASE` tokens in a row.
+    """
+
+    words: Postings = Postings()
+    phrases: Postings = Postings()
+
+    def __len__(self) -> int:
+        """Number of chunks N."""
+        return len(self.words)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the index; what it shares with others is counted in full."""
+        return self.words.nbytes + self.phrases.nbytes
+
+    def extended(self, *chunks: np.ndarray) -> ChunkIndex:
+        """With more chunks behind the others; token ids, integers `[tokens]` each."""
+        pieces = [np.asarray(chunk, np.int64) for chunk in chunks]
+        return ChunkIndex(self.words.extended(pieces), self.phrases.extended([phrases_of(p) for p in pieces]))
+
+    def bm25(self, query: np.ndarray) -> np.ndarray:
+        """BM25 of every chunk over its tokens, float64 `[N]`; a token that the query repeats counts as often.
+
+        Args:
+            query: token ids, integers `[tokens]`.
+        """
+        return self.words.bm25(np.asarray(query, np.int64))
+
+
+def phrases_of(ids: np.ndarray) -> np.ndarray:
+    """Hashes of every `PHRASE` tokens in a row, int64 below 2^32, `[max(tokens - PHRASE + 1, 0)]`."""
+    ids = np.asarray(ids, np.int64).astype(np.uint64)
+    hashes = np.zeros(max(len(ids) - PHRASE + 1, 0), np.uint64)
+    for start in range(PHRASE):
+        hashes = (hashes + ids[start : start + len(hashes)] + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+    return (hashes >> np.uint64(32)).astype(np.int64)
 
 
 @runtime_checkable
@@ -201,6 +254,38 @@ class Bm25Scorer(_Parts):
         if not self.recency or not len(index):
             return {"bm25": overlap}
         return {"bm25": overlap, "recency": self.recency * overlap.max() * recency(len(index))}
+
+
+class OverlapScorer(_Parts):
+    """Words and phrases shared with the last tokens, the later the more, and recency: the default.
+
+    A question at the end thus decides before what stands ahead of it, and a phrase that few chunks hold before single
+    words; where nothing stands out, the latest chunks come. The best overlap counts 1.
+
+    Args:
+        decay: tokens back at which a token of the query counts 1/e.
+        recency: what the latest chunk gets on top; the one before gets half of that, then a third, and so on.
+
+    Raises:
+        InputError: no positive decay.
+    """
+
+    def __init__(self, decay: float = DECAY, recency: float = RECENCY):
+        if not decay > 0:
+            raise InputError(f"decay: expected more than 0 tokens, got {decay}")
+        self.decay, self.recency = decay, recency
+
+    def parts(self, index: ChunkIndex, recent_ids: np.ndarray) -> dict[str, np.ndarray]:
+        """See `Scorer`."""
+        ids = np.asarray(recent_ids, np.int64)[-QUERY:]
+        found = {}
+        for name, postings, query in (("words", index.words, ids), ("phrases", index.phrases, phrases_of(ids))):
+            found[name] = postings.bm25(query, np.exp(np.arange(1 - len(query), 1) / self.decay))
+        best = max((found["words"] + found["phrases"]).max(initial=0), 1e-9)
+        return {
+            **{name: overlap / best for name, overlap in found.items()},
+            "recency": self.recency * recency(len(index)),
+        }
 
 
 class RecencyScorer(_Parts):
@@ -307,13 +392,13 @@ class LearnedScorer(nn.Module):
 
 
 def make_scorer(scorer: Scorer | str | os.PathLike | None) -> Scorer:
-    """The scorer itself, the learned one in a folder, or BM25 of the last 128 tokens for None.
+    """The scorer itself, the learned one in a folder, or `OverlapScorer` for None.
 
     Raises:
         InputError: something that gives no scores, or a folder that holds no scorer of this version.
     """
     if scorer is None:
-        return Bm25Scorer()
+        return OverlapScorer()
     if isinstance(scorer, str | os.PathLike):
         return LearnedScorer.load(os.fspath(scorer))
     if not isinstance(scorer, Scorer):
@@ -338,7 +423,7 @@ class Recall:
     query = QUERY
 
     def __init__(self, k: int, scorer: Scorer | None = None):
-        self.k, self.scorer = k, scorer or Bm25Scorer()
+        self.k, self.scorer = k, scorer or OverlapScorer()
 
     def __call__(
         self, index: ChunkIndex | None, new: Sequence[np.ndarray], recent: np.ndarray

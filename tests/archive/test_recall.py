@@ -8,6 +8,7 @@ from hf_crouter.archive.recall import (
     Bm25Scorer,
     ChunkIndex,
     LearnedScorer,
+    OverlapScorer,
     RandomScorer,
     Recall,
     RecencyScorer,
@@ -18,7 +19,7 @@ from hf_crouter.archive.recall import (
     make_scorer,
 )
 from hf_crouter.errors import InputError
-from tests.reference import bm25
+from tests.reference import bm25, overlap
 
 
 def drawn(seed, count, vocab=40, longest=30):
@@ -47,7 +48,7 @@ class TestIndex:
         chunks, index = drawn(0, 23), ChunkIndex()
         for start, end in ((0, 1), (1, 6), (6, 7), (7, 8), (8, 9), (9, 23)):
             index = index.extended(*chunks[start:end])
-            assert max(block.chunks for block in index.blocks) <= 4
+            assert max(block.chunks for block in index.words.blocks) <= 4
             np.testing.assert_allclose(index.bm25(chunks[3]), bm25(lists(chunks[:end]), chunks[3].tolist()))
 
     def test_an_older_value_stays_as_it_was_and_its_memory_is_shared(self):
@@ -55,7 +56,8 @@ class TestIndex:
         old = ChunkIndex().extended(*chunks[:8])
         before = old.bm25(chunks[0])
         one, other = old.extended(chunks[8]), old.extended(chunks[0])
-        assert one.blocks[0] is other.blocks[0] is old.blocks[0]
+        assert one.words.blocks[0] is other.words.blocks[0] is old.words.blocks[0]
+        assert one.phrases.blocks[0] is other.phrases.blocks[0] is old.phrases.blocks[0]
         np.testing.assert_array_equal(old.bm25(chunks[0]), before)
         np.testing.assert_allclose(one.bm25(chunks[0]), bm25(lists(chunks), chunks[0].tolist()))
 
@@ -86,14 +88,50 @@ class TestChoice:
         for quoted in (0, 17, 49):
             recent = np.concatenate([rng.integers(0, 5000, 100), chunks[quoted][20:40]])
             index, chosen, scores = Recall(1)(None, chunks, recent)
-            assert chosen == (quoted,) and set(scores[0]) == {"bm25"} and len(index) == 50
+            assert chosen == (quoted,) and set(scores[0]) == {"words", "phrases", "recency"} and len(index) == 50
 
     def test_an_older_index_is_extended(self):
         chunks, recent = drawn(0, 12), drawn(1, 1)[0]
         index = Recall(3)(None, chunks[:7], recent)[0]
         whole, steps = Recall(3)(None, chunks, recent), Recall(3)(index, chunks[7:], recent)
         assert whole[1] == steps[1]
-        assert [part["bm25"] for part in whole[2]] == pytest.approx([part["bm25"] for part in steps[2]])
+        for part in ("words", "phrases", "recency"):
+            assert [parts[part] for parts in whole[2]] == pytest.approx([parts[part] for parts in steps[2]])
+
+    @pytest.mark.parametrize("decay", [2.0, 16.0])
+    @pytest.mark.parametrize("alphabet", [3, 40])
+    def test_overlap_is_its_formula(self, decay, alphabet):
+        rng = np.random.default_rng(0)
+        for _ in range(20):
+            chunks = [rng.integers(0, alphabet, rng.integers(1, 30)) for _ in range(rng.integers(1, 9))]
+            recent = rng.integers(0, alphabet, rng.integers(1, 60))
+            found = OverlapScorer(decay, 0.25).scores(ChunkIndex().extended(*chunks), recent)
+            np.testing.assert_allclose(found, overlap(lists(chunks), recent.tolist(), decay, 0.25), atol=1e-9)
+
+    def test_a_question_decides_before_what_stands_ahead_of_it(self):
+        rng = np.random.default_rng(1)
+        chunks = [rng.integers(0, 5000, 64) for _ in range(50)]
+        question = np.concatenate([chunks[20][10:14], rng.integers(0, 5000, 4)])
+        ahead = rng.integers(0, 5000, 60)
+        ahead[::3] = chunks[40][:20]  # many of its words, no phrase
+        recent = np.concatenate([ahead, question])
+        index = ChunkIndex().extended(*chunks)
+        assert choose(OverlapScorer().scores(index, recent), 1).tolist() == [20]
+        assert choose(Bm25Scorer().scores(index, recent), 1).tolist() == [40]
+
+    def test_nothing_shared_brings_the_latest(self):
+        index = ChunkIndex().extended(*[np.arange(10 * i, 10 * i + 10) for i in range(6)])
+        assert choose(OverlapScorer().scores(index, np.array([999])), 2).tolist() == [4, 5]
+        assert OverlapScorer().scores(ChunkIndex(), np.array([1])).shape == (0,)
+        with pytest.raises(InputError, match="decay: expected more than 0 tokens, got 0"):
+            OverlapScorer(0)
+
+    def test_equal_hashes_are_equal_phrases(self):
+        ids = np.random.default_rng(0).integers(0, 49152, 200_000)
+        hashes = recall.phrases_of(ids)
+        triples = np.stack([ids[i : i + len(hashes)] for i in range(recall.PHRASE)], 1)
+        assert len(np.unique(hashes)) > 0.9999 * len(np.unique(triples, axis=0))
+        assert len(recall.phrases_of(ids[:2])) == 0 and hashes.max() < 2**32
 
     def test_only_the_last_tokens_ask(self):
         index, query = ChunkIndex().extended(*drawn(0, 9)), drawn(1, 1, longest=20)[0]
@@ -158,8 +196,8 @@ class TestLearned:
             make_scorer(tmp_path)
 
     def test_any_object_with_scores_is_a_scorer(self):
-        assert isinstance(make_scorer(None), Bm25Scorer)
-        for scorer in (Bm25Scorer(), RecencyScorer(), RandomScorer(), LearnedScorer()):
+        assert isinstance(make_scorer(None), OverlapScorer)
+        for scorer in (OverlapScorer(), Bm25Scorer(), RecencyScorer(), RandomScorer(), LearnedScorer()):
             assert isinstance(scorer, Scorer) and make_scorer(scorer) is scorer
         with pytest.raises(InputError, match="scores"):
             make_scorer(object())
