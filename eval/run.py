@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from eval import demo, hgr, lm_eval_tasks, reading, reading_step, reconstruction, routing
+from eval import demo, hgr, lm_eval_tasks, reading, reading_step, recall_questions, reconstruction, routing
 from eval.benchmarks import prefill, recall_choice, suffix_index, training
 from hf_crouter.errors import InputError
 
@@ -19,6 +19,7 @@ EXPERIMENTS = {
     "lm-eval": lm_eval_tasks,
     "hgr": hgr,
     "reading": reading,
+    "recall-questions": recall_questions,
     "copy-cpu": reading_step,
     "routing": routing,
 }
