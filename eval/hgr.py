@@ -10,6 +10,7 @@ its raw window.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 from collections.abc import Sequence
@@ -47,6 +48,7 @@ from hf_crouter.host.fingerprint import host_fingerprint
 from hf_crouter.host.projector import display_name, find_projector
 from hf_crouter.loading import load_crouter, load_host
 from hf_crouter.training.gate import fit_gate, fit_weights
+from hf_crouter.training.loop import compiled_layers
 
 NOTES = (
     "Host: SmolLM2-135M-Instruct, 4-bit weights in bf16. hgr: share of what full history is worth over the window (a "
@@ -175,24 +177,20 @@ def layout_of(crouter: Any) -> Layout:
     return Layout(latents=crouter.config.num_latents)
 
 
-def compile_layers(host: Any) -> None:
-    """Compiles each layer of a decoder for any length; all layers share one graph."""
-    for module in host.modules():
-        if type(module).__name__ in (host._no_split_modules or ()):
-            module.compile(dynamic=True)
-
-
 def run_collect(args: argparse.Namespace) -> None:
     """The stage on the accelerator."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    with Searchers(args.workers) as searchers:  # forked before the accelerator is touched
+    with (
+        Searchers(args.workers) as searchers,
+        contextlib.ExitStack() as compiling,
+    ):  # forked before an accelerator starts
         host, tokenizer = load_host(args.host, device, torch.bfloat16)
         crouter, _ = load_crouter(args.crouter, device)
         projector = find_projector(crouter, host).to(device)
         for model in (host, crouter, projector):
             model.requires_grad_(False)
         if args.compile:
-            compile_layers(host)
+            compiling.enter_context(compiled_layers(host, dynamic=True))
         layout = layout_of(crouter)
         stop_ids = frozenset(tokenizer.all_special_ids)
         reader = Reader(host, crouter, projector, layout, stop_ids, searchers, args.tokens, args.seed)
@@ -226,8 +224,6 @@ def run_report(args: argparse.Namespace) -> None:
     for name in args.sets:
         try:
             sets[name] = losses_of(args.save, name, args.data)
-            if args.common:
-                sets[name] = sets[name].common()
         except InputError as error:
             print(error, flush=True)
     if not sets:
@@ -245,7 +241,7 @@ def run_report(args: argparse.Namespace) -> None:
     save_arrays(args.save / "losses.safetensors", arrays, about(args))
     print(table(found))
     config = {"layout": asdict(layout), "chunks": args.chunks, "gate_documents": args.gate_documents}
-    print(write_result(args.result, found, seed=args.seed, config=config, notes=NOTES))
+    print(write_result(args.result, found, seed=args.seed, config=config, notes=NOTES, device=args.device))
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -269,7 +265,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--block", type=int, default=32 if cuda else 2, help="documents on their way at once")
     parser.add_argument("--tokens", type=int, default=65_536 if cuda else 8192, help="forwarded at once")
     parser.add_argument("--compile", action="store_true", help="torch.compile each layer of the host")
-    parser.add_argument("--common", action="store_true", help="report: only documents that kvpress read as well")
+    parser.add_argument("--device", help="report: where the losses were collected; this machine by default")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--result", default="hgr")
 

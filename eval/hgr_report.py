@@ -28,18 +28,6 @@ class Losses:
         arrays = {key: values[rows] for key, values in self.arrays.items()}
         return Losses(arrays, [self.records[i] for i in rows])
 
-    def common(self) -> Losses:
-        """The documents that kvpress was measured on.
-
-        Raises:
-            InputError: there are none.
-        """
-        keys = [key for key in self.arrays if key.rpartition(".")[2] in KVPRESS]
-        rows = np.flatnonzero(~np.any([np.isnan(self.arrays[key]) for key in keys], axis=0)) if keys else []
-        if not len(rows):
-            raise InputError("--common: expected losses of eval.kvpress_arms beside ours, got none")
-        return self.take(np.asarray(rows))
-
 
 def losses_of(folder: Path, name: str, data: Path) -> Losses:
     """Joins what the shards wrote for a set, in the order of its documents, with what was measured beside it.
@@ -98,6 +86,7 @@ def interval(key: str, draws: np.ndarray) -> dict[str, float]:
     return {key: float(draws[0]), f"{key}.lo": float(low), f"{key}.hi": float(high)}
 
 
+BESIDE_BM25 = {"all_overlap_pooled": "all_pooled", "all_learned_pooled": "all_pooled"}  # other choices, and BM25's
 FEWEST = 8  # documents of a domain below which its own ratio says nothing
 LEAST_WORTH = 0.01  # nats/token that full history must be worth in a domain for a ratio to say something
 
@@ -160,6 +149,8 @@ def set_metrics(losses: Losses, n: int, seed: int, draws: int, layout: Layout) -
         out |= interval(f"{key}.hgr", gain_ratio(part, key, "window", n, boot, names))
         if names:
             out |= interval(f"{key}.ratio", gain_ratio(part, key, "window", n, boot, []))
+        if key in BESIDE_BM25:
+            out |= interval(f"{key}.over_bm25", gain_ratio(part, key, BESIDE_BM25[key], n, boot, names))
         base = "recent_same_slots_recall_copy" if arm.recall or arm.longer == "recall" else "recent_same_slots_copy"
         if key not in ("window", "full", "full_copy", "full_copy_pooled", base) and base in keys:
             out |= interval(f"{key}.diff", gain_ratio(part, key, base, n, boot, names))

@@ -24,7 +24,9 @@ from eval.documents import CHUNK
 from eval.results import write_result
 from eval.statistics import clustered_interval
 from hf_crouter.archive.recall import (
+    DECAY,
     QUERY,
+    RECENCY,
     Bm25Scorer,
     ChunkIndex,
     LearnedScorer,
@@ -162,6 +164,11 @@ def run(args: argparse.Namespace) -> None:
                 print(f"{at} {share[0]:.3f} [{share[1]:.3f}, {share[2]:.3f}]", flush=True)
             if groups:
                 metrics[f"{short}.{chunks}.questions"] = len(groups)
-    config = {"chunks": args.chunks, "questions": args.questions, "chosen": args.chosen, "decay": OverlapScorer().decay,
-              "recency": OverlapScorer().recency}  # fmt: skip
+    config = {
+        "chunks": args.chunks,
+        "questions": args.questions,
+        "chosen": args.chosen,
+        "decay": DECAY,
+        "recency": RECENCY,
+    }
     print(write_result(args.result, metrics, seed=args.seed, config=config, notes=NOTES))

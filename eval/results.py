@@ -83,6 +83,7 @@ def write_result(
     config: dict[str, Any],
     notes: str = "",
     folder: Path | None = None,
+    device: str | None = None,
 ) -> Path:
     """Writes a result atomically and returns its path.
 
@@ -94,13 +95,14 @@ def write_result(
         config: arguments that shaped it, without paths of one machine.
         notes: what a reader must know beside the figures.
         folder: `eval/results` by default.
+        device: where it was measured; this machine by default.
     """
     result = {
         "name": name,
         "command": plain_command(sys.argv[1:]),
         "commit": commit(),
         "date": datetime.date.today().isoformat(),
-        "device": device_name(),
+        "device": device or device_name(),
         "versions": versions(),
         "seed": seed,
         "config": config,

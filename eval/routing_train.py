@@ -7,6 +7,7 @@ import os
 import tempfile
 from argparse import Namespace
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from hf_crouter.training.experts import (
     save_adapter,
     train_expert,
 )
-from hf_crouter.training.loop import make_accelerator, run_loop
+from hf_crouter.training.loop import compiled_layers, make_accelerator, run_loop
 from hf_crouter.training.reconstruct import ReconstructionLoss, reconstruction_batch
 
 
@@ -84,14 +85,15 @@ def train_beside(args: Namespace, arguments: ExpertArguments, models: ExpertMode
     options = (longer.host_rank, longer.host_alpha, longer.host_targets)
     with tempfile.TemporaryDirectory() as temporary, lora(models.host, *options) as adapted:
         for number, tokens in enumerate(stages):
-            run_loop(
-                HostLoss(models.host),
-                lambda index, tokens=tokens: host_batch(tokens, longer, index),
-                longer.settings(HOST, Path(temporary) / str(number)),
-                accelerator,
-                positions_per_sequence=longer.window,
-                title=f"{name} {number}",
-            )
+            with compiled_layers(models.host) if longer.compile else nullcontext():
+                run_loop(
+                    HostLoss(models.host),
+                    lambda index, tokens=tokens: host_batch(tokens, longer, index),
+                    longer.settings(HOST, Path(temporary) / str(number)),
+                    accelerator,
+                    positions_per_sequence=longer.window,
+                    title=f"{name} {number}",
+                )
             place = folder / (f"{name}{number}" if name == "sequential" else name)
             part = Path(temporary) / f"adapter{number}"
             save_adapter(adapted, part)
@@ -110,14 +112,15 @@ def train_full(args: Namespace, arguments: ExpertArguments, models: ExpertModels
     models.crouter.requires_grad_(True)
     with tempfile.TemporaryDirectory() as temporary:
         settings = arguments.settings(COMPRESSOR, temporary)
-        run_loop(
-            ReconstructionLoss(models.crouter),
-            lambda index: reconstruction_batch(tokens, settings, length, index),
-            settings,
-            accelerator,
-            positions_per_sequence=length,
-            title=f"{domain}: whole copy",
-        )
+        with compiled_layers(models.crouter) if arguments.compile else nullcontext():
+            run_loop(
+                ReconstructionLoss(models.crouter),
+                lambda index: reconstruction_batch(tokens, settings, length, index),
+                settings,
+                accelerator,
+                positions_per_sequence=length,
+                title=f"{domain}: whole copy",
+            )
     part = args.save / "full" / f".{domain}"
     models.crouter.save_pretrained(part)
     os.replace(part, part.with_name(domain))

@@ -41,8 +41,10 @@ HGR_WAYS = {
     "soft_copy_pooled": "soft prompts + copying (the defaults)",
     "recent_same_slots_copy": "more raw tokens in their slots + copying" + FITTED,
     "last2_copy": "last 2 chunks raw + copying" + FITTED,
-    "recall2_copy_pooled": "recall of 2 + copying",
-    "all_pooled": "soft prompts + copying + recall of 2",
+    "recall2_copy_pooled": "recall of 2 by BM25 + copying",
+    "all_pooled": "soft prompts + copying + recall of 2 by BM25",
+    "all_learned_pooled": "the same, recall by a learned scorer",
+    "all_overlap_pooled": "the same, recall as it is by default §",
     "recent_same_slots_recall_copy": "a window longer by their slots + copying" + FITTED,
     "oracle2_copy": "best 2 chunks, by an oracle, + copying" + FITTED + "‡",
     "full": "full history",
@@ -52,9 +54,16 @@ HGR_DIFFERENCES = {
     "soft_minus_shuffled": ("soft prompts", "soft prompts of another file"),
     "soft_copy_pooled.diff": ("soft prompts + copying", "more raw tokens in their slots + copying" + FITTED),
     "soft_copy.diff": ("soft prompts + copying" + FITTED, "more raw tokens in their slots + copying" + FITTED),
-    "recall2_copy_pooled.diff": ("recall of 2 + copying", "a longer window (1,604 slots) + copying" + FITTED),
-    "all_pooled.diff": ("soft prompts + copying + recall of 2", "a longer window (1,604 slots) + copying" + FITTED),
-    "all.diff": ("soft prompts + copying + recall of 2" + FITTED, "a longer window (1,604 slots) + copying" + FITTED),
+    "recall2_copy_pooled.diff": ("recall of 2 by BM25 + copying", "a longer window (1,604 slots) + copying" + FITTED),
+    "all_pooled.diff": ("all three ways, recall by BM25", "a longer window (1,604 slots) + copying" + FITTED),
+    "all.diff": ("all three ways, recall by BM25" + FITTED, "a longer window (1,604 slots) + copying" + FITTED),
+    "all_learned_pooled.diff": ("all three ways, learned recall", "a longer window (1,604 slots) + copying" + FITTED),
+    "all_overlap_pooled.diff": (
+        "all three ways, default recall §",
+        "a longer window (1,604 slots) + copying" + FITTED,
+    ),
+    "all_learned_pooled.over_bm25": ("all three ways, learned recall", "all three ways, recall by BM25"),
+    "all_overlap_pooled.over_bm25": ("all three ways, default recall §", "all three ways, recall by BM25 §"),
 }
 KVPRESS_WAYS = {  # at the slots of the soft prompts, then at those of recall as well
     "streaming": "StreamingLLM",
@@ -70,7 +79,7 @@ KVPRESS_WAYS = {  # at the slots of the soft prompts, then at those of recall as
     "expected_attention_recall": "ExpectedAttention",
     "knorm_recall": "Knorm",
     "recent_same_slots_recall": "as many raw tokens, read anew",
-    "all_pooled": "ours: soft prompts + copying + recall of 2",
+    "all_pooled": "ours: soft prompts + copying + recall of 2 by BM25",
 }
 PROSE = {
     "csv_tables": "CSV tables",
@@ -111,6 +120,16 @@ RULER_TASKS = {
 }
 RULER_ARMS = {"full": "full", "window": "window", "ours": "ours", "ours_recall": "ours + recall of 2"}
 RULER_LENGTHS = {"4096": "4k", "8192": "8k"}
+QUESTION_SETS = {"nq": "Natural Questions", "xquad": "XQuAD"}
+QUESTION_CELLS = (("nq", 8), ("nq", 64), ("nq", 256), ("xquad", 8), ("xquad", 64))
+QUESTION_SCORERS = {
+    "overlap": "words and phrases, later ones first, and recency (the default)",
+    "bm25": "BM25 of the last 128 tokens",
+    "bm25_32": "BM25 of the last 32 tokens",
+    "learned": "a network fitted on what recall gains in likelihood",
+    "last": "the last two",
+    "random": "chance",
+}
 SHAPES = {"wide": "6 + 6 layers, 512 wide", "mini": "the shipped one: 2 + 3 layers twice, 448 wide"}
 _BLOCK = re.compile(r"(?P<start><!-- table: (?P<name>\S+) -->\n)(?P<body>.*?)(?P<end><!-- end -->)", re.DOTALL)
 
@@ -142,8 +161,10 @@ def hgr_table(metrics: dict[str, float]) -> list[str]:
         worth = [_per_set(metrics, f"loss.{arm}", lambda value: _number(value, 3)) for arm in ("window", "full")]
         oracle = {metrics.get(f"{name}.n8.oracle2.documents") for name in HGR_SETS}
         few = ", ".join(sorted(_number(value) for value in oracle))
-        lines += ["", f"HGR in %, with 95% intervals. † A gate fitted for this way; all others use the shipped gate. "
+        lines += ["", f"HGR in %, with 95% intervals. † A gate fitted for this way; others use the shipped gate. "
                       f"‡ The pair with the least loss on the very tokens that are scored, on {few} documents a set. "
+                      f"§ Words and phrases shared with the last tokens; read on a CPU, on documents of each set in "
+                      f"seeded order: {_per_set(metrics, 'all_overlap_pooled.documents', _number)}. "
                       f"Documents: {_per_set(metrics, 'documents', _number)}. Tokens rebuilt, which copying from "
                       f"latents draws on: {_per_set(metrics, 'tra', lambda value: _percent(value, 1))}. Loss in "
                       f"nats/token: raw window {worth[0]}; full history {worth[1]}."]  # fmt: skip
@@ -153,14 +174,12 @@ def hgr_table(metrics: dict[str, float]) -> list[str]:
 def kvpress_table(metrics: dict[str, float]) -> list[str]:
     """Methods of kvpress beside ours, on the same documents and slots."""
     rows = [
-        [label, _number(metrics.get(f"young.n8.{arm}.slots")), _share(metrics, f"young.n8.{arm}.hgr")]
+        [label, _number(metrics.get(f"young.n8.{arm}.slots")),
+         *(_share(metrics, f"{name}.n8.{arm}.hgr") for name in HGR_SETS)]
         for arm, label in KVPRESS_WAYS.items()
-    ]
-    lines = _table(["way", "KV slots", "young"], rows if metrics else [])
-    if metrics:
-        documents = _number(metrics["young.n8.documents"])
-        lines += ["", f"HGR in %, with 95% intervals, on {documents} documents of *young*."]
-    return lines
+    ]  # fmt: skip
+    lines = _table(["way", "KV slots", *HGR_SETS], rows if metrics else [])
+    return [*lines, "", "HGR in %, with 95% intervals, on the same documents."] if metrics else lines
 
 
 def routing_text_table(metrics: dict[str, float]) -> list[str]:
@@ -316,6 +335,20 @@ def choice_table(metrics: dict[str, float]) -> list[str]:
     return _table(head, rows if metrics else [])
 
 
+def questions_table(metrics: dict[str, float]) -> list[str]:
+    """How often recall finds the chunk that answers a question."""
+    rows = [
+        [label, *(_share(metrics, f"{name}.{chunks}.{scorer}.k2.found") for name, chunks in QUESTION_CELLS)]
+        for scorer, label in QUESTION_SCORERS.items()
+    ]
+    head = ["chosen by", *(f"{QUESTION_SETS[name]}, {chunks} chunks" for name, chunks in QUESTION_CELLS)]
+    lines = _table(head, rows if metrics else [])
+    if metrics:
+        counts = ", ".join(_number(metrics.get(f"{name}.{chunks}.questions")) for name, chunks in QUESTION_CELLS)
+        lines += ["", f"Answer's chunk among the two recalled, in %, with 95% intervals. Questions: {counts}."]
+    return lines
+
+
 def compress_table(metrics: dict[str, float]) -> list[str]:
     """Seconds to compress beside the host's own prefill, and where the one becomes cheaper than the other."""
     lengths = {match[1] for key in metrics if (match := re.match(r"(\d+k?)\.encode\.seconds$", key))}
@@ -362,13 +395,15 @@ def demo_table(metrics: dict[str, float]) -> list[str]:
 
 def ruler_table(metrics: dict[str, float]) -> list[str]:
     """RULER's accuracy by task, and the KV slots behind it."""
-    columns = [f"{length}.{arm}" for length in RULER_LENGTHS for arm in RULER_ARMS]
+    there = {key.rpartition(".")[2] for key in metrics}
+    arms = {arm: label for arm, label in RULER_ARMS.items() if arm in there or not metrics}
+    columns = [f"{length}.{arm}" for length in RULER_LENGTHS for arm in arms]
     rows = [
         [f"`{task}`: {label}", *(_with_error(metrics, f"{task}.{column}") for column in columns)]
         for task, label in RULER_TASKS.items()
     ]
     rows.append(["KV slots", *(_number(metrics.get(f"slots.{column}")) for column in columns)])
-    head = ["task", *(f"{size}: {label}" for size in RULER_LENGTHS.values() for label in RULER_ARMS.values())]
+    head = ["task", *(f"{size}: {label}" for size in RULER_LENGTHS.values() for label in arms.values())]
     lines = _table(head, rows if metrics else [])
     return [*lines, "", "Accuracy in % ± its standard error over documents."] if metrics else lines
 
@@ -393,7 +428,7 @@ TABLES = {
     "demo": Shown("demo", HOST, demo_table),
     "hgr": Shown("hgr", HOST, hgr_table),
     "hgr-differences": Shown("hgr", HOST, difference_table),
-    "kvpress": Shown("kvpress", HOST, kvpress_table, "hgr"),
+    "kvpress": Shown("hgr", HOST, kvpress_table),
     "hgr-prose": Shown("hgr", HOST, prose_table),
     "nextline": Shown("reading", HOST, nextline_table),
     "identifiers": Shown("reading", HOST, identifiers_table),
@@ -404,6 +439,7 @@ TABLES = {
     "suffix-index": Shown("suffix-index", "none, the index alone", index_table),
     "copy-cpu": Shown("copy-cpu", HOST, step_table),
     "routing-text": Shown("routing-text", "none, text alone", routing_text_table, "routing"),
+    "recall-questions": Shown("recall-questions", "none, the choice alone", questions_table),
     "recall-choice": Shown("recall-choice", "none, the choice alone", choice_table),
     "lm-eval": Shown("lm-eval", HOST, ruler_table),
     "training-gpu": Shown("training-gpu", "none, the crouter alone", training_table),

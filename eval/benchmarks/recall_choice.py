@@ -15,14 +15,14 @@ from tokenizers import Tokenizer
 
 from eval.benchmarks.suffix_index import HELD_OUT
 from eval.results import write_result
-from hf_crouter.archive.recall import QUERY, Bm25Scorer, ChunkIndex, LearnedScorer, Recall
+from hf_crouter.archive.recall import QUERY, Bm25Scorer, ChunkIndex, LearnedScorer, OverlapScorer, Recall
 from hf_crouter.loading import shipped_crouter
 
 NOTES = (
     "Source of the standard library in the shipped crouter's tokens, in chunks; where it is too short it is repeated "
     "with other chunk borders. The walk goes through a file that is left out. choose: milliseconds of one choice of 2 "
-    "chunks by BM25 over the last 128 tokens, all included (choose512: over the last 512; learned: by a network over "
-    "all features); each choice is the fastest of its turns, as the machine was shared. append: microseconds of one "
+    "chunks as by default, all included (bm25: by BM25 over the last 128 tokens; learned: by a network over "
+    "features); each choice is the fastest of its turns, as the machine was shared. append: microseconds of one "
     "chunk added to the index, merges of blocks included, mean over the last 2,048. build: all chunks at once."
 )
 
@@ -88,7 +88,7 @@ def run(args: argparse.Namespace) -> None:
     text = library_tokens(tokenizer)
     walk = (Path(sysconfig.get_path("stdlib")) / HELD_OUT).read_text(encoding="utf-8")
     walk = np.array(tokenizer.encode(walk).ids, np.int64)
-    scorers = {"choose": Bm25Scorer(128), "choose512": Bm25Scorer(512), "learned": LearnedScorer()}
+    scorers = {"choose": OverlapScorer(), "bm25": Bm25Scorer(), "learned": LearnedScorer()}
     metrics: dict[str, float] = {"text.tokens": len(text)}
     timed_choices(Recall(2), ChunkIndex().extended(*cut(text, 64, args.length)), walk, 20, 1)  # warms up
     for count in args.chunks:

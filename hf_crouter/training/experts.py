@@ -50,7 +50,7 @@ from ..routing.experts import (
 from ..routing.router import Router, rebuilding_nats
 from .evaluate import reconstruction_score
 from .flops import matrix_flops_per_token, measured_matrix_rate
-from .loop import Batch, LoopArguments, device_name, make_accelerator, progress_bar, run_loop
+from .loop import Batch, LoopArguments, compiled_layers, device_name, make_accelerator, progress_bar, run_loop
 from .reconstruct import ReconstructArguments, ReconstructionLoss, reconstruction_batch
 
 SECONDS = 300.0  # of each part, where no box is given
@@ -99,7 +99,7 @@ class ExpertArguments:
     log_every: int = field(default=20, metadata={"help": "steps between lines of progress"})
     seed: int = field(default=0, metadata={"help": "of weights, batches and held-out documents"})
     bf16: bool = field(default=False, metadata={"help": "bfloat16 autocast"})
-    compile: bool = field(default=False, metadata={"help": "torch.compile"})
+    compile: bool = field(default=False, metadata={"help": "torch.compile each layer"})
 
     def check(self) -> None:
         """Refuses what would only be noticed later.
@@ -127,7 +127,13 @@ class ExpertArguments:
     def settings(self, part: str, output: str | Path) -> ReconstructArguments:
         """What the loop needs to train `compressor` or `host`, with its checkpoints in `output`."""
         steps, seconds = getattr(self, f"{part}_steps"), getattr(self, f"{part}_seconds")
-        shared = ("warmup_steps", "log_every", "seed", "bf16", "compile", "ragged_share")
+        shared = (
+            "warmup_steps",
+            "log_every",
+            "seed",
+            "bf16",
+            "ragged_share",
+        )  # layers are compiled here, not the whole
         return ReconstructArguments(
             output=str(output),
             steps=steps,
@@ -430,9 +436,10 @@ def _fit(
     name, part = folder.parent.name, folder.name
     rank, alpha, targets = (getattr(arguments, f"{part}_{key}") for key in ("rank", "alpha", "targets"))
     with lora(model, rank, alpha, targets) as adapted:
-        result = run_loop(
-            loss, batch, settings, accelerator, positions_per_sequence=positions, title=f"{name}: {part}"
-        )
+        with compiled_layers(model) if arguments.compile else contextlib.nullcontext():
+            result = run_loop(
+                loss, batch, settings, accelerator, positions_per_sequence=positions, title=f"{name}: {part}"
+            )
         parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
         if accelerator.is_main_process:
             save_adapter(adapted, folder)

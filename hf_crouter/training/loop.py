@@ -21,6 +21,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import TorchDynamoPlugin, broadcast, set_seed
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers import PreTrainedModel
 
 from ..errors import InputError
 from ..storage import clear_write_errors, replaced_file
@@ -231,6 +232,26 @@ def run_loop(
         save()
     accelerator.wait_for_everyone()
     return result
+
+
+@contextlib.contextmanager
+def compiled_layers(model: PreTrainedModel, dynamic: bool | None = None) -> Iterator[None]:
+    """A model whose layers are compiled, each by itself: equal ones share a graph, which is a fraction of the model's.
+
+    Args:
+        model: of transformers; what it calls its `_no_split_modules` are its layers.
+        dynamic: whether one graph serves all lengths; None: a second length makes it so.
+    """
+    names = model._no_split_modules or ()
+    layers = [module for module in model.modules() if type(module).__name__ in names]
+    try:
+        for layer in layers:
+            layer.compile(dynamic=dynamic)
+        yield
+    finally:
+        for layer in layers:
+            layer._compiled_call_impl = None
+        torch._dynamo.reset()  # graphs of layers that change in between would pile up to the limit
 
 
 def _resumed(progress: dict[str, Any], run: dict[str, int], checkpoint: Path) -> LoopResult:

@@ -18,7 +18,6 @@ from eval.hgr_report import Bootstrap, Losses
 from eval.statistics import clustered_interval
 from hf_crouter.archive.copying import Gate, mix, view_host
 from hf_crouter.archive.store import ORDERS
-from hf_crouter.errors import InputError
 
 from ..tiny import CHUNK, LATENTS, VOCAB, tiny_crouter, tiny_host, tiny_projector
 
@@ -269,22 +268,26 @@ def test_rows_without_candidates_name_no_entry_of_others():
 def test_kvpress_losses_stand_beside_ours(tmp_path, measured, monkeypatch):
     write_set(tmp_path, "young", monkeypatch)
     arrays = measured[2]
-    save = {**{k: v for k, v in arrays.items() if k.count(".") == 1}, "documents": np.array([3, 1, 0, 2, 4])}
+    kept = {k: v for k, v in arrays.items() if k.count(".") == 1 and "overlap" not in k}
     (tmp_path / "losses").mkdir()
-    save_file(save, tmp_path / "losses" / "young.0of1.safetensors")
+    save_file({**kept, "documents": np.array([3, 1, 0, 2, 4])}, tmp_path / "losses" / "young.0of1.safetensors")
     theirs = {"documents": np.array([4, 0]), "n4.snapkv": np.array([2.0, 1.0], np.float32)}
     save_file(theirs, tmp_path / "losses" / "young.kvpress.0of1.safetensors")
     losses = report.losses_of(tmp_path, "young", tmp_path)
     assert losses.arrays["n4.snapkv"][[0, 4]].tolist() == [1, 2] and np.isnan(losses.arrays["n4.snapkv"][1:4]).all()
     assert losses.arrays["n4.window"].tolist() == arrays["n4.window"][[2, 1, 3, 0, 4]].tolist()
+    more = {"documents": np.array([2, 1]), "n4.all_overlap_pooled": np.array([0.5, 0.25], np.float32),
+            "n4.soft_overlap2.chunks": np.array([[0, 1], [1, 2]], np.int16)}  # fmt: skip
+    save_file(more, tmp_path / "losses" / "young.soft_overlap2.0of1.safetensors")
+    losses = report.losses_of(tmp_path, "young", tmp_path)
+    assert losses.arrays["n4.all_overlap_pooled"][[1, 2]].tolist() == [0.25, 0.5]
+    assert losses.arrays["n4.soft_overlap2.chunks"].tolist() == [[-1, -1], [1, 2], [0, 1], [-1, -1], [-1, -1]]
     found = report.metrics({"young": losses}, COUNTS, 0, draws=20, slots=LAYOUT)
-    assert found["young.n4.snapkv.documents"] == 2
-    common = losses.common()
-    assert (
-        len(common.records) == 2 and common.arrays["n4.window"].tolist() == losses.arrays["n4.window"][[0, 4]].tolist()
-    )
-    with pytest.raises(InputError, match="kvpress"):
-        Losses(arrays, make_records()).common()
+    assert found["young.n4.snapkv.documents"] == 2 == found["young.n4.all_overlap_pooled.documents"]
+    both = losses.take(np.array([1, 2])).arrays
+    gain = both["n4.all_pooled"] - both["n4.all_overlap_pooled"]
+    worth = both["n4.window"] - both["n4.full"]
+    assert found["young.n4.all_overlap_pooled.over_bm25"] == pytest.approx(gain.sum() / worth.sum(), rel=1e-5)
     assert found["young.n4.snapkv.slots"] == found["young.n4.recent_same_slots.slots"]
 
 

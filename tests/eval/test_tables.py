@@ -82,18 +82,25 @@ def test_lm_eval(tmp_path):
     write(tmp_path, "lm-eval", {**metrics, "slots.4096.full": 4012.0})
     text = render("lm-eval", tmp_path)
     rows = {row[0]: row[1:] for row in rows_of(text)}
-    assert rows["`ruler_vt`: variables traced"] == ["12 ± 3", *["–"] * 6, "100"]
-    assert rows["KV slots"] == ["4,012", *["–"] * 7] and len(rows) == len(tables.RULER_TASKS) + 1
+    assert rows["`ruler_vt`: variables traced"] == ["12 ± 3", "–", "–", "100"]  # of two arms and two lengths
+    assert rows["KV slots"] == ["4,012", "–", "–", "–"] and len(rows) == len(tables.RULER_TASKS) + 1
 
 
 def test_kvpress_and_routing_text(tmp_path):
     metrics = interval("young.n8.snapkv.hgr", -0.276, -0.449, -0.138)
-    write(tmp_path, "kvpress", {**metrics, "young.n8.snapkv.slots": 580.0, "young.n8.documents": 31.0})
+    write(tmp_path, "hgr", {**metrics, "young.n8.snapkv.slots": 580.0, "prose.n8.snapkv.hgr": -0.4})
     rows = {row[0]: row[1:] for row in rows_of(render("kvpress", tmp_path))}
-    assert rows["SnapKV that keeps the raw window"] == ["–", "–"] and "31 documents" in render("kvpress", tmp_path)
-    assert ["SnapKV", "580", "−27.6 [−44.9, −13.8]"] in rows_of(render("kvpress", tmp_path))
+    assert rows["SnapKV that keeps the raw window"] == ["–"] * 5
+    assert ["SnapKV", "580", "−27.6 [−44.9, −13.8]", "–", "–", "−40.0"] in rows_of(render("kvpress", tmp_path))
     write(tmp_path, "routing-text", {"baseline.ngram.accuracy": 0.97})
     assert rows_of(render("routing-text", tmp_path))[0] == ["character n-grams", "97.0", "–", "–", "–"]
+
+
+def test_recall_questions(tmp_path):
+    metrics = interval("nq.64.overlap.k2.found", 0.453, 0.414, 0.494)
+    write(tmp_path, "recall-questions", {**metrics, "nq.64.questions": 600.0})
+    text = render("recall-questions", tmp_path)
+    assert rows_of(text)[0][1:] == ["–", "45.3 [41.4, 49.4]", "–", "–", "–"] and "Questions: –, 600, –" in text
 
 
 def test_hgr_differences(tmp_path):

@@ -211,6 +211,15 @@ def test_the_same_seed_trains_the_same_expert(tmp_path):
     assert json.loads((tmp_path / "c/code/expert.json").read_text())["sha256"] != sums[0]
 
 
+def test_compiled_layers_train_the_same_expert(tmp_path, quickly_compiled):
+    found = []
+    for name in ("plain", "compiled"):
+        arguments = world().arguments(experts=str(tmp_path / name), compressor_steps=3, host_steps=3)
+        record = train_expert("code", replace(arguments, compile=name == "compiled"), world().models())
+        found.append([record["compressor"]["final"]["loss"], record["host"]["final"]["loss"]])
+    assert found[1] == pytest.approx(found[0], rel=1e-3)
+
+
 def test_bfloat16_trains_on_a_host_in_bfloat16(tmp_path):
     arguments = world().arguments(experts=str(tmp_path / "e"), compressor_steps=4, host_steps=20, bf16=True)
     models = load_models(arguments)

@@ -15,7 +15,9 @@ from torch import nn
 from hf_crouter.errors import InputError
 from hf_crouter.training import loop
 from hf_crouter.training.checkpointing import latest_checkpoint
-from hf_crouter.training.loop import Batch, LoopArguments, LoopResult, make_accelerator, run_loop
+from hf_crouter.training.loop import Batch, LoopArguments, LoopResult, compiled_layers, make_accelerator, run_loop
+
+from ..tiny import prompt, tiny_host
 
 WIDTH, ROWS = 6, 4
 
@@ -303,3 +305,28 @@ def test_two_processes_train_one_model(tmp_path):
     assert first["seconds again"]["steps"] == first["seconds"]["steps"]
     assert "gloo" in first["steps"]["backend"]
     assert first["nan"]["error"] == second["nan"]["error"] and "expected a finite loss" in first["nan"]["error"]
+
+
+def test_compiled_layers_compute_and_learn_the_same_and_are_plain_again(quickly_compiled):
+    host, ids = tiny_host(), prompt(40)[0]
+    host.model.layers.extend(tiny_host(seed=1).model.layers)
+    host.config.num_hidden_layers = len(host.model.layers)
+    layers = [module for module in host.modules() if type(module).__name__ in host._no_split_modules]
+
+    def gradients():
+        host.zero_grad()
+        out = host(input_ids=ids, labels=ids, use_cache=False)
+        out.loss.backward()
+        return out.logits.detach(), [p.grad.clone() for p in host.parameters()]
+
+    plain = gradients()
+    with pytest.raises(RuntimeError, match="inside"), compiled_layers(host):
+        assert len(layers) == 4 and all(layer._compiled_call_impl is not None for layer in layers)
+        torch._dynamo.utils.counters.clear()
+        logits, grads = gradients()
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] < len(layers)  # equal layers share one
+        torch.testing.assert_close(logits, plain[0], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(grads, plain[1], atol=1e-5, rtol=1e-4)
+        raise RuntimeError("inside")
+    assert all(layer._compiled_call_impl is None for layer in layers)
+    assert torch.equal(gradients()[0], plain[0])

@@ -1,0 +1,69 @@
+import argparse
+import gzip
+import json
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer
+
+from eval import recall_questions
+from eval.recall_questions import ASKED, CHUNK, passages, prompts
+from hf_crouter.data.tokens import plain_tokenizer
+from hf_crouter.errors import InputError
+from hf_crouter.loading import shipped_crouter
+
+WORDS = [f"{a}{b}" for a in ("am", "ba", "ca", "do") for b in ("ber", "sket", "ndle")]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return plain_tokenizer(Tokenizer.from_file(str(shipped_crouter() / "tokenizer.json")))
+
+
+@pytest.fixture(scope="module")
+def texts():
+    """Forty passages of 150 words, each with one question."""
+    rng = np.random.default_rng(0)
+    made = []
+    for number in range(40):
+        words = rng.choice(WORDS, 150).tolist()
+        words[100] = f"vault{number} holds answer{number}"
+        made.append((" ".join(words), [(f"what holds vault{number}", f"answer{number}")]))
+    return made
+
+
+def test_the_answer_stands_in_the_chunk_that_is_named(texts, tokenizer):
+    found = list(prompts(texts, tokenizer, 4, 0, 1, seed=0))
+    assert len(found) > 20
+    for past, recent, where, number in found:
+        assert past.shape == (4, CHUNK) and len(recent) <= recall_questions.QUERY
+        ahead, _, question = tokenizer.decode(recent.tolist()).rpartition("\n\nQuestion:")
+        assert question == ASKED.format(question=f"what holds vault{number}").partition(":")[2]
+        around = tokenizer.decode(past.ravel()[max(0, where * CHUNK - 8) : (where + 1) * CHUNK + 8].tolist())
+        assert f"answer{number}" in around and f"answer{number} " not in ahead
+    assert {number % 2 for *_, number in prompts(texts, tokenizer, 4, 1, 2, seed=0)} == {1}
+
+
+def test_passages_and_result(tmp_path, monkeypatch, texts):
+    with pytest.raises(InputError, match="no such file"):
+        passages(tmp_path, "xquad")
+    rows = {
+        "eval_nq_oracle/nq_open_oracle.jsonl.gz": [
+            {"question": q, "answers": ["nowhere", a], "ctxs": [{"text": text}]} for text, [(q, a)] in texts
+        ] + [{"question": "x", "answers": ["absent"], "ctxs": [{"text": "y"}]}],
+        "eval_xquad/xquad.jsonl.gz": [
+            {"lang": "en", "context": text, "qas": [{"question": f"{q}?", "answers": [a]}]} for text, [(q, a)] in texts
+        ] + [{"lang": "de", "context": "z", "qas": []}],
+    }  # fmt: skip
+    for name, lines in rows.items():
+        (tmp_path / name).parent.mkdir()
+        with gzip.open(tmp_path / name, "wt", encoding="utf-8") as file:
+            file.writelines(json.dumps(line) + "\n" for line in lines)
+    assert passages(tmp_path, "nq_oracle") == passages(tmp_path, "xquad") == texts
+    monkeypatch.setenv("CROUTER_RESULTS", str(tmp_path))
+    parser = argparse.ArgumentParser()
+    recall_questions.configure(parser)
+    recall_questions.run(parser.parse_args(["--data", str(tmp_path), "--chunks", "4"]))
+    metrics = json.loads((tmp_path / "recall-questions.json").read_text())["metrics"]
+    assert metrics["nq.4.overlap.k2.found"] > 0.9 > metrics["nq.4.random.k2.found"]
+    assert metrics["nq.4.overlap.k1.found.lo"] <= metrics["nq.4.overlap.k1.found"] <= metrics["nq.4.overlap.k2.found"]
