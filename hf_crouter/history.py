@@ -256,11 +256,17 @@ class CompressedHistory(HistoryProcessor):
         """Forgets the call before: what is not finished has no report."""
         self._trace = None
 
-    def finished(self, cache: CompressedCache, sequences: torch.Tensor, state: Copier | None) -> None:
-        """Keeps what the report needs of the call that just ended."""
+    def finished(
+        self,
+        cache: CompressedCache,
+        sequences: torch.Tensor,
+        state: Copier | None,
+        steps: tuple[int, int] = (0, 0),
+    ) -> None:
+        """Keeps what the report needs of the call that just ended; `steps`: of the host, and tokens that they gave."""
         pasts = state.pasts(cache) if state is not None else []
         copied = state.taken(cache, pasts, sequences) if state is not None else []
-        self._trace = Trace(cache, self.reader.projector is not None, copied, pasts)
+        self._trace = Trace(cache, self.reader.projector is not None, copied, pasts, steps)
 
     def report(self, residuals: bool = True) -> HistoryReport:
         """About the latest `generate` or `score`: chunks with residuals, slots, bytes.

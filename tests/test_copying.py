@@ -219,8 +219,13 @@ class TestModes:
         history = make(host, crouter, copy_generated=generated, window=24)
         ids, _ = repetitive(90)
         plain = run(host, ids, logits_processor=[history])
+        single = history.report(residuals=False)
+        assert single.steps == single.generated == plain.sequences.shape[1] - ids.shape[1]
         drafted = run(host, ids, logits_processor=[history], prompt_lookup_num_tokens=4)
         assert torch.equal(plain.sequences, drafted.sequences)
+        report = history.report(residuals=False)
+        assert 1 <= report.steps < report.generated == single.generated
+        assert f"{report.generated} tokens in {report.steps} steps of the host, " in str(report)
 
     def test_an_assistant_that_is_handed_the_processor_ignores_it(self, host, crouter):
         history = make(host, crouter, window=24)

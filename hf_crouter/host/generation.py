@@ -44,8 +44,15 @@ class HistoryProcessor(LogitsProcessor):
     def started(self) -> None:
         """Called when a `generate` call begins."""
 
-    def finished(self, cache: CompressedCache, sequences: torch.Tensor, state: Any) -> None:
-        """Called when a `generate` call has ended well, with its cache, the ids `[rows, T]` it gave and its state."""
+    def finished(self, cache: CompressedCache, sequences: torch.Tensor, state: Any, steps: tuple[int, int]) -> None:
+        """Called when a `generate` call has ended well.
+
+        Args:
+            cache: of the call.
+            sequences: the ids that it gave, `[rows, T]`.
+            state: of the call.
+            steps: how many of the host there were, and how many tokens a row they gave.
+        """
 
 
 @dataclass
@@ -56,7 +63,8 @@ class Call:
         processor: the history that it was called with.
         prompt: columns of its `input_ids` at the start; all that comes later in the first step is drafted.
         cache: the compressed cache, once there is one.
-        started: the first step was prepared.
+        steps: of the host, prepared so far.
+        read: columns that the first of them read, drafts left out.
         state: what the processor keeps for this call.
         rows: prompts in the batch; beams and several sequences make more rows of them.
     """
@@ -64,7 +72,8 @@ class Call:
     processor: HistoryProcessor
     prompt: int | None
     cache: CompressedCache | None = None
-    started: bool = False
+    steps: int = 0
+    read: int = 0
     state: Any = None
     rows: int = 1
 
@@ -114,12 +123,13 @@ class CompressedGenerationMixin:
                 call.processor.reader.serve(None)
         if call is not None:
             sequences = result if isinstance(result, torch.Tensor) else result.sequences
-            if not call.started and sequences.shape[1] > call.processor.reader.fewest:
+            if not call.steps and sequences.shape[1] > call.processor.reader.fewest:
                 raise InputError(
                     "compression was skipped: this way to generate does not prepare its inputs by the host"
                 )
             if call.cache is not None:
-                call.processor.finished(call.cache, sequences, call.state)
+                steps = (call.steps, sequences.shape[1] - call.read)
+                call.processor.finished(call.cache, sequences, call.state, steps)
         return result
 
     def prepare_inputs_for_generation(
@@ -154,11 +164,12 @@ class CompressedGenerationMixin:
             return host_inputs()
         if inputs_embeds is not None or past_key_values is None or kwargs.get("use_cache") is False:
             raise InputError("a compressed past: expected input_ids and use_cache=True, got inputs_embeds or no cache")
-        reader, first, cache = call.processor.reader, not call.started, past_key_values
+        reader, first, cache = call.processor.reader, not call.steps, past_key_values
         width = input_ids.shape[1]
         verified = min(width, call.prompt or width)
-        call.started = True
+        call.steps += 1
         if first:
+            call.read = verified
             pads = row_pads(attention_mask, input_ids)
             cache = open_cache(self, reader, past_key_values, input_ids, pads, verified)
         if not isinstance(cache, CompressedCache):

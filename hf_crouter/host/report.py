@@ -131,6 +131,8 @@ class HistoryReport:
         index_bytes: bytes of the indexes over them, which are made again when needed.
         recalls: every chunk of every choice of recall, row after row; the last of a row are those that stand there.
         routes: every decision on a raw window, row after row; empty without experts.
+        steps: of the host in `generate`, the reading of the prompt included; 0 after `score`.
+        generated: tokens a row that these steps gave; more than one a step where drafts were accepted.
     """
 
     chunks: tuple[ChunkRecord, ...]
@@ -146,6 +148,8 @@ class HistoryReport:
     index_bytes: int = 0
     recalls: tuple[RecallRecord, ...] = ()
     routes: tuple[RouteRecord, ...] = ()
+    steps: int = 0
+    generated: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """Plain lists and numbers, for JSON."""
@@ -191,6 +195,9 @@ class HistoryReport:
             )
         elif self.chunks and not self.soft and not self.recalls:
             lines.append("The chunks are dropped: neither soft prompts nor copying reads them.")
+        if self.steps:
+            rate = self.generated / self.steps
+            lines.append(f"Decoding: {self.generated} tokens in {self.steps} steps of the host, {rate:.2f} a step")
         lines.append(
             f"KV: {self.kv_bytes:,} bytes at the peak of {self.peak_slots} slots; "
             f"{self.kv_bytes_full:,} for the full history"
@@ -206,10 +213,12 @@ class Trace:
         soft: whether chunks were read as soft prompts.
         copied: the tokens that copying brought: `row` and `chunk`.
         pasts: of each row, with its `archive`.
+        steps: of the host, and tokens that they gave.
     """
 
-    def __init__(self, cache: CompressedCache, soft: bool, copied: Sequence[Any] = (), pasts: Sequence[Any] = ()):
-        self.soft = soft
+    def __init__(self, cache: CompressedCache, soft: bool, copied: Sequence[Any] = (), pasts: Sequence[Any] = (),
+                 steps: tuple[int, int] = (0, 0)):  # fmt: skip
+        self.soft, self.steps = soft, steps
         self.copied = Counter((place.row, place.chunk) for place in copied)
         archives = list({id(past.archive): past.archive for past in pasts}.values())  # beams share theirs
         self.archive = tuple(map(sum, ([len(a) for a in archives], [a.nbytes for a in archives],
@@ -248,7 +257,7 @@ class Trace:
             )
         return HistoryReport(
             tuple(records), tuple(self.rows), self.slots, self.peak, self.kv_bytes, self.kv_bytes_full, self.soft,
-            self.copied.total(), *self.archive, recalls=tuple(self.recalls), routes=tuple(self.routes),
+            self.copied.total(), *self.archive, tuple(self.recalls), tuple(self.routes), *self.steps,
         )  # fmt: skip
 
 
