@@ -19,7 +19,17 @@ from eval.reading_arms import ARMS, Bench
 from eval.results import FOLDER, commit, write_result
 from hf_crouter.loading import load_crouter, load_host
 
-PARTS = ("passkey", "kv", "passkey_paraphrased", "kv_paraphrased", "nextline", "identifiers", "residual", "manners")
+PARTS = (
+    "passkey",
+    "kv",
+    "passkey_paraphrased",
+    "kv_paraphrased",
+    "nextline",
+    "identifiers",
+    "residual",
+    "manners",
+    "drafts",
+)
 RETRIEVAL = ("full", "window", "soft", "copy", "all", "copy_rebuilt")
 NOTES = (
     "Host: SmolLM2-135M-Instruct, 4-bit weights in bf16; greedy. passkey, kv: prompts 64 tokens shorter than their "
@@ -27,7 +37,8 @@ NOTES = (
     "statement end alike before the value (the host fails on paraphrases even with 2k tokens all raw: _paraphrased); "
     "that form suits copying. full ends at the host's positions. identifiers: names that last stood in "
     "compressed chunks. nextline: next line that is not empty and has a letter. residual: AUROC of a chunk's residual "
-    "for target tokens that copying brings from it by the true ids and no longer by what is rebuilt. Intervals: "
+    "for target tokens that copying brings from it by the true ids and no longer by what is rebuilt. drafts: tokens a "
+    "step with prompt_lookup_num_tokens; same: share of prompts whose tokens are those without drafts. Intervals: "
     "bootstrap, clustered by package or record; of retrieval by sample."
 )
 
@@ -105,6 +116,9 @@ def parts(bench: Bench, args: argparse.Namespace, shape: reading_code.Shape | No
     known["identifiers"] = lambda: reading_code.identifiers(scores, arms("full", "window", "soft", "copy", "all"))
     known["residual"] = lambda: reading_code.residuals(scores, list(bench.sets))
     known["manners"] = manners
+    known["drafts"] = lambda: reading_manners.drafts(
+        bench, shape, arms("window", "copy", "all"), args.free, args.tokens
+    )
     return {name: known[name] for name in PARTS if name in args.parts}
 
 

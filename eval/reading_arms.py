@@ -19,6 +19,7 @@ import torch
 from eval.documents import Record, Windows
 from eval.statistics import clustered_interval
 from hf_crouter import CompressedHistory
+from hf_crouter.host.report import HistoryReport
 
 PREFIX = 4  # raw tokens at the start: these prompts have no system turn
 ARMS: dict[str, dict[str, Any]] = {
@@ -47,6 +48,7 @@ class Bench:
         save: folder for single samples; None keeps none.
         seed: of everything random.
         options: further arguments of every history.
+        report: of the latest `generate`, without residuals; None of the plain host.
         started: seconds of the clock.
     """
 
@@ -59,6 +61,7 @@ class Bench:
     save: Path | None = None
     seed: int = 0
     options: dict[str, Any] = field(default_factory=dict)
+    report: HistoryReport | None = None
     started: float = field(default_factory=time.monotonic)
 
     @property
@@ -94,7 +97,7 @@ class Bench:
         return CompressedHistory(self.host, self.crouter, window=self.window, tokenizer=self.tokenizer, **wanted)
 
     @torch.no_grad()
-    def generate(self, arm: str, ids: np.ndarray, count: int, after: Sequence[Any] = ()) -> np.ndarray:
+    def generate(self, arm: str, ids: np.ndarray, count: int, after: Sequence[Any] = (), **options: Any) -> np.ndarray:
         """Greedy continuations `[B, count]` of prompts `[B, T]`; -1 behind an end of text.
 
         Args:
@@ -102,6 +105,7 @@ class Bench:
             ids: prompts of one length.
             count: tokens to generate, at most.
             after: logits processors behind the history.
+            **options: further ones of the host's `generate`.
         """
         history = self.history(arm)
         prompt = torch.from_numpy(ids.astype(np.int64)).to(self.host.device)
@@ -110,8 +114,9 @@ class Bench:
         try:
             out = self.host.generate(
                 input_ids=prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=count, do_sample=False,
-                pad_token_id=pad, logits_processor=processors,
+                pad_token_id=pad, logits_processor=processors, **options,
             )  # fmt: skip
+            self.report = history.report(residuals=False) if history is not None else None
         finally:
             if history is not None:
                 history.detach()

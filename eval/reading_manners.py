@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from eval.reading_arms import PREFIX, Bench, Progress, batches, group, with_interval
+from eval.reading_arms import PREFIX, Bench, Progress, batches, group, ratio_with_interval, with_interval
 from eval.reading_code import Shape, line_splits, repeated_trigrams
 from eval.reading_retrieval import WORDS
 from eval.statistics import clustered_interval
@@ -189,3 +189,36 @@ def loops(bench: Bench, shape: Shape, arms: Sequence[str], documents: int, count
     rest = [windows.ids[s.row][s.at : s.at + count].tolist() for s in splits]
     metrics["manners.loops.text.repetition"] = float(np.mean([repeated_trigrams(ids) for ids in rest]))
     return metrics
+
+
+def drafts(
+    bench: Bench, shape: Shape, arms: Sequence[str], documents: int, count: int, ahead: int = 8
+) -> dict[str, float]:
+    """Tokens a step of the host when prompt lookup drafts from the whole history, and whether they stay the same.
+
+    Args:
+        bench: host and documents.
+        shape: of a row.
+        arms: with a history, which counts the steps.
+        documents: of young code, one prompt each.
+        count: tokens to generate, greedily.
+        ahead: tokens drafted, at most.
+    """
+    windows = bench.sets["young"]
+    splits = line_splits(bench, windows, shape, 1, bench.spread("young", documents))
+    contexts = np.stack([windows.ids[s.row][s.at - shape.split : s.at] for s in splits])
+    groups = [group(windows.records[s.row]) for s in splits]
+    progress, metrics = Progress("drafts", len(splits) * len(arms)), {}
+    for arm in arms:
+        made, steps, same = [], [], []
+        for context in contexts:  # prompt lookup takes one row
+            plain = bench.generate(arm, context[None], count)
+            drafted = bench.generate(arm, context[None], count, prompt_lookup_num_tokens=ahead)
+            assert bench.report is not None
+            made.append(bench.report.generated)
+            steps.append(bench.report.steps)
+            same.append(float((plain == drafted).all()))
+            progress.add(1, arm)
+        metrics |= ratio_with_interval(f"drafts.{arm}.tokens_a_step", made, steps, groups, bench.seed)
+        metrics |= with_interval(f"drafts.{arm}.same", same, groups, bench.seed)
+    return metrics | {"drafts.prompts": len(splits), "drafts.ahead": ahead}

@@ -248,6 +248,8 @@ def test_manners_run(wide, tmp_path):
 def test_free_generation_runs(bench):
     found = reading_manners.temperatures(bench, SHAPE, ["window", "copy"], 2)
     assert "manners.temperature.young.t50.copy.minus_window.lo" in found
+    found = reading_manners.drafts(bench, SHAPE, ["copy"], 2, 8, ahead=4)
+    assert found["drafts.copy.same"] == 1.0 <= found["drafts.copy.tokens_a_step"] and found["drafts.prompts"] > 0
     found = reading_manners.loops(bench, SHAPE, ["window", "copy_generated"], 2, 8)
     assert "manners.loops.copy_generated.repetition" in found
 
