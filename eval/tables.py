@@ -335,6 +335,21 @@ def choice_table(metrics: dict[str, float]) -> list[str]:
     return _table(head, rows if metrics else [])
 
 
+def drafts_table(metrics: dict[str, float]) -> list[str]:
+    """Tokens a step of the host with drafts from the history."""
+    arms = [arm for arm in READERS if f"drafts.{arm}.tokens_a_step" in metrics]
+    rows = [
+        [READERS[arm], _with_interval(metrics, f"drafts.{arm}.tokens_a_step", 1, 2, ""),
+         _share(metrics, f"drafts.{arm}.same", 0)]
+        for arm in arms
+    ]  # fmt: skip
+    lines = _table(["what the host reads", "tokens a step", "prompts with the same tokens, %"], rows)
+    if metrics:
+        ahead, prompts = (_number(metrics.get(f"drafts.{key}")) for key in ("ahead", "prompts"))
+        lines += ["", f"Up to {ahead} tokens drafted; {prompts} prompts of young code; without drafts 1 token a step."]
+    return lines
+
+
 def questions_table(metrics: dict[str, float]) -> list[str]:
     """How often recall finds the chunk that answers a question."""
     rows = [
@@ -439,6 +454,7 @@ TABLES = {
     "suffix-index": Shown("suffix-index", "none, the index alone", index_table),
     "copy-cpu": Shown("copy-cpu", HOST, step_table),
     "routing-text": Shown("routing-text", "none, text alone", routing_text_table, "routing"),
+    "drafts": Shown("reading-drafts", HOST, drafts_table, "reading"),
     "recall-questions": Shown("recall-questions", "none, the choice alone", questions_table),
     "recall-choice": Shown("recall-choice", "none, the choice alone", choice_table),
     "lm-eval": Shown("lm-eval", HOST, ruler_table),

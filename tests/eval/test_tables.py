@@ -96,6 +96,13 @@ def test_kvpress_and_routing_text(tmp_path):
     assert rows_of(render("routing-text", tmp_path))[0] == ["character n-grams", "97.0", "–", "–", "–"]
 
 
+def test_drafts(tmp_path):
+    write(
+        tmp_path, "reading-drafts", {**interval("drafts.copy.tokens_a_step", 1.5, 1.25, 2.0), "drafts.copy.same": 1.0}
+    )
+    assert rows_of(render("drafts", tmp_path)) == [["copying", "1.50 [1.25, 2.00]", "100"]]
+
+
 def test_recall_questions(tmp_path):
     metrics = interval("nq.64.overlap.k2.found", 0.453, 0.414, 0.494)
     write(tmp_path, "recall-questions", {**metrics, "nq.64.questions": 600.0})
