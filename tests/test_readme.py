@@ -162,6 +162,14 @@ def test_python_blocks_run_one_after_another(workplace):
     run([sys.executable, "readme.py"], workplace)
 
 
+def check_demo(said):
+    """The ways to read stand in the order of their worth, and the chunks are rebuilt."""
+    rows = [line for line in said.splitlines() if re.search(r" \d\.\d{4} ", line)]
+    window, soft, copying, both, _, full = (float(re.search(r" (\d\.\d{4}) ", row)[1]) for row in rows[:6])
+    assert full < both < copying < soft < window, said
+    assert " 8,192 " in rows[5] and min(map(float, re.findall(r"(\d+\.\d)%", said.split("chunks:")[1]))) > 80, said
+
+
 @pytest.mark.host
 @pytest.mark.slow
 @pytest.mark.timeout(900)
@@ -169,7 +177,9 @@ def test_python_blocks_run_one_after_another(workplace):
 def test_commands_run(block, workplace):
     for command in commands(block.code):
         if command.startswith(("hf-crouter ", "python -m ")):
-            run(command, workplace, shell=True)
+            said = run(command, workplace, shell=True)
+            if command == "hf-crouter demo":
+                check_demo(said)
         elif command.startswith("python "):  # tests/test_examples.py runs them
             assert re.fullmatch(r"examples/\w+\.py", command.split()[1]), command
         else:

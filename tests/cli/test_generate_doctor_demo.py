@@ -218,17 +218,3 @@ def test_demo_sentence_comes_from_the_figures():
 def test_demo_reads_the_standard_library():
     assert demo.standard_file() == demo.standard_file()
     assert demo.standard_file().is_file()
-
-
-@pytest.mark.host
-@pytest.mark.slow
-def test_demo_on_the_real_host(real_host, capsys):
-    try:
-        load_crouter()
-    except ValueError as error:
-        pytest.skip(str(error))
-    assert main(["demo", "--host", str(real_host), "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    loss = {arm["key"]: arm["loss"] for arm in found["arms"]}
-    assert loss["full"] < loss["all"] < loss["copy"] < loss["window"] and found["arms"][-1]["kv_slots"] == 8192
-    assert all(chunk["accuracy"] > 0.8 for chunk in found["chunks"])
