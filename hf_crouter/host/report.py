@@ -85,7 +85,7 @@ class RecallRecord:
 
     @property
     def reason(self) -> str:
-        """The parts of the score, such as "bm25 3.1, recency 0.2"."""
+        """The parts of the score, such as "words 0.6, phrases 0.4, recency 0.1"."""
         return ", ".join(f"{name} {value:.1f}" for name, value in self.scores.items())
 
 
