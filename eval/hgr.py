@@ -51,18 +51,19 @@ from hf_crouter.training.gate import fit_gate, fit_weights
 from hf_crouter.training.loop import compiled_layers
 
 NOTES = (
-    "Host: SmolLM2-135M-Instruct, 4-bit weights in bf16. hgr: share of what full history is worth over the window (a "
-    "ratio of means; for prose the mean of the domains' ratios, and .ratio over all documents); intervals: paired "
-    "bootstrap clustered by package, or by record of prose. .diff: hgr minus that of recent_same_slots_copy, for arms "
-    "with raw recalled chunks minus that of recent_same_slots_recall_copy. Recall arms hold no soft prompts; all*, "
-    "soft_recall2, soft_learned2 and soft_overlap2 do. recall2 is bm25_2; overlap2, the default, on fewer documents "
-    "(.documents), was read on a CPU. snapkv, snapkv_window (its observation window is the raw "
-    "one), expected_attention, streaming and knorm are kvpress 0.5.5 at the slots of recent_same_slots or "
-    "recent_same_slots_recall (_recall), at the kept tokens' own positions; mean_pool: means of token embeddings. "
-    "pairs.<score>.share: what a score's two chunks gain, one by one, of what the best two do, on gate sets. Every "
-    "*_copy arm has a gate fitted on the gate sets to what that arm reads; *_pooled share one gate, *_generic one "
-    "that does not see the host. oracle2: the best pair by the target's loss, on fewer documents (.documents), over "
-    "which window and full are taken too."
+    "Host: SmolLM2-135M-Instruct, 4-bit weights in bf16. hgr: share of what full history is worth over the window"
+    " (a ratio of means; for prose the mean of the domains' ratios, and .ratio over all documents); intervals: "
+    "paired bootstrap clustered by package, or by record of prose. .diff: hgr minus that of "
+    "recent_same_slots_copy, for arms with raw recalled chunks minus that of recent_same_slots_recall_copy. "
+    "Recall arms hold no soft prompts; all*, soft_recall2, soft_learned2 and soft_overlap2 do. recall2 is bm25_2;"
+    " overlap2 is the default; arms on fewer documents (.documents, .domains) were collected beside the others, "
+    "overlap2 on a CPU. snapkv, snapkv_window (its observation window is the raw one), expected_attention, "
+    "streaming and knorm are kvpress 0.5.5 at the slots of recent_same_slots or recent_same_slots_recall "
+    "(_recall), at the kept tokens' own positions; mean_pool: means of token embeddings. pairs.<score>.share: "
+    "what a score's two chunks gain, one by one, of what the best two do, on gate sets. Every *_copy arm has a "
+    "gate fitted on the gate sets to what that arm reads; *_pooled share one gate, *_generic one that does not "
+    "see the host. oracle2: the best pair by the target's loss, on fewer documents (.documents), over which "
+    "window and full are taken too."
 )
 
 
@@ -135,7 +136,7 @@ def finished(folder: Path, name: str) -> Path:
 def collect_losses(reader: Reader, args: argparse.Namespace, name: str, gates: dict[str, nn.Module]) -> None:
     """Measures this shard's part of an evaluation set; what is done so far is written after every block."""
     shard, shards = args.shard
-    label = f".{'+'.join(args.arms)}" if args.arms else ""
+    label = f".{'+'.join(sorted(args.arms))}" if args.arms else ""
     path = args.save / "losses" / f"{name}{label}.{shard}of{shards}.safetensors"
     windows = Windows.load(args.data, name)
     order = chosen(windows.records, args.documents, args.seed)
@@ -222,10 +223,10 @@ def run_report(args: argparse.Namespace) -> None:
     """The stage on the CPU."""
     sets = {}
     for name in args.sets:
-        try:
+        if any((args.save / "losses").glob(f"{name}.[0-9]*of*.safetensors")):
             sets[name] = losses_of(args.save, name, args.data)
-        except InputError as error:
-            print(error, flush=True)
+        else:
+            print(f"{args.save}: no losses of {name}", flush=True)
     if not sets:
         raise InputError(f"{args.save}: no losses; run the stage `collect`")
     layout = Layout()

@@ -490,10 +490,11 @@ class Reader:
         extra = layout.extra(arm.longer, count)
         length = layout.raw(block.rows[0], extra, wanted[0][1]).size + layout.prefix
         length += count * layout.latents if arm.soft else 0
-        distinct = len({i for i, _ in wanted})  # batches that start anew with each choice share their candidates
-        size = max(1, min(self.tokens // length, distinct))
-        for start in range(0, len(wanted), size):
-            some = wanted[start : start + size]
+        # Equal batches within each run of the documents, so that another choice of chunks meets the same candidates.
+        run = len({i for i, _ in wanted})
+        size = -(-run // -(-run // max(1, self.tokens // length)))
+        for start in (first + i for first in range(0, len(wanted), run) for i in range(0, run, size)):
+            some = wanted[start : min(start + size, (start // run + 1) * run)]
             documents = [i for i, _ in some]
             raw = torch.from_numpy(np.stack([layout.raw(block.rows[i], extra, chunks) for i, chunks in some]))
             rows = torch.from_numpy(block.rows[documents])
@@ -603,7 +604,8 @@ def measure(
         if arm.recall:
             out[f"n{count}.{name}.chunks"] = np.array([chunks for _, chunks in wanted], np.int16)
     for count in counts:
-        out[f"n{count}.tra"] = block.tra[:, -count:].mean(1).astype(np.float32)
+        if "window" in arms:  # not of arms that are measured beside the others
+            out[f"n{count}.tra"] = block.tra[:, -count:].mean(1).astype(np.float32)
         if len(oracle) and count > layout.recalled:
             out |= best_pairs(reader, block, count, gates["recall2_copy"], oracle)
     return out

@@ -35,7 +35,7 @@ def losses_of(folder: Path, name: str, data: Path) -> Losses:
     That is what `eval.kvpress_arms` wrote, and arms that were collected by themselves (`--arms`).
 
     Raises:
-        InputError: there is nothing.
+        InputError: there is nothing, or a figure was measured twice.
     """
     files = [load_file(path) for path in sorted((folder / "losses").glob(f"{name}.[0-9]*of*.safetensors"))]
     if not files:
@@ -52,10 +52,14 @@ def losses_of(folder: Path, name: str, data: Path) -> Losses:
         some = [(i, place[int(d)]) for i, d in enumerate(arrays["documents"]) if int(d) in place]
         ours, theirs = np.array(some, np.int64).reshape(-1, 2).T
         for key, values in other.items():
-            if key not in arrays:
-                none = -1 if values.dtype.kind == "i" else np.nan
-                arrays[key] = np.full((len(rows), *values.shape[1:]), none, values.dtype)
-                arrays[key][ours] = values[theirs]
+            if key == "documents":
+                continue
+            none = -1 if values.dtype.kind == "i" else np.nan
+            mine = arrays.setdefault(key, np.full((len(rows), *values.shape[1:]), none, values.dtype))
+            free = ours[(mine[ours] == none if none == -1 else np.isnan(mine[ours])).reshape(len(ours), -1).all(1)]
+            if len(free) < len(ours):
+                raise InputError(f"{folder}: {name}.{key} was measured twice on {len(ours) - len(free)} documents")
+            mine[ours] = values[theirs]
     records = Windows.load(data, name).records
     return Losses(arrays, [records[i] for i in arrays["documents"]])
 
@@ -144,6 +148,8 @@ def set_metrics(losses: Losses, n: int, seed: int, draws: int, layout: Layout) -
             boot = Bootstrap([record.cluster for record in part.records], seed, draws)
             names = usable_domains(part, n)
             out[f"{key}.documents"] = len(part.records)
+            if names:
+                out[f"{key}.domains"] = len(names)
         out[f"{key}.slots"] = arm.slots(layout, n)
         out[f"{key}.loss"] = float(part.arrays[f"n{n}.{key}"].mean())
         out |= interval(f"{key}.hgr", gain_ratio(part, key, "window", n, boot, names))

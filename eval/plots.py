@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import math
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,7 +26,7 @@ class Way(NamedTuple):
         arm: key of hgr.json.
         label: its name.
         color: of line, points and label.
-        right: in the right panel, whose scale is enlarged.
+        right: in the right panel.
         at: where the label stands, (slots, HGR).
         align: side of the label that stands there.
         numbers: offset of each point's chunk count, in points; None leaves them out.
@@ -118,7 +117,7 @@ def draw(points: dict[str, list[list[float]]], result: dict[str, Any]) -> Any:
     left.set_title("few slots", fontsize=10)
     right.set_ylim(0.36, 1.14)
     right.set_title("many slots (another scale of HGR)", fontsize=10)
-    knorm = [result["metrics"].get(f"{SET}.n{CHUNKS[-1]}.{arm}.hgr", math.nan) for arm in ("knorm", "knorm_recall")]
+    knorm = [result["metrics"][f"{SET}.n{CHUNKS[-1]}.{arm}.hgr"] for arm in ("knorm", "knorm_recall")]
     documents = result["metrics"][f"{SET}.n{CHUNKS[-1]}.documents"]
     figure.text(
         0.01, 0.012,

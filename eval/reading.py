@@ -32,14 +32,14 @@ PARTS = (
 )
 RETRIEVAL = ("full", "window", "soft", "copy", "all", "copy_rebuilt")
 NOTES = (
-    "Host: SmolLM2-135M-Instruct, 4-bit weights in bf16; greedy. passkey, kv: prompts 64 tokens shorter than their "
-    "names say, all records of one statement's wording, near misses among them, in the compressed part; question and "
-    "statement end alike before the value (the host fails on paraphrases even with 2k tokens all raw: _paraphrased); "
-    "that form suits copying. full ends at the host's positions. identifiers: names that last stood in "
-    "compressed chunks. nextline: next line that is not empty and has a letter. residual: AUROC of a chunk's residual "
-    "for target tokens that copying brings from it by the true ids and no longer by what is rebuilt. drafts: tokens a "
-    "step with prompt_lookup_num_tokens; same: share of prompts whose tokens are those without drafts. Intervals: "
-    "bootstrap, clustered by package or record; of retrieval by sample."
+    "Host: SmolLM2-135M-Instruct, 4-bit weights in config.dtype; greedy. passkey, kv: prompts 64 tokens shorter "
+    "than their names say, all records of one statement's wording, near misses among them, in the compressed "
+    "part; question and statement end alike before the value (the host fails on paraphrases even with 2k tokens "
+    "all raw: _paraphrased); that form suits copying. full ends at the host's positions. identifiers: names that "
+    "last stood in compressed chunks. nextline: next line that is not empty and has a letter. residual: AUROC of "
+    "a chunk's residual for target tokens that copying brings from it by the true ids and no longer by what is "
+    "rebuilt. drafts: tokens a step with prompt_lookup_num_tokens; same: share of prompts whose tokens are those "
+    "without drafts. Intervals: bootstrap, clustered by package or record; of retrieval by sample."
 )
 
 
@@ -131,7 +131,8 @@ def write_part(args: argparse.Namespace, name: str, metrics: dict[str, float]) -
     kept = {key: value for key, value in old["metrics"].items() if not _belongs(key, name)} if same else {}
     keys = ("lengths", "arms", "samples", "documents", "each", "scored", "free", "tokens", "window", "seed", "batch")
     about[name] = {key: getattr(args, key) for key in keys}
-    config = {"host": args.host, "crouter": args.crouter or "crouter-code-mini", "parts": about}
+    dtype = "bfloat16" if torch.cuda.is_available() else "float32"
+    config = {"host": args.host, "dtype": dtype, "crouter": args.crouter or "crouter-code-mini", "parts": about}
     return write_result(args.result, {**kept, **metrics}, seed=args.seed, config=config, notes=NOTES)
 
 

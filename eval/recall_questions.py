@@ -60,8 +60,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--result", default="recall-questions")
 
 
-def passages(data: Path, name: str) -> list[tuple[str, list[tuple[str, str]]]]:
-    """Texts with their questions, each with the answer that stands in the text.
+def passages(data: Path, name: str) -> list[tuple[str, list[tuple[str, int]]]]:
+    """Texts with their questions, each with the place in the text where its answer begins, in characters.
 
     Raises:
         InputError: no such data.
@@ -73,19 +73,19 @@ def passages(data: Path, name: str) -> list[tuple[str, list[tuple[str, str]]]]:
         rows: list[dict[str, Any]] = [json.loads(line) for line in file]
     if name == "xquad":
         rows = [row for row in rows if row["lang"] == "en"]
-        return [(row["context"], [(qa["question"].rstrip("?"), qa["answers"][0]) for qa in row["qas"]])
+        return [(row["context"], [(qa["question"].rstrip("?"), qa["starts"][0]) for qa in row["qas"]])
                 for row in rows]  # fmt: skip
-    found: dict[str, list[tuple[str, str]]] = {}
+    found: dict[str, list[tuple[str, int]]] = {}
     for row in rows:
         text = row["ctxs"][0]["text"]
         answer = next((answer for answer in row["answers"] if answer in text), None)
         if answer is not None:
-            found.setdefault(text, []).append((row["question"].rstrip("?"), answer))
+            found.setdefault(text, []).append((row["question"].rstrip("?"), text.index(answer)))
     return list(found.items())
 
 
 def prompts(
-    texts: list[tuple[str, list[tuple[str, str]]]], tokenizer: Tokenizer, chunks: int, first: int, step: int, seed: int
+    texts: list[tuple[str, list[tuple[str, int]]]], tokenizer: Tokenizer, chunks: int, first: int, step: int, seed: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray, int, int]]:
     """Compressed chunks `[N, CHUNK]`, last tokens, the answer's chunk and the passage's number, question by question.
 
@@ -117,13 +117,13 @@ def prompts(
         past = np.array(row[: chunks * CHUNK], np.int64).reshape(chunks, CHUNK)
         others = [number for number in order if number not in begin]
         if not others:
-            others = list(begin)[-3:]  # the row's last ones, which reach into the window
+            return  # nothing to stand between past and question
         for number, start in begin.items():
             if number % step != first:
                 continue
             text, questions = texts[number]
-            for question, answer in questions:
-                where = (start + len(encode(f"\n\n{text[: text.index(answer)]}"))) // CHUNK
+            for question, place in questions:
+                where = (start + len(encode(f"\n\n{text[:place].rstrip()}"))) // CHUNK
                 if where < chunks:
                     ahead = [i for n in random.choice(others, 6) for i in ids[n]][-random.integers(400, 500) :]
                     recent = np.array(ahead + encode(ASKED.format(question=question)), np.int64)[-QUERY:]

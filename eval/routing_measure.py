@@ -126,11 +126,11 @@ def measure_residuals(crouter: Any, experts: ExpertSet, setting: Setting) -> Arr
     deciding = routers(crouter, experts, fewest)
     chunk = token_nats(crouter, experts, setting.chunks, setting.rows)
     within = chunk.reshape(*chunk.shape[:2], 4, setting.span).mean(-1).swapaxes(1, 2).reshape(-1, len(experts))
-    spans = token_nats(crouter, experts, setting.spans, setting.rows).mean(-1)
+    span = token_nats(crouter, experts, setting.spans, setting.rows)
     found: Arrays = {}
     lengths = {
         "chunk": (chunk.mean(-1), setting.chunk),
-        "span": (spans, setting.span),
+        "span": (span.mean(-1), setting.span),
         "within": (within, setting.chunk),
     }
     for name, (nats, tokens) in lengths.items():
@@ -151,7 +151,7 @@ def measure_residuals(crouter: Any, experts: ExpertSet, setting: Setting) -> Arr
         router.remove()
     parts = [[expert.compressor.nbytes // 2, expert.host.nbytes // 2] for expert in experts]  # as saved, bfloat16
     found["expert.bytes"] = np.array(parts, np.int64)
-    found |= measure_evidence(crouter, experts, setting, {"chunk": chunk})
+    found |= measure_evidence(crouter, experts, setting, {"chunk": chunk, "span": span})
     # An expert of a set of one and of a set of all computes the same bits.
     alone = token_nats(crouter, ExpertSet(experts.experts[:1]), setting.chunks[:8], setting.rows)
     both = token_nats(crouter, experts, setting.chunks[:8], setting.rows)
@@ -159,34 +159,29 @@ def measure_residuals(crouter: Any, experts: ExpertSet, setting: Setting) -> Arr
     return found
 
 
-def measure_evidence(crouter: Any, experts: ExpertSet, setting: Setting, known: Arrays) -> Arrays:
-    """What a decision could be made from: residuals of calibration pieces under every expert, and without any.
+def measure_evidence(crouter: Any, experts: ExpertSet, setting: Setting, tested: Arrays) -> Arrays:
+    """What a decision could be made from: residuals of test and calibration pieces, under experts and without any.
 
     Args:
         crouter: the shared one.
         experts: the set.
         setting: the texts.
-        known: token residuals `[N, n, T]` of test pieces that were measured already, by kind.
+        tested: token residuals `[N, n, T]` of test pieces, `chunk` and `span`.
 
     Returns:
-        For `chunk` and `span`, of test pieces (`evidence.<kind>.test`) and of calibration pieces
-        (`evidence.<kind>.calibration`, with `.domain`, `[N]`): nats/token of every sixteenth of a piece under each
-        expert and, last, under the crouter alone, `[N, n + 1, 16]`, float16.
+        For both kinds `evidence.<kind>.test` and `evidence.<kind>.calibration` (with `.domain`, `[N]`): nats/token
+        under each expert and, last, under the crouter alone, `[N, n + 1]`, float32.
     """
     found: Arrays = {}
     for kind, pieces in (("chunk", setting.chunks), ("span", setting.spans)):
-        length = pieces.shape[1]
-        own = [setting.cut(tokens, length) for tokens in setting.calibration]
+        own = [setting.cut(tokens, pieces.shape[1]) for tokens in setting.calibration]
         found[f"evidence.{kind}.domain"] = np.repeat(np.arange(len(own)), [len(some) for some in own])
         for name, some in (("test", pieces), ("calibration", np.concatenate(own))):
-            nats = (
-                known[kind] if name == "test" and kind in known else token_nats(crouter, experts, some, setting.rows)
-            )
+            nats = tested[kind] if name == "test" else token_nats(crouter, experts, some, setting.rows)
             tensors = [torch.from_numpy(piece.astype(np.int64)) for piece in some]
             alone = torch.stack(rebuilding_nats(crouter, tensors, rows=setting.rows)).numpy()
             every = np.concatenate([nats, alone[:, None]], axis=1)
-            parts = every.reshape(*every.shape[:2], min(16, length), -1).mean(-1)
-            found[f"evidence.{kind}.{name}"] = parts.astype(np.float16)
+            found[f"evidence.{kind}.{name}"] = every.mean(-1).astype(np.float32)
     return found
 
 

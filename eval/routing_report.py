@@ -133,6 +133,7 @@ def routing_figures(figures: Figures, part: Mapping[str, np.ndarray]) -> None:
             rows = np.isin(figures.domains(each), members)
             if rows.any():
                 figures.found[f"{key}.unseen.{group}.accepted"] = float((route[rows] >= 0).mean())
+    gain_figures(figures, part)
     for group in UNSEEN:  # the names that others rely on
         for suffix in ("auroc", "auroc.lo", "auroc.hi", "false_accepts"):
             if f"chunk.unseen.{group}.{suffix}" in figures.found:
@@ -142,6 +143,22 @@ def routing_figures(figures: Figures, part: Mapping[str, np.ndarray]) -> None:
     compressor, host = part["expert.bytes"].mean(0)
     figures.found |= {"expert.bytes": float(compressor), "expert.host.bytes": float(host)}
     figures.found["mounted.bit_difference"] = float(part["mounted.bit_difference"][0])
+
+
+def gain_figures(figures: Figures, part: Mapping[str, np.ndarray]) -> None:
+    """The same decisions by what an expert gains over the crouter alone: how hard the text is cancels.
+
+    Known is a gain above the 1% quantile of the expert's own calibration pieces.
+    """
+    for kind, key in (("chunk", "chunk"), ("span", "span128")):
+        if f"evidence.{kind}.test" not in part:
+            continue
+        test, own = (part[f"evidence.{kind}.{name}"] for name in ("test", "calibration"))
+        lack, usual = (values[:, :-1] - values[:, -1:] for values in (test, own))
+        numbers = part[f"evidence.{kind}.domain"]
+        limits = [np.quantile(usual[numbers == i, i], 0.99) for i in range(lack.shape[1])]
+        figures.accuracy(f"{key}.gain.argmin.accuracy", lack.argmin(1), interval=False)
+        figures.rejection(f"{key}.gain.unseen", (lack - np.array(limits)).min(1))
 
 
 def confusion(figures: Figures, routes: np.ndarray) -> dict[str, dict[str, float]]:

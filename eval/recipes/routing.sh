@@ -7,6 +7,7 @@ set -euo pipefail
 step=$1 work=$2 host=${3:-smollm2-135m} processes=${PROCESSES:-2}
 common=(--data "$work/routing-data" --save "$work/routing")
 in_turn() {  # the same stage in several processes, each with its share
+  trap 'kill $(jobs -p) 2>/dev/null' EXIT
   for shard in $(seq 0 $((processes - 1))); do
     python3 -m eval.run routing "$1" "${common[@]}" --host "$host" --shard "$shard/$processes" "${@:2}" &
   done

@@ -260,7 +260,7 @@ class OverlapScorer(_Parts):
     """Words and phrases shared with the last tokens, the later the more, and recency: the default.
 
     A question at the end thus decides before what stands ahead of it, and a phrase that few chunks hold before single
-    words; where nothing stands out, the latest chunks come. The best overlap counts 1.
+    words; where nothing is shared, the latest chunks come. The best overlap counts 1, however small it is.
 
     Args:
         decay: tokens back at which a token of the query counts 1/e.

@@ -241,17 +241,28 @@ def compiled_layers(model: PreTrainedModel, dynamic: bool | None = None) -> Iter
     Args:
         model: of transformers; what it calls its `_no_split_modules` are its layers.
         dynamic: whether one graph serves all lengths; None: a second length makes it so.
+
+    On leaving, layers are as they were, and all graphs of the process are dropped: those of layers that change between
+    two trainings would pile up to the limit.
+
+    Raises:
+        InputError: the model names no layers.
     """
     names = model._no_split_modules or ()
     layers = [module for module in model.modules() if type(module).__name__ in names]
+    if not layers:
+        raise InputError(
+            f"{type(model).__name__}: expected layers to compile, got none of {', '.join(names) or 'any'}"
+        )
+    before = [layer._compiled_call_impl for layer in layers]
     try:
         for layer in layers:
             layer.compile(dynamic=dynamic)
         yield
     finally:
-        for layer in layers:
-            layer._compiled_call_impl = None
-        torch._dynamo.reset()  # graphs of layers that change in between would pile up to the limit
+        for layer, call in zip(layers, before, strict=True):
+            layer._compiled_call_impl = call
+        torch._dynamo.reset()
 
 
 def _resumed(progress: dict[str, Any], run: dict[str, int], checkpoint: Path) -> LoopResult:

@@ -9,7 +9,7 @@ from hf_crouter.errors import InputError
 
 
 def result(**changes):
-    metrics = {"young.n8.documents": 375.0}
+    metrics = {"young.n8.documents": 375.0, "young.n8.knorm.hgr": -1.2, "young.n8.knorm_recall.hgr": -0.5}
     for arm, n in ((way.arm, n) for way in plots.WAYS for n in plots.CHUNKS):
         metrics |= {f"young.n{n}.{arm}.slots": 500.0 + n, f"young.n{n}.{arm}.hgr": n / 10}
         metrics |= {f"young.n{n}.{arm}.hgr.lo": n / 10 - 0.1, f"young.n{n}.{arm}.hgr.hi": n / 10 + 0.1}

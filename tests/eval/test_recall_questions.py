@@ -28,7 +28,8 @@ def texts():
     for number in range(40):
         words = rng.choice(WORDS, 150).tolist()
         words[100] = f"vault{number} holds answer{number}"
-        made.append((" ".join(words), [(f"what holds vault{number}", f"answer{number}")]))
+        text = " ".join(words)
+        made.append((text, [(f"what holds vault{number}", text.index(f"answer{number}"))]))
     return made
 
 
@@ -47,13 +48,19 @@ def test_the_answer_stands_in_the_chunk_that_is_named(texts, tokenizer):
 def test_passages_and_result(tmp_path, monkeypatch, texts):
     with pytest.raises(InputError, match="no such file"):
         passages(tmp_path, "xquad")
+
+    def question(asked):
+        return f"{asked}?", f"answer{asked.removeprefix('what holds vault')}"
+
+    nq = [{"question": question(q)[0], "answers": ["nowhere", question(q)[1]], "ctxs": [{"text": text}]}
+          for text, [(q, _)] in texts]  # fmt: skip
+    xquad = [{"lang": "en", "context": text, "qas": [{"question": f"{q}?", "answers": ["?"], "starts": [place]}]}
+             for text, [(q, place)] in texts]  # fmt: skip
     rows = {
         "eval_nq_oracle/nq_open_oracle.jsonl.gz": [
-            {"question": q, "answers": ["nowhere", a], "ctxs": [{"text": text}]} for text, [(q, a)] in texts
-        ] + [{"question": "x", "answers": ["absent"], "ctxs": [{"text": "y"}]}],
-        "eval_xquad/xquad.jsonl.gz": [
-            {"lang": "en", "context": text, "qas": [{"question": f"{q}?", "answers": [a]}]} for text, [(q, a)] in texts
-        ] + [{"lang": "de", "context": "z", "qas": []}],
+            *nq, {"question": "x", "answers": ["absent"], "ctxs": [{"text": "y"}]}
+        ],
+        "eval_xquad/xquad.jsonl.gz": [*xquad, {"lang": "de", "context": "z", "qas": []}],
     }  # fmt: skip
     for name, lines in rows.items():
         (tmp_path / name).parent.mkdir()

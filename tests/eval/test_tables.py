@@ -69,7 +69,7 @@ def test_hgr(tmp_path):
     assert rows["raw window"] == ["516", "0.0", "–", "–", "–"]
     assert rows["copying"] == ["516", "72.8 [70.2, 75.4]", "–", "–", "–"]  # the gate that ships, not the one for it
     assert rows["best 2 chunks, by an oracle, + copying †‡"] == ["–", "–", "–", "–", "136.5 [128.0, 147.8]"]
-    assert "on 150 documents a set" in text and "young 96.1%, files –" in text
+    assert "; 150 documents each" in text and "young 96.1%, files –" in text
 
 
 def test_only_ways_with_a_gate_of_their_own_are_marked():

@@ -324,7 +324,7 @@ def test_compiled_layers_compute_and_learn_the_same_and_are_plain_again(quickly_
         assert len(layers) == 4 and all(layer._compiled_call_impl is not None for layer in layers)
         torch._dynamo.utils.counters.clear()
         logits, grads = gradients()
-        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] < len(layers)  # equal layers share one
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] in (1, 2, 3)  # equal layers share one
         torch.testing.assert_close(logits, plain[0], atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(grads, plain[1], atol=1e-5, rtol=1e-4)
         raise RuntimeError("inside")
