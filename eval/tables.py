@@ -163,7 +163,7 @@ def hgr_table(metrics: dict[str, float]) -> list[str]:
         few = ", ".join(sorted(_number(value) for value in oracle))
         lines += ["", f"HGR in %, with 95% intervals. † A gate fitted for this way; else the shipped one. "
                       f"‡ The pair of least loss on the very tokens that are scored; {few} documents each. "
-                      f"{_partly(metrics)}Prose: mean of the {_number(metrics.get('prose.n8.domains'))} kinds in which "
+                      f"{_partly(metrics)}Prose: mean of {_number(metrics.get('prose.n8.domains'))} kinds in which "
                       f"full history is worth at least 0.01 nats/token and that have 8 documents. "
                       f"Documents: {_per_set(metrics, 'documents', _number)}. Tokens rebuilt, which copying from "
                       f"latents draws on: {_per_set(metrics, 'tra', lambda value: _percent(value, 1))}. Loss in "

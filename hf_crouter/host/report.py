@@ -255,9 +255,11 @@ class Trace:
             records.append(
                 ChunkRecord(row, index, start, end, len(ids), residual, accuracy, self.copied[row, index], *served)
             )
+        steps, generated = self.steps
         return HistoryReport(
             tuple(records), tuple(self.rows), self.slots, self.peak, self.kv_bytes, self.kv_bytes_full, self.soft,
-            self.copied.total(), *self.archive, tuple(self.recalls), tuple(self.routes), *self.steps,
+            self.copied.total(), *self.archive, recalls=tuple(self.recalls), routes=tuple(self.routes),
+            steps=steps, generated=generated,
         )  # fmt: skip
 
 
