@@ -78,6 +78,20 @@ def measured():
     return reader, rows, passes.measure(reader, make_block(reader, rows), COUNTS, make_gates(), oracle=[0, 2])
 
 
+@pytest.mark.parametrize("tokens", [1, 150, 230, 10_000])
+def test_another_choice_of_chunks_meets_the_same_candidates(tokens, monkeypatch):
+    """However many rows fit, batches do not cross from one choice to the next."""
+    reader, rows, joins = make_reader(tokens=tokens), make_rows(5), []
+    block = make_block(reader, rows)
+    join = passes.joined
+    monkeypatch.setattr(passes, "joined", lambda *arguments: joins.append(1) or join(*arguments))
+    whole = [(i, (chunk,)) for chunk in range(4) for i in range(5)]
+    losses = passes.single_losses(reader, block, 4, make_gates()["pooled"], whole)
+    assert len(joins) == len({tuple(d) for d, _ in reader.forward(block, passes.Arm(recall="given"), 4, whole)}) <= 5
+    alone = [passes.single_losses(reader, block, 4, make_gates()["pooled"], [pair]) for pair in whole]
+    np.testing.assert_allclose(losses, np.concatenate(alone), atol=1e-4)
+
+
 def plain_loss(reader, *parts, soft=None):
     """Loss of the last tokens, from embeddings put together here."""
     ids = torch.from_numpy(np.concatenate(parts).astype(np.int64))[None]
