@@ -18,10 +18,10 @@ from torch import nn
 
 from eval.documents import CHUNK, CHUNKS, PREFIX, SCORED, WINDOW, Record, place
 from hf_crouter.archive.copying import Candidates, HostView, collect, gate_features
+from hf_crouter.archive.postings import ChunkIndex
 from hf_crouter.archive.recall import (
     QUERY,
     Bm25Scorer,
-    ChunkIndex,
     OverlapScorer,
     RandomScorer,
     RecencyScorer,

@@ -23,12 +23,12 @@ from tokenizers import Tokenizer
 from eval.documents import CHUNK
 from eval.results import write_result
 from eval.statistics import clustered_interval
+from hf_crouter.archive.postings import ChunkIndex
 from hf_crouter.archive.recall import (
     DECAY,
     QUERY,
     RECENCY,
     Bm25Scorer,
-    ChunkIndex,
     LearnedScorer,
     OverlapScorer,
     RandomScorer,

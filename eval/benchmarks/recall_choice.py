@@ -15,7 +15,8 @@ from tokenizers import Tokenizer
 
 from eval.benchmarks.suffix_index import HELD_OUT
 from eval.results import write_result
-from hf_crouter.archive.recall import QUERY, Bm25Scorer, ChunkIndex, LearnedScorer, OverlapScorer, Recall
+from hf_crouter.archive.postings import ChunkIndex
+from hf_crouter.archive.recall import QUERY, Bm25Scorer, LearnedScorer, OverlapScorer, Recall
 from hf_crouter.loading import shipped_crouter
 
 NOTES = (

@@ -2,11 +2,11 @@ import numpy as np
 import pytest
 import torch
 
-from hf_crouter.archive import recall
+from hf_crouter.archive import postings
+from hf_crouter.archive.postings import ChunkIndex
 from hf_crouter.archive.recall import (
     FEATURES,
     Bm25Scorer,
-    ChunkIndex,
     LearnedScorer,
     OverlapScorer,
     RandomScorer,
@@ -44,7 +44,7 @@ class TestIndex:
             np.testing.assert_allclose(index.bm25(query), bm25(lists(chunks), query.tolist()))
 
     def test_blocks_of_a_bounded_size(self, monkeypatch):
-        monkeypatch.setattr(recall, "BLOCK", 4)
+        monkeypatch.setattr(postings, "BLOCK", 4)
         chunks, index = drawn(0, 23), ChunkIndex()
         for start, end in ((0, 1), (1, 6), (6, 7), (7, 8), (8, 9), (9, 23)):
             index = index.extended(*chunks[start:end])
@@ -128,10 +128,10 @@ class TestChoice:
 
     def test_equal_hashes_are_equal_phrases(self):
         ids = np.random.default_rng(0).integers(0, 49152, 200_000)
-        hashes = recall.phrases_of(ids)
-        triples = np.stack([ids[i : i + len(hashes)] for i in range(recall.PHRASE)], 1)
+        hashes = postings.phrases_of(ids)
+        triples = np.stack([ids[i : i + len(hashes)] for i in range(postings.PHRASE)], 1)
         assert len(np.unique(hashes)) > 0.9999 * len(np.unique(triples, axis=0))
-        assert len(recall.phrases_of(ids[:2])) == 0 and hashes.max() < 2**32
+        assert len(postings.phrases_of(ids[:2])) == 0 and hashes.max() < 2**32
 
     def test_only_the_last_tokens_ask(self):
         index, query = ChunkIndex().extended(*drawn(0, 9)), drawn(1, 1, longest=20)[0]
