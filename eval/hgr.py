@@ -181,17 +181,14 @@ def layout_of(crouter: Any) -> Layout:
 def run_collect(args: argparse.Namespace) -> None:
     """The stage on the accelerator."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    with (
-        Searchers(args.workers) as searchers,
-        contextlib.ExitStack() as compiling,
-    ):  # forked before an accelerator starts
+    # Searchers are forked before the accelerator is touched.
+    with Searchers(args.workers) as searchers, contextlib.ExitStack() as compiling:
         host, tokenizer = load_host(args.host, device, torch.bfloat16)
         crouter, _ = load_crouter(args.crouter, device)
         projector = find_projector(crouter, host).to(device)
         for model in (host, crouter, projector):
             model.requires_grad_(False)
-        if args.compile:
-            compiling.enter_context(compiled_layers(host, dynamic=True))
+        compiling.enter_context(compiled_layers(host, args.compile, dynamic=True))
         layout = layout_of(crouter)
         stop_ids = frozenset(tokenizer.all_special_ids)
         reader = Reader(host, crouter, projector, layout, stop_ids, searchers, args.tokens, args.seed)

@@ -7,7 +7,6 @@ import os
 import tempfile
 from argparse import Namespace
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -85,7 +84,7 @@ def train_beside(args: Namespace, arguments: ExpertArguments, models: ExpertMode
     options = (longer.host_rank, longer.host_alpha, longer.host_targets)
     with tempfile.TemporaryDirectory() as temporary, lora(models.host, *options) as adapted:
         for number, tokens in enumerate(stages):
-            with compiled_layers(models.host) if longer.compile else nullcontext():
+            with compiled_layers(models.host, longer.compile):
                 run_loop(
                     HostLoss(models.host),
                     lambda index, tokens=tokens: host_batch(tokens, longer, index),
@@ -112,7 +111,7 @@ def train_full(args: Namespace, arguments: ExpertArguments, models: ExpertModels
     models.crouter.requires_grad_(True)
     with tempfile.TemporaryDirectory() as temporary:
         settings = arguments.settings(COMPRESSOR, temporary)
-        with compiled_layers(models.crouter) if arguments.compile else nullcontext():
+        with compiled_layers(models.crouter, arguments.compile):
             run_loop(
                 ReconstructionLoss(models.crouter),
                 lambda index: reconstruction_batch(tokens, settings, length, index),

@@ -112,9 +112,10 @@ class Postings:
         if not total or not len(query):
             return scores
         tokens, places = np.unique(query, return_inverse=True)
-        asked = np.bincount(places).astype(np.float64)
-        if weights is not None:
-            asked[:] = 0
+        if weights is None:
+            asked = np.bincount(places).astype(np.float64)
+        else:
+            asked = np.zeros(len(tokens))
             np.maximum.at(asked, places, weights)
         tokens = tokens.astype(np.uint32)
         found, occurs = [], np.zeros(len(tokens), np.int64)

@@ -436,7 +436,7 @@ def _fit(
     name, part = folder.parent.name, folder.name
     rank, alpha, targets = (getattr(arguments, f"{part}_{key}") for key in ("rank", "alpha", "targets"))
     with lora(model, rank, alpha, targets) as adapted:
-        with compiled_layers(model) if arguments.compile else contextlib.nullcontext():
+        with compiled_layers(model, arguments.compile):
             result = run_loop(
                 loss, batch, settings, accelerator, positions_per_sequence=positions, title=f"{name}: {part}"
             )

@@ -235,11 +235,12 @@ def run_loop(
 
 
 @contextlib.contextmanager
-def compiled_layers(model: PreTrainedModel, dynamic: bool | None = None) -> Iterator[None]:
+def compiled_layers(model: PreTrainedModel, wanted: bool = True, dynamic: bool | None = None) -> Iterator[None]:
     """A model whose layers are compiled, each by itself: equal ones share a graph, which is a fraction of the model's.
 
     Args:
         model: of transformers; what it calls its `_no_split_modules` are its layers.
+        wanted: False leaves everything as it is.
         dynamic: whether one graph serves all lengths; None: a second length makes it so.
 
     On leaving, layers are as they were, and all graphs of the process are dropped: those of layers that change between
@@ -248,6 +249,9 @@ def compiled_layers(model: PreTrainedModel, dynamic: bool | None = None) -> Iter
     Raises:
         InputError: the model names no layers.
     """
+    if not wanted:
+        yield
+        return
     names = model._no_split_modules or ()
     layers = [module for module in model.modules() if type(module).__name__ in names]
     if not layers:
