@@ -1,9 +1,10 @@
 """Routing by residual among eight experts of a real host, beside n-grams, TF-IDF, perplexity, a probe and Arrow.
 
 Stages: `train` (accelerator) makes the experts and the adapters beside them; `text` (CPU) measures what needs no
-model; `measure` (accelerator) computes all other arrays; `report` (CPU) turns them into `routing.json` and a picture
-of the confusion matrix. Data are those of `eval.routing_data`. `--shard i/k` splits training by experts and measuring
-by parts; a stage that was interrupted goes on with what is missing.
+model; `measure` (accelerator) computes what experts, host and baselines say of all texts; `decide` (CPU) lets the
+router decide from it; `report` (CPU) turns all arrays into `routing.json` and a picture of the confusion matrix. Data
+are those of `eval.routing_data`. `--shard i/k` splits training by experts and measuring by parts; a stage that was
+interrupted goes on with what is missing.
 """
 
 from __future__ import annotations
@@ -20,20 +21,25 @@ from safetensors.numpy import load_file
 from tokenizers import Tokenizer
 from transformers import AutoModel
 
+from eval import routing_decide as deciding
 from eval import routing_measure as measuring
 from eval.hgr_files import about_of, save_arrays, shard_of
 from eval.results import write_result
 from eval.routing_baselines import decoder
 from eval.routing_data import KNOWN, TestWindows, load_mixed, load_mixed_fit, load_part
+from eval.routing_nats import Setting, measure_nats
 from eval.routing_report import draw_confusion, metrics, table
 from eval.routing_train import merged, train
 from hf_crouter.adapters import Lora
 from hf_crouter.compressor import CRouterModel
+from hf_crouter.data.tokens import TokenArray
 from hf_crouter.errors import InputError
 from hf_crouter.loading import SHIPPED, load_crouter, load_host
-from hf_crouter.routing.experts import SET_FILE, ExpertSet, mounted_names
+from hf_crouter.routing.experts import COMPRESSOR, HOST, SET_FILE, ExpertSet, mounted_names
+from hf_crouter.training.experts import ExpertModels, read_domain
 
-PARTS = ("residuals", "borders", "changing", "host", "probe", "arrow", "latency", "full")
+PARTS = ("nats", "host", "probe", "arrow", "latency", "compared")
+DECIDED = ("residuals", "borders", "changing")
 NOTES = (
     "Host: SmolLM2-135M-Instruct; experts: LoRA over the shipped crouter and LoRA of the host, 8 known domains; near "
     "unknown: shakespeare, speeches_en, meetings_qmsum; far: csv_tables, zh_tech. Chunks of 512 tokens of held-out "
@@ -49,7 +55,7 @@ NOTES = (
 )
 
 
-def setting(args: argparse.Namespace, chunk: int) -> measuring.Setting:
+def setting(args: argparse.Namespace, chunk: int) -> Setting:
     """What all parts share.
 
     Raises:
@@ -61,16 +67,17 @@ def setting(args: argparse.Namespace, chunk: int) -> measuring.Setting:
     train_tokens, calibration = (
         [load_part(args.data, domain, part) for domain in args.domains] for part in ("train", "calibration")
     )
-    return measuring.Setting(
+    return Setting(
         windows, load_mixed(args.data), train_tokens, calibration, tuple(args.domains), chunk,
         args.pieces, args.limit, args.rows, args.seed, load_mixed_fit(args.data),
     )  # fmt: skip
 
 
-def beside_names(save: Path, domains: int) -> list[str]:
-    """Adapters beside the experts that were trained, in the order in which their losses stand."""
-    wanted = [*(f"sequential{i}" for i in range(domains)), "joint"]
-    return [name for name in wanted if (save / "beside" / name / "adapter_config.json").exists()]
+def beside_adapters(save: Path, domains: Sequence[str]) -> dict[str, Path]:
+    """Adapters of the host beside the experts' that were trained, in the order in which their losses stand."""
+    wanted = {name: save / "beside" / name for name in (*(f"sequential{i}" for i in range(len(domains))), "joint")}
+    wanted |= {f"large.{name}": save / "compared" / name / HOST for name in domains}
+    return {name: folder for name, folder in wanted.items() if (folder / "adapter_config.json").exists()}
 
 
 def done(args: argparse.Namespace, part: str) -> bool:
@@ -114,27 +121,51 @@ def run_measure(args: argparse.Namespace) -> None:
     experts = awaited(args.save, args.domains)
     if experts.names != tuple(args.domains):
         raise InputError(f"{args.save}: expected experts of {', '.join(args.domains)}, got {', '.join(experts.names)}")
-    crouter, _ = load_crouter(args.crouter, device)
-    host, _ = load_host(args.host, device, torch.bfloat16 if device == "cuda" else torch.float32)
+    crouter, tokenizer = load_crouter(args.crouter, device)
+    host, other = load_host(args.host, device, torch.bfloat16 if device == "cuda" else torch.float32)
     crouter.requires_grad_(False)
     host.requires_grad_(False)
     common = setting(args, crouter.config.chunk_length)
-    beside = {name: Lora.load(args.save / "beside" / name) for name in beside_names(args.save, len(args.domains))}
     computing: dict[str, Callable[[], dict[str, np.ndarray]]] = {
-        "residuals": lambda: measuring.measure_residuals(crouter, experts, common),
-        "borders": lambda: measuring.measure_borders(common, measuring.expert_costs(crouter, experts, common)),
-        "changing": lambda: measuring.measure_changing(crouter, experts, common),
-        "host": lambda: measuring.measure_host(host, experts, beside, common),
+        "nats": lambda: measure_nats(crouter, experts, held_out(args, ExpertModels(crouter, tokenizer, host, other)),
+                                     common),
+        "host": lambda: measuring.measure_host(
+            host, experts, {n: Lora.load(p) for n, p in beside_adapters(args.save, args.domains).items()}, common
+        ),
         "probe": lambda: measuring.measure_probe(crouter, common),
         "arrow": lambda: measuring.measure_arrow(host, experts, str(args.save / "experts"), common),
         "latency": lambda: measuring.measure_latency(crouter, experts, common),
-        "full": lambda: measuring.measure_full(whole_copies(args.save, device), experts, common),
-    }
-    # What takes longest stands at different shards: residuals and borders, or the host's passes.
-    order = ("host", "residuals", "arrow", "borders", "probe", "changing", "full", "latency")
+        "compared": lambda: measuring.measure_compared(
+            crouter, whole_copies(args.save, device), small_adapters(args.save), common
+        ),
+    }  # fmt: skip
+    # What takes longest stands at different shards: the experts' nats, or the host's passes.
+    order = ("host", "nats", "arrow", "probe", "latency", "compared")
     for part in [name for name in order if name in args.parts][shard::shards]:
-        if part != "full" or any((args.save / "full").glob("*/config.json")):
+        if part != "compared" or (args.save / "compared").exists():
             save_part(args, part, computing[part])
+
+
+def held_out(args: argparse.Namespace, models: ExpertModels) -> dict[str, TokenArray]:
+    """What each expert was calibrated on."""
+    return {name: read_domain(args.data / name, models, args.seed).held_out for name in args.domains}
+
+
+def run_decide(args: argparse.Namespace) -> None:
+    """What the router makes of the experts' nats, whatever it made of them before."""
+    if not done(args, "nats"):
+        raise InputError(f"{args.save}: expected the experts' nats on these pieces, got none; run the stage `measure`")
+    nats = load_file(args.save / "parts" / "nats.safetensors")
+    experts = merged(args.save, args.domains)
+    crouter, _ = load_crouter(args.crouter)
+    common = setting(args, crouter.config.chunk_length)
+    for part, decide in (
+        ("residuals", deciding.decide_residuals),
+        ("borders", deciding.decide_borders),
+        ("changing", deciding.decide_changing),
+    ):
+        save_arrays(args.save / "parts" / f"{part}.safetensors", decide(crouter, experts, nats, common), about(args))
+        print(part, flush=True)
 
 
 def awaited(save: Path, domains: Sequence[str], seconds: float = 120) -> ExpertSet:
@@ -154,13 +185,21 @@ def whole_copies(save: Path, device: str) -> dict[str, CRouterModel]:
             for folder in folders}  # fmt: skip
 
 
+def small_adapters(save: Path) -> dict[str, Lora]:
+    """Adapters of the shared crouter with another rank than the experts'."""
+    folders = sorted(path.parent for path in (save / "compared").glob(f"[!.]*/{COMPRESSOR}/adapter_config.json"))
+    return {folder.parent.name: Lora.load(folder) for folder in folders}
+
+
 def run_report(args: argparse.Namespace) -> None:
     """Figures, table and picture of whatever was measured."""
     parts = {
-        name: load_file(args.save / "parts" / f"{name}.safetensors") for name in (*PARTS, "text") if done(args, name)
+        name: load_file(args.save / "parts" / f"{name}.safetensors")
+        for name in (*PARTS, *DECIDED, "text")
+        if name != "nats" and done(args, name)
     }
     windows = TestWindows.load(args.data)
-    beside = beside_names(args.save, len(args.domains)) if (args.save / "beside").exists() else args.beside
+    beside = list(beside_adapters(args.save, args.domains))
     found = metrics(parts, windows, load_mixed(args.data), args.domains, beside, chunk=windows.ids.shape[1] // 2,
                     seed=args.seed, draws=args.draws)  # fmt: skip
     print(table(found))
@@ -174,8 +213,7 @@ def run_report(args: argparse.Namespace) -> None:
 def configure(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments."""
     cuda = torch.cuda.device_count() > 0  # does not start the accelerator
-    default = [*(f"sequential{i}" for i in range(len(KNOWN))), "joint"]
-    parser.add_argument("stage", choices=["train", "text", "measure", "report"])
+    parser.add_argument("stage", choices=["train", "text", "measure", "decide", "report"])
     parser.add_argument("--data", required=True, type=Path, help="folder of eval.routing_data")
     parser.add_argument("--save", required=True, type=Path, help="folder of experts and arrays")
     parser.add_argument("--host", default="smollm2-135m")
@@ -186,14 +224,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", nargs=2, type=int, metavar=("COMPRESSOR", "HOST"), help="instead of seconds")
     parser.add_argument("--options", help="further fields of ExpertArguments, as a JSON object")
     parser.add_argument("--continual", action="store_true", help="also one adapter in turn and one of all together")
-    parser.add_argument("--full", nargs="*", default=[], help="domains that also get a whole copy of the crouter")
+    parser.add_argument("--compared", nargs="*", default=[], choices=KNOWN, metavar="DOMAIN",
+                        help="that also get a whole copy of the crouter and adapters of other ranks")  # fmt: skip
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="to measure")
     parser.add_argument("--pieces", type=int, default=400, help="spliced and changing documents, each")
     parser.add_argument("--limit", type=int, default=300, help="calibration pieces of a domain, at most")
     parser.add_argument("--rows", type=int, default=64 if cuda else 4, help="chunks at once")
     parser.add_argument("--shard", type=shard_of, default=(0, 1), help="i/k: this process of k that run at once")
     parser.add_argument("--draws", type=int, default=400, help="of the bootstrap")
-    parser.add_argument("--beside", nargs="*", default=default, help="adapters measured, where their files are gone")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--result", default="routing")
 
@@ -201,4 +239,5 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Trains, measures or reports."""
     args.save.mkdir(parents=True, exist_ok=True)
-    {"train": train, "text": run_text, "measure": run_measure, "report": run_report}[args.stage](args)
+    stages = {"train": train, "text": run_text, "measure": run_measure, "decide": run_decide, "report": run_report}
+    stages[args.stage](args)

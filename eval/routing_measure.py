@@ -1,13 +1,13 @@
-"""What the routing measurement computes on models, as arrays: one file a part, written when the part is done.
+"""What the routing measurement computes beside the experts' nats, as arrays: the host's losses, baselines, costs.
 
-Axes: `W` test windows of two chunks, `N` chunks or spans, `n` experts, `T` tokens, `P` pieces with a border.
+Axes: `W` test windows of two chunks, `N` chunks or spans, `n` experts, `T` tokens.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -23,279 +23,14 @@ from eval.routing_baselines import (
     host_losses,
     latents_of,
 )
-from eval.routing_data import TestWindows
-from eval.routing_mixed import Mixed, changing, splice
+from eval.routing_decide import measure_borders
+from eval.routing_nats import Arrays, Setting
 from hf_crouter.adapters import AdapterStack, Lora
-from hf_crouter.data.tokens import TokenArray
 from hf_crouter.routing.experts import ExpertSet
-from hf_crouter.routing.router import SCORES, Router, rebuilding_nats
-from hf_crouter.routing.spans import Span, find_spans
+from hf_crouter.routing.router import Router, rebuilding_nats
 from hf_crouter.training.flops import matrix_flops_per_token
 
-STAYS = (0.0, 0.05, 0.1, 0.2, 0.4)
-SWITCHES = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)  # nats that a border costs, tried on calibration documents
-SMOOTHS = (1, 8, 16, 32)
 SIZES = (2, 8, 32)
-Arrays = dict[str, np.ndarray]
-
-
-@dataclass(frozen=True, eq=False)
-class Setting:
-    """What all parts share.
-
-    Attributes:
-        windows: test windows `[W, 2 * chunk]`, known and unknown domains.
-        mixed: real mixed documents.
-        train: training tokens of each known domain.
-        calibration: calibration tokens of each.
-        domains: the known ones, in the experts' order.
-        chunk: tokens of a chunk.
-        pieces: spliced and changing documents, each.
-        limit: calibration and training pieces of a domain, at most.
-        rows: chunks at once.
-        seed: of everything drawn.
-        mixed_fit: real mixed documents of the calibration part, to choose how borders are found in such.
-    """
-
-    windows: TestWindows
-    mixed: Mixed
-    train: list[TokenArray]
-    calibration: list[TokenArray]
-    domains: tuple[str, ...]
-    chunk: int
-    pieces: int = 400
-    limit: int = 300
-    rows: int = 4
-    seed: int = 0
-    mixed_fit: Mixed | None = None
-
-    @property
-    def span(self) -> int:
-        """Tokens of a span."""
-        return self.chunk // 4
-
-    @property
-    def chunks(self) -> np.ndarray:
-        """`[2W, chunk]`; both chunks of a window stand side by side."""
-        return self.windows.ids.reshape(-1, self.chunk)
-
-    @property
-    def spans(self) -> np.ndarray:
-        """`[8W, span]`."""
-        return self.windows.ids.reshape(-1, self.span)
-
-    @property
-    def known(self) -> np.ndarray:
-        """Windows of known domains, their numbers."""
-        return np.flatnonzero(np.isin(self.windows.domains, self.domains))
-
-    def cut(self, tokens: TokenArray, length: int) -> np.ndarray:
-        """Whole pieces of documents, evenly spread, `[N, length]`."""
-        ids, mask = tokens.chunks(length)
-        whole = np.flatnonzero(mask.all(1))
-        count = min(self.limit, len(whole))
-        return ids[whole[np.arange(count) * len(whole) // max(count, 1)]]
-
-
-def token_nats(crouter: Any, experts: ExpertSet, pieces: np.ndarray, rows: int) -> np.ndarray:
-    """What rebuilding each token costs under each expert, `[N, n, T]` for pieces `[N, T]`, float32."""
-    tensors = [torch.from_numpy(piece.astype(np.int64)) for piece in pieces]
-    found = []
-    for expert in experts:
-        stack = AdapterStack(crouter, {expert.name: expert.compressor})
-        try:
-            found.append(torch.stack(rebuilding_nats(crouter, tensors, stack, rows=rows)).numpy())
-        finally:
-            stack.remove()
-    return np.stack(found, axis=1)
-
-
-def routers(crouter: Any, experts: ExpertSet, fewest: int) -> dict[str, Router]:
-    """A router for each score."""
-    return {score: Router(crouter, experts, score=score, fewest=fewest) for score in SCORES}
-
-
-def excess(experts: ExpertSet, nats: np.ndarray, tokens: int, known: float) -> np.ndarray:
-    """How far each residual lies above what its expert calls its own, `[N, n]`, nats/token."""
-    return nats - np.array([expert.calibration.residual(tokens, known) for expert in experts])
-
-
-def measure_residuals(crouter: Any, experts: ExpertSet, setting: Setting) -> Arrays:
-    """Residuals, scores and decisions of chunks, of spans alone and of spans within their chunks."""
-    fewest = min(64, setting.span)
-    deciding = routers(crouter, experts, fewest)
-    chunk = token_nats(crouter, experts, setting.chunks, setting.rows)
-    within = chunk.reshape(*chunk.shape[:2], 4, setting.span).mean(-1).swapaxes(1, 2).reshape(-1, len(experts))
-    span = token_nats(crouter, experts, setting.spans, setting.rows)
-    found: Arrays = {}
-    lengths = {
-        "chunk": (chunk.mean(-1), setting.chunk),
-        "span": (span.mean(-1), setting.span),
-        "within": (within, setting.chunk),
-    }
-    for name, (nats, tokens) in lengths.items():
-        found[f"{name}.nats"] = nats.astype(np.float32)
-        for score, router in deciding.items():
-            found[f"{name}.{score}"] = router.scores(torch.from_numpy(nats.T).double(), tokens).numpy().T.astype("f4")
-            if name != "within":
-                routes = [router.decide(torch.from_numpy(row), tokens).number for row in nats]
-                found[f"{name}.{score}.route"] = np.array(routes, np.int64)
-        found[f"{name}.excess"] = excess(experts, nats, tokens, deciding[SCORES[0]].known).astype(np.float32)
-    names = list(experts.names)
-    for count in range(1, len(names) + 1):  # experts mounted one after another
-        some = Router(crouter, ExpertSet(experts.experts[:count]), fewest=fewest)
-        rows = torch.from_numpy(chunk.mean(-1)[:, :count])
-        found[f"mounted.{count}.route"] = np.array([some.decide(row, setting.chunk).number for row in rows], np.int64)
-        some.remove()
-    for router in deciding.values():
-        router.remove()
-    parts = [[expert.compressor.nbytes // 2, expert.host.nbytes // 2] for expert in experts]  # as saved, bfloat16
-    found["expert.bytes"] = np.array(parts, np.int64)
-    found |= measure_evidence(crouter, experts, setting, {"chunk": chunk, "span": span})
-    # An expert of a set of one and of a set of all computes the same bits.
-    alone = token_nats(crouter, ExpertSet(experts.experts[:1]), setting.chunks[:8], setting.rows)
-    both = token_nats(crouter, experts, setting.chunks[:8], setting.rows)
-    found["mounted.bit_difference"] = np.array([np.abs(alone[:, 0] - both[:, 0]).max()])
-    return found
-
-
-def measure_evidence(crouter: Any, experts: ExpertSet, setting: Setting, tested: Arrays) -> Arrays:
-    """What a decision could be made from: residuals of test and calibration pieces, under experts and without any.
-
-    Args:
-        crouter: the shared one.
-        experts: the set.
-        setting: the texts.
-        tested: token residuals `[N, n, T]` of test pieces, `chunk` and `span`.
-
-    Returns:
-        For both kinds `evidence.<kind>.test` and `evidence.<kind>.calibration` (with `.domain`, `[N]`): nats/token
-        under each expert and, last, under the crouter alone, `[N, n + 1]`, float32.
-    """
-    found: Arrays = {}
-    for kind, pieces in (("chunk", setting.chunks), ("span", setting.spans)):
-        own = [setting.cut(tokens, pieces.shape[1]) for tokens in setting.calibration]
-        found[f"evidence.{kind}.domain"] = np.repeat(np.arange(len(own)), [len(some) for some in own])
-        for name, some in (("test", pieces), ("calibration", np.concatenate(own))):
-            nats = tested[kind] if name == "test" else token_nats(crouter, experts, some, setting.rows)
-            tensors = [torch.from_numpy(piece.astype(np.int64)) for piece in some]
-            alone = torch.stack(rebuilding_nats(crouter, tensors, rows=setting.rows)).numpy()
-            every = np.concatenate([nats, alone[:, None]], axis=1)
-            found[f"evidence.{kind}.{name}"] = every.mean(-1).astype(np.float32)
-    return found
-
-
-def nearest_border(spans: Sequence[Span], border: int, length: int) -> int:
-    """Tokens from a true border to the nearest found one; the piece's length where none was found."""
-    return min((abs(span.start - border) for span in spans[1:]), default=length)
-
-
-def tuned(costs: np.ndarray, borders: Sequence[np.ndarray] | np.ndarray) -> tuple[float, int]:
-    """The switch and smoothing with the least mean error on calibration pieces; costs `[P, n, T]`, borders of each.
-
-    The mean, with missed and superfluous borders: the median alone would take many borders for free.
-    """
-    length, best = costs.shape[-1], (np.inf, SWITCHES[0], SMOOTHS[0])
-    for smooth in SMOOTHS:
-        for switch in SWITCHES:
-            errors = []
-            for row, true in zip(costs, borders, strict=True):
-                spans = find_spans(torch.from_numpy(row), switch=switch, smooth=min(smooth, length // 8 or 1))
-                mean = np.mean([nearest_border(spans, int(border), length) for border in true])
-                errors.append(mean + length // 8 * max(0, len(spans) - 1 - len(true)))
-            if np.mean(errors) < best[0]:
-                best = (float(np.mean(errors)), switch, smooth)
-    return best[1], best[2]
-
-
-def calibration_windows(setting: Setting) -> tuple[np.ndarray, np.ndarray]:
-    """Windows `[W, 2 * chunk]` of calibration documents and their domains."""
-    rows = [setting.cut(tokens, 2 * setting.chunk) for tokens in setting.calibration]
-    names = np.repeat(np.array(setting.domains), [len(some) for some in rows])
-    return np.concatenate(rows), names
-
-
-def measure_borders(setting: Setting, costs_of: Callable[[np.ndarray], np.ndarray]) -> Arrays:
-    """Errors of borders in spliced and in real mixed pieces.
-
-    Args:
-        setting: the texts.
-        costs_of: pieces `[P, T]` to costs `[P, n, T]`.
-    """
-    ids, domains = calibration_windows(setting)
-    fit = splice(ids, domains, max(8, setting.pieces // 8), setting.seed + 1)
-    switch, smooth = tuned(costs_of(fit.ids), fit.borders[:, None])
-    smooth = min(smooth, setting.chunk // 8 or 1)
-    known = setting.known
-    test = splice(setting.windows.ids[known], setting.windows.domains[known], setting.pieces, setting.seed)
-    errors, counts, right = [], [], []
-    for row, border, first, second in zip(costs_of(test.ids), test.borders, test.first, test.second, strict=True):
-        spans = find_spans(torch.from_numpy(row), switch=switch, smooth=smooth)
-        errors.append(nearest_border(spans, int(border), setting.chunk))
-        counts.append(len(spans) - 1)
-        names = [setting.windows.records[known[i]].domain for i in (first, second)]
-        numbers = [setting.domains.index(name) for name in names]
-        labels = np.repeat([span.number for span in spans], [len(span) for span in spans])
-        truth = np.where(np.arange(setting.chunk) < border, numbers[0], numbers[1])
-        right.append(float((labels == truth).mean()))
-    found = {
-        "switch": np.array([switch]), "smooth": np.array([smooth]), "spliced.error": np.array(errors),
-        "spliced.found": np.array(counts), "spliced.tokens": np.array(right),
-        "spliced.first": known[test.first], "spliced.second": known[test.second],
-    }  # fmt: skip
-    both = {"mixed": (switch, smooth)}
-    fitting = setting.mixed_fit
-    if fitting is not None:
-        true = [fitting.borders(piece) for piece in range(len(fitting.ids))]
-        own, least = tuned(costs_of(fitting.ids.astype(np.int64)), true)
-        both["mixed_own"] = (own, min(least, setting.chunk // 8 or 1))
-    costs = costs_of(setting.mixed.ids.astype(np.int64))
-    for name, (switch, smooth) in both.items():
-        errors, pieces, counts = [], [], []
-        for piece, row in enumerate(costs):
-            spans = find_spans(torch.from_numpy(row), switch=switch, smooth=smooth)
-            true = setting.mixed.borders(piece)
-            errors += [nearest_border(spans, int(border), setting.chunk) for border in true]
-            pieces += [piece] * len(true)
-            counts.append((len(spans) - 1, len(true)))
-        found |= {f"{name}.error": np.array(errors), f"{name}.piece": np.array(pieces)}
-        found |= {f"{name}.found": np.array(counts), f"{name}.setting": np.array([switch, smooth], np.float64)}
-    return found
-
-
-def expert_costs(crouter: Any, experts: ExpertSet, setting: Setting) -> Callable[[np.ndarray], np.ndarray]:
-    """Costs of tokens as the router's default score sees them."""
-
-    def costs(pieces: np.ndarray) -> np.ndarray:
-        router = Router(crouter, experts)
-        try:
-            nats = token_nats(crouter, experts, pieces, setting.rows)
-            return np.stack([router.scores(torch.from_numpy(row).double(), setting.chunk).numpy() for row in nats])
-        finally:
-            router.remove()
-
-    return costs
-
-
-def measure_changing(crouter: Any, experts: ExpertSet, setting: Setting) -> Arrays:
-    """Routes of consecutive chunks of documents that change once, for each `stay`."""
-    known = setting.known
-    documents = changing(setting.windows.ids[known], setting.windows.domains[known], setting.pieces, setting.seed)
-    count = documents.ids.shape[1] // setting.chunk
-    pieces = documents.ids[:, : count * setting.chunk].reshape(-1, setting.chunk)
-    nats = token_nats(crouter, experts, pieces, setting.rows).mean(-1).reshape(len(documents.ids), count, -1)
-    found: Arrays = {"border": documents.borders, "nats": nats.astype(np.float32)}
-    found |= {"first": known[documents.first], "second": known[documents.second]}
-    for stay in STAYS:
-        router = Router(crouter, experts, stay=stay, fewest=min(64, setting.span))
-        routes = np.zeros(nats.shape[:2], np.int64)
-        for number, document in enumerate(nats):
-            previous = None
-            for i, chunk in enumerate(document):
-                previous = routes[number, i] = router.decide(torch.from_numpy(chunk), setting.chunk, previous).number
-        found[f"route.{stay:g}"] = routes
-        router.remove()
-    return found
 
 
 def measure_host(host: Any, experts: ExpertSet, beside: dict[str, Lora], setting: Setting) -> Arrays:
@@ -362,7 +97,8 @@ def measure_text(setting: Setting, texts_of: Callable[[np.ndarray], str], tokeni
             [gram_costs(grams, [texts_of(piece[i : i + 1]) for i in range(len(piece))]) for piece in pieces]
         )
 
-    return found | {f"ngram.border.{key}": value for key, value in measure_borders(setting, costs).items()}
+    bordered = {name: costs(pieces) for name, pieces in setting.bordered().items()}
+    return found | {f"ngram.border.{key}": value for key, value in measure_borders(setting, bordered).items()}
 
 
 def gram_costs(grams: CharacterGrams, tokens: Sequence[str]) -> np.ndarray:
@@ -476,16 +212,36 @@ def _encoder_products(config: Any) -> float:
     return float(config.num_encoder_layers * config.num_encoder_loops * layer)
 
 
-def measure_full(crouters: dict[str, Any], experts: ExpertSet, setting: Setting) -> Arrays:
-    """Residuals of chunks under whole copies, beside the medians on calibration chunks."""
+def measure_compared(
+    crouter: Any, copies: Mapping[str, Any], adapters: Mapping[str, Lora], setting: Setting
+) -> Arrays:
+    """Residuals of chunks under other compressors of some domains, beside the medians on calibration chunks.
+
+    Args:
+        crouter: the shared one.
+        copies: whole crouters, by domain.
+        adapters: of the shared one, with another rank than the experts', by domain.
+        setting: the texts.
+
+    Returns:
+        `full.DOMAIN.*` and `small.DOMAIN.*`: `chunk` `[N]` and `calibration`, nats/token; `bytes`; `ms` a chunk.
+    """
     found: Arrays = {}
-    for name, crouter in crouters.items():
-        for what, pieces in (
-            ("chunk", setting.chunks),
-            ("calibration", setting.cut(setting.calibration[setting.domains.index(name)], setting.chunk)),
-        ):
-            tensors = [torch.from_numpy(row.astype(np.int64)) for row in pieces]
-            nats = rebuilding_nats(crouter, tensors, rows=setting.rows)
-            found[f"{name}.{what}"] = torch.stack(nats).mean(-1).numpy()
-        found[f"{name}.bytes"] = np.array([sum(p.numel() for p in crouter.parameters()) * 2])
+    models = [("full", name, copy, None) for name, copy in copies.items()]
+    models += [("small", name, crouter, adapter) for name, adapter in adapters.items()]
+    for kind, name, model, adapter in models:
+        stack = None if adapter is None else AdapterStack(model, {name: adapter})
+        try:
+            own = setting.cut(setting.calibration[setting.domains.index(name)], setting.chunk)
+            for what, pieces in (("calibration", own), ("chunk", setting.chunks)):
+                tensors = [torch.from_numpy(row.astype(np.int64)) for row in pieces]
+                began = _now()
+                nats = rebuilding_nats(model, tensors, stack, rows=setting.rows)
+                found[f"{kind}.{name}.ms"] = np.array([1000 * (_now() - began) / len(pieces)])
+                found[f"{kind}.{name}.{what}"] = torch.stack(nats).mean(-1).numpy()
+        finally:
+            if stack is not None:
+                stack.remove()
+        size = sum(p.numel() for p in model.parameters()) * 2 if adapter is None else adapter.nbytes // 2
+        found[f"{kind}.{name}.bytes"] = np.array([size])  # as saved, bfloat16
     return found

@@ -151,11 +151,8 @@ def gain_figures(figures: Figures, part: Mapping[str, np.ndarray]) -> None:
     Known is a gain above the 1% quantile of the expert's own calibration pieces.
     """
     for kind, key in (("chunk", "chunk"), ("span", "span128")):
-        if f"evidence.{kind}.test" not in part:
-            continue
-        test, own = (part[f"evidence.{kind}.{name}"] for name in ("test", "calibration"))
+        test, own, numbers = (part[f"{kind}.{name}"] for name in ("nats", "own", "own.domain"))
         lack, usual = (values[:, :-1] - values[:, -1:] for values in (test, own))
-        numbers = part[f"evidence.{kind}.domain"]
         limits = [np.quantile(usual[numbers == i, i], 0.99) for i in range(lack.shape[1])]
         figures.accuracy(f"{key}.gain.argmin.accuracy", lack.argmin(1), interval=False)
         figures.rejection(f"{key}.gain.unseen", (lack - np.array(limits)).min(1))
@@ -268,6 +265,11 @@ def host_figures(figures: Figures, part: Mapping[str, np.ndarray], routes: np.nd
                 / macro(oracle[rows[index]], domains[rows[index]]), documents[rows])  # fmt: skip
     figures.found |= {"switch.ms": float(part["switch.ms"][0]), "recompute.ms": float(part["recompute.ms"][0])}
     places = {name: 1 + len(figures.names) + i for i, name in enumerate(beside)}
+    for name in figures.names:
+        if f"large.{name}" in places:
+            figures.found[f"host.{name}.large"] = float(
+                losses[truth == figures.names.index(name), places[f"large.{name}"]].mean()
+            )
     if "joint" in places:
         joint = losses[:, places["joint"]]
         figures.add("joint.loss_ratio", lambda index: macro(joint[rows[index]], domains[rows[index]])
@@ -326,20 +328,28 @@ def baseline_figures(figures: Figures, name: str, part: Mapping[str, np.ndarray]
         figures.found[f"baseline.{name}.bytes"] = float(part[f"{prefix}bytes"][0])
 
 
-def full_figures(figures: Figures, part: Mapping[str, np.ndarray], adapters: Mapping[str, np.ndarray]) -> None:
-    """Whole copies of the crouter beside adapters of it, on the domains that have both."""
-    names = [name for name in figures.names if f"{name}.chunk" in part]
+def compared_figures(figures: Figures, part: Mapping[str, np.ndarray], adapters: Mapping[str, np.ndarray]) -> None:
+    """Whole copies of the crouter and smaller adapters beside the experts', on the domains that have all of them."""
+    names = [name for name in figures.names if f"full.{name}.chunk" in part]
     numbers = [figures.names.index(name) for name in names]
     rows = np.isin(figures.truth(2), numbers)
     truth, documents = figures.truth(2)[rows], figures.documents(2)[rows]
-    whole = np.stack([part[f"{n}.chunk"] - np.median(part[f"{n}.calibration"]) for n in names], 1)[rows]
-    for key, scores in (("full", whole), ("lora", adapters["chunk.calibrated"][rows][:, numbers])):
-        right = np.array(numbers)[scores.argmin(1)] == truth
-        figures.add(f"pair.{key}.accuracy", lambda index, right=right: float(right[index].mean()), documents)
-        own = np.array([numbers.index(t) for t in truth])
-        best_other = np.where(np.arange(len(names)) == own[:, None], np.inf, scores).min(1)
-        figures.found[f"pair.{key}.margin"] = float(np.mean(best_other - scores[np.arange(len(own)), own]))
-    figures.found["pair.full.bytes"] = float(part[f"{names[0]}.bytes"][0])
+    own = np.array([numbers.index(t) for t in truth])
+    scores = {kind: np.stack([part[f"{kind}.{n}.chunk"] for n in names], 1)[rows] for kind in ("full", "small")}
+    for key, nats in (scores | {"expert": adapters["chunk.nats"][rows][:, numbers]}).items():
+        right = np.array(numbers)[nats.argmin(1)] == truth
+        figures.add(f"compared.{key}.accuracy", lambda index, right=right: float(right[index].mean()), documents)
+        best_other = np.where(np.arange(len(names)) == own[:, None], np.inf, nats).min(1)
+        mine = nats[np.arange(len(own)), own]
+        figures.found |= {
+            f"compared.{key}.margin": float(np.mean(best_other - mine)),
+            f"compared.{key}.residual": float(np.mean(mine)),
+        }
+        if key in scores:
+            figures.found |= {
+                f"compared.{key}.{what}": float(np.mean([part[f"{key}.{n}.{what}"][0] for n in names]))
+                for what in ("bytes", "ms")
+            }
 
 
 def metrics(
@@ -390,8 +400,8 @@ def metrics(
         known = np.flatnonzero(truth >= 0)
         kept = latency["shortlisted"][known, truth[known]]
         figures.add("shortlist2.recall", lambda index: float(kept[index].mean()), figures.documents(2)[known])
-    if "full" in parts and "residuals" in parts:
-        full_figures(figures, parts["full"], parts["residuals"])
+    if "compared" in parts and "residuals" in parts:
+        compared_figures(figures, parts["compared"], parts["residuals"])
     return figures.found
 
 

@@ -16,11 +16,12 @@ import torch
 from eval.routing_data import load_part
 from hf_crouter.errors import InputError
 from hf_crouter.routing.experts import COMPRESSOR, EXPERT_FILE, HOST, SET_FILE, ExpertSet, add_expert, mounted_names
-from hf_crouter.storage import write_json
+from hf_crouter.storage import temporary_folder_beside, write_json
 from hf_crouter.training.experts import (
     ExpertArguments,
     ExpertModels,
     HostLoss,
+    fit_adapter,
     host_batch,
     join,
     load_models,
@@ -30,6 +31,8 @@ from hf_crouter.training.experts import (
 )
 from hf_crouter.training.loop import compiled_layers, make_accelerator, run_loop
 from hf_crouter.training.reconstruct import ReconstructionLoss, reconstruction_batch
+
+SMALL, LARGE = 4, 8  # ranks beside the experts': of the crouter's adapter, of the host's
 
 
 def expert_arguments(args: Namespace) -> ExpertArguments:
@@ -58,12 +61,11 @@ def train(args: Namespace, models: ExpertModels | None = None) -> None:
             found = train_expert(domain, replace(arguments, data=str(args.data / domain), experts=str(folder)), models)
             record[domain] = {key: found[key] for key in ("compressor", "host", "held_out")}
             write_json(args.save / f"train.{shard}of{shards}.json", record)
-    for domain in args.full[shard::shards]:
-        if not (args.save / "full" / domain).exists():
-            train_full(args, arguments, models, domain)
     if args.continual:
         for name in ("sequential", "joint")[shard % 2 :: min(shards, 2)] if shard < 2 else ():
             train_beside(args, arguments, models, name)
+    for domain in args.compared[shard::shards]:
+        train_compared(args, arguments, models, domain)
 
 
 def train_beside(args: Namespace, arguments: ExpertArguments, models: ExpertModels, name: str) -> None:
@@ -100,6 +102,31 @@ def train_beside(args: Namespace, arguments: ExpertArguments, models: ExpertMode
             for file in part.iterdir():
                 (place / file.name).write_bytes(file.read_bytes())
             accelerator.free_memory()
+
+
+def train_compared(args: Namespace, arguments: ExpertArguments, models: ExpertModels, domain: str) -> None:
+    """What an expert's parts are compared with: a whole copy of the crouter, adapters of other ranks."""
+    if not (args.save / "full" / domain).exists():
+        train_full(args, arguments, models, domain)
+    tokens, length = load_part(args.data, domain, "train"), models.crouter.config.chunk_length
+    accelerator = make_accelerator(arguments.settings(HOST, ""))
+    small = replace(arguments, compressor_rank=SMALL, compressor_alpha=2.0 * SMALL)
+    large = replace(arguments, host_rank=LARGE, host_alpha=2.0 * LARGE)
+    compressor = small.settings(COMPRESSOR, "")
+    for part, some, loss, batch, positions in (
+        (COMPRESSOR, small, ReconstructionLoss(models.crouter),
+         lambda index: reconstruction_batch(tokens, compressor, length, index), length),
+        (HOST, large, HostLoss(models.host), lambda index: host_batch(tokens, large, index), large.window),
+    ):  # fmt: skip
+        place = args.save / "compared" / domain / part
+        if place.exists():
+            continue
+        model = models.crouter if part == COMPRESSOR else models.host
+        with temporary_folder_beside(place) as temporary:
+            settings = some.settings(part, temporary / "run")
+            fit_adapter(loss, model, batch, (some, settings, positions), accelerator, temporary / domain / part)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(temporary / domain / part, place)
 
 
 def train_full(args: Namespace, arguments: ExpertArguments, models: ExpertModels, domain: str) -> None:

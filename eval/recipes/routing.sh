@@ -1,11 +1,15 @@
 #!/usr/bin/env bash
 # Remakes the eight experts and the routing measurement.
 #   eval/recipes/routing.sh STEP WORK [HOST]
-# STEP: data | text | train | measure | report. WORK: folder for data and runs. `data` needs PROSE, the folder of the
-# text domains; `train` and `measure` want an accelerator, and PROCESSES that share it (2 by default).
+# STEP: data | text | train | compare | measure | costs | decide | report, in this order; train to costs want an
+# accelerator, which PROCESSES share (2 by default) except in `costs`, where times are taken. WORK: folder for data and
+# runs. `data` needs PROSE, the folder of the text domains. BOX: seconds of training of an expert's two parts, as
+# each process has them to itself or not.
 set -euo pipefail
 step=$1 work=$2 host=${3:-smollm2-135m} processes=${PROCESSES:-2}
 common=(--data "$work/routing-data" --save "$work/routing")
+read -r -a box <<<"${BOX:-75 20}"
+options='{"compile": true, "log_every": 100, "host_rank": 2, "host_alpha": 4, "host_learning_rate": 1e-3}'
 in_turn() {  # the same stage in several processes, each with its share
   trap 'kill $(jobs -p) 2>/dev/null' EXIT
   for shard in $(seq 0 $((processes - 1))); do
@@ -20,15 +24,20 @@ data)
 text)  # what needs no model: n-grams, TF-IDF
   python3 -m eval.run routing text "${common[@]}"
   ;;
-train)  # STEPS of the crouter's adapter and of the host's
-  # shellcheck disable=SC2086
-  in_turn train --steps ${STEPS:-1000 300} --continual --options '{"compile": true, "log_every": 100}'
+train)  # the experts; one adapter of all domains in turn, one of all together
+  in_turn train --seconds "${box[@]}" --options "${OPTIONS:-$options}" --continual
+  ;;
+compare)  # whole copies of the crouter, adapters of other ranks
+  in_turn train --seconds "${box[@]}" --options "${OPTIONS:-$options}" --compared wiki_en novels_en
   ;;
 measure)
-  in_turn measure
+  in_turn measure --parts nats host probe arrow compared
   ;;
-report)
-  python3 -m eval.run routing report "${common[@]}" --result "${RESULT:-routing}"
+costs)
+  python3 -m eval.run routing measure "${common[@]}" --host "$host" --parts latency
+  ;;
+decide | report)
+  python3 -m eval.run routing "$step" "${common[@]}" --result "${RESULT:-routing}"
   ;;
 *) echo "unknown step $step" >&2; exit 2 ;;
 esac

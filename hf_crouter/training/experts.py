@@ -394,7 +394,7 @@ def train_expert(name: str, arguments: ExpertArguments, models: ExpertModels | N
     with tempfile.TemporaryDirectory(prefix="expert-") as temporary:
         folder = Path(temporary) / name
         compressor, host = (arguments.settings(part, Path(temporary) / "runs" / part) for part in _PARTS)
-        record[COMPRESSOR] = _fit(
+        record[COMPRESSOR] = fit_adapter(
             ReconstructionLoss(models.crouter),
             models.crouter,
             lambda index: reconstruction_batch(domain.train, compressor, length, index),
@@ -407,7 +407,7 @@ def train_expert(name: str, arguments: ExpertArguments, models: ExpertModels | N
             # backward makes no gradients of the frozen matrices
             flops = matrix_flops_per_token(models.crouter.config) * 2 / 3 * rate
             record[COMPRESSOR]["mfu"] = flops / measured_matrix_rate(accelerator.device)
-        record[HOST] = _fit(
+        record[HOST] = fit_adapter(
             HostLoss(models.host),
             models.host,
             lambda index: host_batch(domain.host_train, arguments, index),
@@ -423,7 +423,7 @@ def train_expert(name: str, arguments: ExpertArguments, models: ExpertModels | N
     return {"path": str(Path(arguments.experts) / name), **record}
 
 
-def _fit(
+def fit_adapter(
     loss: nn.Module,
     model: PreTrainedModel,
     batch: Callable[[int], Batch],

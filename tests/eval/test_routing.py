@@ -84,11 +84,23 @@ def test_trains_measures_and_reports(world, monkeypatch):
     torch.set_num_threads(1)
     options = ("--steps", "3", "3", "--options", json.dumps(OPTIONS), "--continual")
     for shard in ("0/2", "1/2"):
-        assert command.main(arguments(world, "train", *options, "--full", "python", "--shard", shard)) == 0
+        assert command.main(arguments(world, "train", *options, "--compared", *KNOWN, "--shard", shard)) == 0
     assert command.main(arguments(world, "text")) == 0
     assert command.main(arguments(world, "measure")) == 0
+    assert command.main(arguments(world, "decide")) == 0
     made = {path.stem for path in (world / "save" / "parts").glob("*.safetensors")}
-    assert made == {"residuals", "borders", "changing", "host", "probe", "arrow", "latency", "full", "text"}
+    assert made == {
+        "nats",
+        "residuals",
+        "borders",
+        "changing",
+        "host",
+        "probe",
+        "arrow",
+        "latency",
+        "compared",
+        "text",
+    }
     assert command.main(arguments(world, "report")) == 0
     result = json.loads((world / "results" / "routing.json").read_text())
     found = result["metrics"]
@@ -97,7 +109,9 @@ def test_trains_measures_and_reports(world, monkeypatch):
               "border.own.docstrings.median_tokens",
               "forgetting.max_abs_delta", "forgetting.sequential.max_abs_delta", "oracle.loss_ratio", "switch.ms",
               "lag.stay0.1.chunks", "cost.2.all.ms", "cost.3.shortlist.flops", "expert.bytes", "joint.loss_ratio",
-              "shortlist2.recall", "host.python.oracle", "host.unseen.routed", "pair.full.accuracy"]  # fmt: skip
+              "shortlist2.recall", "host.python.oracle", "host.unseen.routed", "compared.full.accuracy",
+              "compared.small.bytes", "compared.expert.margin", "host.python.large",
+              "chunk.gain.unseen.far.auroc"]  # fmt: skip
     wanted += [f"baseline.{name}.accuracy" for name in ("ngram", "tfidf", "perplexity", "probe", "arrow")]
     assert [key for key in wanted if key not in found] == []
     assert found["mounted.bit_difference"] == 0

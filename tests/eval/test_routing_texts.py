@@ -8,7 +8,8 @@ import torch
 
 from eval.routing_baselines import CharacterGrams, LatentProbe, TfIdfCentroids, gram_buckets
 from eval.routing_data import WINDOW, Record, TestWindows, cut_windows, group_of
-from eval.routing_measure import gram_costs, nearest_border, tuned
+from eval.routing_decide import nearest_border, tuned
+from eval.routing_measure import gram_costs
 from eval.routing_mixed import CODE, Labelled, changing, docstrings, fenced, notebook, smoothed, splice, token_labels
 from eval.routing_report import Figures, auroc, confusion, false_accepts, macro
 from hf_crouter.data.documents import Document
