@@ -2,8 +2,8 @@
 
 Stages: `train` (accelerator) makes the experts and the adapters beside them; `text` (CPU) measures what needs no
 model; `measure` (accelerator) computes what experts, host and baselines say of all texts; `decide` (CPU) lets the
-router decide from it; `report` (CPU) turns all arrays into `routing.json` and a picture of the confusion matrix. Data
-are those of `eval.routing_data`. `--shard i/k` splits training by experts and measuring by parts; a stage that was
+router decide from it; `report` (CPU) turns all arrays into `routing.json` and a picture of the confusion matrix; `ship`
+makes the set of `--domains` that comes with the package, without any text. Data are those of `eval.routing_data`. `--shard i/k` splits training by experts and measuring by parts; a stage that was
 interrupted goes on with what is missing.
 """
 
@@ -29,7 +29,7 @@ from eval.routing_baselines import decoder
 from eval.routing_data import KNOWN, TestWindows, load_mixed, load_mixed_fit, load_part
 from eval.routing_nats import Setting, measure_nats
 from eval.routing_report import draw_confusion, metrics, table
-from eval.routing_train import merged, train
+from eval.routing_train import merged, ship, train
 from hf_crouter.adapters import Lora
 from hf_crouter.compressor import CRouterModel
 from hf_crouter.data.tokens import TokenArray
@@ -45,8 +45,11 @@ NOTES = (
     "unknown: shakespeare, speeches_en, meetings_qmsum; far: csv_tables, zh_tech. Chunks of 512 tokens of held-out "
     "documents, two of a window of 1024; spans of 128, rebuilt alone (span128) or read off the chunk's tokens "
     "(span128.within). accuracy: mean of the domains; a chunk left to the base model is wrong; .argmin: without that, "
-    "as baselines answer. unseen: AUROC of the least residual above its expert's 99% quantile on "
-    "calibration chunks, for baselines too (.calibrated: above the median; .raw: as it is). oracle.loss_ratio: host "
+    "as baselines answer; .calibrated: least residual less each expert's median. unseen: AUROC of the least distance "
+    "from an expert's profile; .residual: of the least residual above its expert's 99% quantile on calibration "
+    "chunks, as for baselines (.calibrated: above the median; .raw: as it is); .gain: likewise of the residual less "
+    "that of the crouter alone. Rules were chosen on calibration chunks, each known domain left out in turn as the "
+    "unknown one. oracle.loss_ratio: host "
     "loss of a window's second chunk under the route of its first, over that under the domain's own adapter. border: "
     "spliced chunks; docstrings, descriptions, notebooks: real ones, code against prose, with the switch chosen on "
     "spliced calibration chunks (.own: on calibration files with docstrings). lag: chunks from the one that holds the "
@@ -213,7 +216,7 @@ def run_report(args: argparse.Namespace) -> None:
 def configure(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments."""
     cuda = torch.cuda.device_count() > 0  # does not start the accelerator
-    parser.add_argument("stage", choices=["train", "text", "measure", "decide", "report"])
+    parser.add_argument("stage", choices=["train", "text", "measure", "decide", "report", "ship"])
     parser.add_argument("--data", required=True, type=Path, help="folder of eval.routing_data")
     parser.add_argument("--save", required=True, type=Path, help="folder of experts and arrays")
     parser.add_argument("--host", default="smollm2-135m")
@@ -234,10 +237,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--draws", type=int, default=400, help="of the bootstrap")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--result", default="routing")
+    parser.add_argument("--out", type=Path, default=Path("experts"), help="where `ship` puts the set")
 
 
 def run(args: argparse.Namespace) -> None:
     """Trains, measures or reports."""
     args.save.mkdir(parents=True, exist_ok=True)
-    stages = {"train": train, "text": run_text, "measure": run_measure, "decide": run_decide, "report": run_report}
+    stages = {"train": train, "text": run_text, "measure": run_measure, "decide": run_decide, "report": run_report,
+              "ship": ship}  # fmt: skip
     stages[args.stage](args)

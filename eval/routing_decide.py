@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from eval.routing_nats import Arrays, Setting
+from eval.routing_nats import Arrays, Setting, evidence_of
 from hf_crouter.routing.experts import ExpertSet
-from hf_crouter.routing.router import SCORES, Router
+from hf_crouter.routing.profile import NATS, summary
+from hf_crouter.routing.router import Router
 from hf_crouter.routing.spans import Span, find_spans
 
 STAYS = (0.0, 0.05, 0.1, 0.2, 0.4)
@@ -21,60 +22,53 @@ SWITCHES = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)  # nats that a border costs, t
 SMOOTHS = (1, 8, 16, 32)
 
 
-def routers(crouter: Any, experts: ExpertSet, fewest: int) -> dict[str, Router]:
-    """A router for each score."""
-    return {score: Router(crouter, experts, score=score, fewest=fewest) for score in SCORES}
-
-
-def excess(experts: ExpertSet, nats: np.ndarray, tokens: int, known: float) -> np.ndarray:
-    """How far each residual lies above what its expert calls its own, `[N, n]`, nats/token."""
-    return nats - np.array([expert.calibration.residual(tokens, known) for expert in experts])
-
-
 def decide_residuals(crouter: Any, experts: ExpertSet, nats: Arrays, setting: Setting) -> Arrays:
-    """Residuals, scores and decisions of chunks, of spans alone and of spans within their chunks.
+    """Residuals and decisions of chunks, of spans alone and of spans within their chunks.
 
     Args:
         crouter: the shared one, on any device.
-        experts: the set.
+        experts: the set, with or without profiles.
         nats: of `measure_nats`.
         setting: the texts.
+
+    Returns:
+        For `chunk`, `span` and `within`: `.nats` `[N, n + 1]`; `.calibrated` `[N, n]`, less each expert's median;
+        `.excess`, less its 99% quantile; `.distance` `[N, n]`, where there are profiles. `.route` `[N]` of the first
+        two, and `mounted.COUNT.route` of chunks.
     """
-    fewest, count = min(64, setting.span), len(experts)
-    deciding = routers(crouter, experts, fewest)
-    chunk = nats["chunk"].astype(np.float64)
-    within = chunk.reshape(*chunk.shape[:2], 4, setting.span).mean(-1).swapaxes(1, 2).reshape(-1, count + 1)
-    evidence = {
-        "chunk": (chunk.mean(-1), setting.chunk),
-        "span": (nats["span"].astype(np.float64), setting.span),
-        "within": (within, setting.chunk),
+    fewest, count, evidence = min(64, setting.span), len(experts), evidence_of(nats, experts)
+    router = Router(crouter, experts.mounted(count, evidence), fewest=fewest)
+    tokens = torch.from_numpy(nats["chunk"].astype(np.float32))
+    parts = tokens.unflatten(-1, (4, setting.span)).swapaxes(1, 2).flatten(0, 1)
+    pieces = {
+        "chunk": (summary(tokens), setting.chunk),
+        "span": (torch.from_numpy(nats["span"]), setting.span),
+        "within": (summary(parts), setting.chunk),
     }
     found: Arrays = {}
-    for name, (every, tokens) in evidence.items():
-        some = every[:, :-1]
-        found[f"{name}.nats"] = every.astype(np.float32)
-        for score, router in deciding.items():
-            found[f"{name}.{score}"] = router.scores(torch.from_numpy(some.T), tokens).numpy().T.astype("f4")
-            if name != "within":
-                routes = [router.decide(torch.from_numpy(row), tokens).number for row in some]
-                found[f"{name}.{score}.route"] = np.array(routes, np.int64)
-        found[f"{name}.excess"] = excess(experts, some, tokens, deciding[SCORES[0]].known).astype(np.float32)
+    for name, (rows, length) in pieces.items():
+        found[f"{name}.nats"] = rows[..., NATS].numpy()
+        some = rows[:, :-1, NATS].numpy()
+        for key, level in (("calibrated", 0.5), ("excess", router.known)):
+            found[f"{name}.{key}"] = some - np.float32([e.calibration.residual(length, level) for e in experts])
+        if router.profiled and not rows.isnan().any():
+            found[f"{name}.distance"] = torch.stack([router.distances(row, length) for row in rows]).float().numpy()
+        if name != "within":
+            found[f"{name}.route"] = np.array([router.decide(row, length).number for row in rows], np.int64)
+    router.remove()
     for mounted in range(1, count + 1):  # experts mounted one after another
-        some = Router(crouter, ExpertSet(experts.experts[:mounted]), fewest=fewest)
-        rows = torch.from_numpy(evidence["chunk"][0][:, :mounted])
-        found[f"mounted.{mounted}.route"] = np.array(
-            [some.decide(row, setting.chunk).number for row in rows], np.int64
-        )
+        some = Router(crouter, experts.mounted(mounted, evidence), fewest=fewest)
+        columns = [*range(mounted), count]
+        routes = [some.decide(row[columns], setting.chunk).number for row in pieces["chunk"][0]]
+        found[f"mounted.{mounted}.route"] = np.array(routes, np.int64)
         some.remove()
-    for router in deciding.values():
-        router.remove()
     for kind in ("chunk", "span"):
-        own = nats[f"own.{kind}"].astype(np.float32)
-        found[f"{kind}.own"] = own.mean(-1) if own.ndim == 3 else own
+        own = torch.from_numpy(nats[f"own.{kind}"].astype(np.float32))
+        found[f"{kind}.own"] = (own.mean(-1) if kind == "chunk" else own[..., NATS]).numpy()
         found[f"{kind}.own.domain"] = nats[f"own.{kind}.domain"]
-    parts = [[expert.compressor.nbytes // 2, expert.host.nbytes // 2] for expert in experts]  # as saved, bfloat16
+    sizes = [[expert.compressor.nbytes // 2, expert.host.nbytes // 2] for expert in experts]  # as saved, bfloat16
     return found | {
-        "expert.bytes": np.array(parts, np.int64),
+        "expert.bytes": np.array(sizes, np.int64),
         "mounted.bit_difference": nats["mounted.bit_difference"],
     }
 
@@ -147,31 +141,25 @@ def measure_borders(setting: Setting, costs: Mapping[str, np.ndarray]) -> Arrays
 
 
 def decide_borders(crouter: Any, experts: ExpertSet, nats: Arrays, setting: Setting) -> Arrays:
-    """Borders as the router's default score sees them."""
-    router = Router(crouter, experts)
-    costs = {
-        name: np.stack(
-            [router.scores(torch.from_numpy(row[:-1]).double(), setting.chunk).numpy() for row in nats[name]]
-        )
-        for name in setting.bordered()
-    }
-    router.remove()
-    return measure_borders(setting, costs)
+    """Borders as the experts' token residuals show them."""
+    del crouter, experts
+    return measure_borders(setting, {name: nats[name][:, :-1].astype(np.float64) for name in setting.bordered()})
 
 
 def decide_changing(crouter: Any, experts: ExpertSet, nats: Arrays, setting: Setting) -> Arrays:
     """Routes of consecutive chunks of documents that change once, for each `stay`."""
     known, documents = setting.known, setting.changing()
-    every = nats["changing"][:, :-1].reshape(len(documents.ids), -1, len(experts))
-    found: Arrays = {"border": documents.borders, "nats": every.astype(np.float32)}
+    every = torch.from_numpy(nats["changing"]).unflatten(0, (len(documents.ids), -1))
+    found: Arrays = {"border": documents.borders, "nats": every[:, :, :-1, NATS].numpy()}
+    experts = experts.mounted(len(experts), evidence_of(nats, experts))
     found |= {"first": known[documents.first], "second": known[documents.second]}
     for stay in STAYS:
         router = Router(crouter, experts, stay=stay, fewest=min(64, setting.span))
-        routes = np.zeros(every.shape[:2], np.int64)
+        routes = np.zeros(tuple(every.shape[:2]), np.int64)
         for number, document in enumerate(every):
             previous = None
             for i, chunk in enumerate(document):
-                previous = routes[number, i] = router.decide(torch.from_numpy(chunk), setting.chunk, previous).number
+                previous = routes[number, i] = router.decide(chunk, setting.chunk, previous).number
         found[f"route.{stay:g}"] = routes
         router.remove()
     return found

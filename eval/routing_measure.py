@@ -35,19 +35,32 @@ SIZES = (2, 8, 32)
 
 def measure_host(host: Any, experts: ExpertSet, beside: dict[str, Lora], setting: Setting) -> Arrays:
     """Host losses of every window under every adapter, and of chunks and spans alone for the perplexity router."""
-    ids = setting.windows.ids
-    stack = AdapterStack(host, {**{e.name: e.host for e in experts}, **beside})
-    rows = max(1, setting.rows // 2)
+    ids, rows = setting.windows.ids, max(1, setting.rows // 2)
+    found: Arrays = {}
+    windows = [host_losses(host, None, -1, ids, rows, parts=2)]
+    kinds = (("chunk", setting.chunks, setting.chunk), ("span", setting.spans, setting.span))
+    alone: dict[str, list[np.ndarray]] = {name: [] for name, _, _ in kinds}
+    own: dict[str, list[np.ndarray]] = {name: [] for name, _, _ in kinds}
+    times = dict.fromkeys(alone, 0.0)
+    for number, (name, adapter) in enumerate({**{e.name: e.host for e in experts}, **beside}.items()):
+        stack = AdapterStack(host, {name: adapter})
+        try:
+            windows.append(host_losses(host, stack, 0, ids, rows, parts=2))
+            for kind, pieces, length in kinds if number < len(experts) else ():
+                began = _now()
+                alone[kind].append(host_losses(host, stack, 0, pieces, 2 * rows))
+                times[kind] += _now() - began
+                some = setting.cut(setting.calibration[number], length)
+                own[kind].append(host_losses(host, stack, 0, some, 2 * rows))
+        finally:
+            stack.remove()
+    found["window"] = np.stack(windows, axis=-1)  # [W, 2, 1 + adapters]
+    for kind, pieces, _ in kinds:
+        found[kind] = np.concatenate(alone[kind], axis=1)
+        found[f"{kind}.ms"] = np.array([1000 * times[kind] / len(pieces)])
+        found |= {f"{kind}.{key}": values for key, values in usual(own[kind]).items()}
+    stack = AdapterStack(host, {e.name: e.host for e in experts})
     try:
-        windows = [host_losses(host, stack, number, ids, rows, parts=2) for number in range(-1, len(stack))]
-        found: Arrays = {"window": np.stack(windows, axis=-1)}  # [W, 2, 1 + adapters]
-        count = range(len(experts))
-        for name, pieces, length in (("chunk", setting.chunks, setting.chunk), ("span", setting.spans, setting.span)):
-            began = time.perf_counter()
-            found[name] = np.concatenate([host_losses(host, stack, i, pieces, 2 * rows) for i in count], axis=1)
-            found[f"{name}.ms"] = np.array([1000 * (time.perf_counter() - began) / len(pieces)])
-            own = [host_losses(host, stack, i, setting.cut(setting.calibration[i], length), 2 * rows) for i in count]
-            found |= {f"{name}.{key}": values for key, values in usual(own).items()}
         found["switch.ms"], found["recompute.ms"] = _switch_ms(host, stack, ids[:1, : setting.chunk])
     finally:
         stack.remove()

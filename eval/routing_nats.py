@@ -18,6 +18,7 @@ from eval.routing_mixed import Mixed, Spliced, changing, splice
 from hf_crouter.adapters import AdapterStack
 from hf_crouter.data.tokens import TokenArray
 from hf_crouter.routing.experts import ExpertSet
+from hf_crouter.routing.profile import Evidence, summary
 from hf_crouter.routing.router import rebuilding_nats
 from hf_crouter.training.experts import cut_by_length
 
@@ -148,32 +149,47 @@ def measure_nats(crouter: Any, experts: ExpertSet, held_out: Mapping[str, TokenA
         setting: the texts.
 
     Returns:
-        float16 tokens `chunk`, `own.chunk` (calibration pieces) and those of `bordered`; float32 means `span`,
-        `own.span`, `changing` (chunks of documents, one after another), `held_out.NAME.LENGTH`; `own.*.domain`.
+        float16 tokens `chunk`, `own.chunk` (calibration pieces) and those of `bordered`; float32 summaries `[..., 2]`
+        (`profile.summary`) `span`, `own.span`, `changing` (chunks of documents, one after another),
+        `held_out.NAME.LENGTH` with `.documents`; `own.*.domain`.
     """
     found: Arrays = {}
 
     def tokens(name: str, pieces: np.ndarray) -> None:
         found[name] = token_nats(crouter, experts, pieces, setting.rows).astype(np.float16)
 
-    def means(name: str, pieces: np.ndarray) -> None:
-        found[name] = token_nats(crouter, experts, pieces, setting.rows).mean(-1).astype(np.float32)
+    def summaries(name: str, pieces: np.ndarray) -> None:
+        found[name] = summary(torch.from_numpy(token_nats(crouter, experts, pieces, setting.rows))).numpy()
 
     tokens("chunk", setting.chunks)
-    means("span", setting.spans)
-    for name, length, keep in (("chunk", setting.chunk, tokens), ("span", setting.span, means)):
+    summaries("span", setting.spans)
+    for name, length, keep in (("chunk", setting.chunk, tokens), ("span", setting.span, summaries)):
         pieces, found[f"own.{name}.domain"] = setting.own_pieces(length)
         keep(f"own.{name}", pieces)
     for name, pieces in setting.bordered().items():
         tokens(name, pieces)
     documents = setting.changing().ids
     whole = documents[:, : documents.shape[1] // setting.chunk * setting.chunk]
-    means("changing", whole.reshape(-1, setting.chunk))
+    summaries("changing", whole.reshape(-1, setting.chunk))
     for name, array in held_out.items():
-        for length, pieces in cut_by_length(array, setting.chunk, setting.limit).items():
-            means(f"held_out.{name}.{length}", np.stack([piece.numpy() for piece in pieces]))
+        texts = cut_by_length(array, setting.chunk, setting.limit)
+        for length, pieces in texts.ids.items():
+            summaries(f"held_out.{name}.{length}", pieces)
+            found[f"held_out.{name}.{length}.documents"] = texts.documents[length]
     # An expert of a set of one and of a set of all computes the same bits.
     alone = token_nats(crouter, ExpertSet(experts.experts[:1]), setting.chunks[:8], setting.rows, alone=False)
     both = token_nats(crouter, experts, setting.chunks[:8], setting.rows)
     found["mounted.bit_difference"] = np.array([np.abs(alone[:, 0] - both[:, 0]).max()])
     return found
+
+
+def evidence_of(nats: Arrays, experts: ExpertSet) -> Evidence:
+    """What `measure_nats` found of the experts' held-out texts, for their profiles."""
+    residuals: dict[str, dict[int, np.ndarray]] = {name: {} for name in experts.names}
+    documents: dict[str, dict[int, np.ndarray]] = {name: {} for name in experts.names}
+    for key in nats:
+        if key.startswith("held_out.") and not key.endswith(".documents"):
+            name, _, length = key.removeprefix("held_out.").rpartition(".")
+            residuals[name][int(length)] = nats[key]
+            documents[name][int(length)] = nats[f"{key}.documents"]
+    return Evidence({e.name: e.compressor.checksum for e in experts}, residuals, documents)

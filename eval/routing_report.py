@@ -17,7 +17,6 @@ from eval.routing_data import FAR, NEAR, TestWindows
 from eval.routing_mixed import Mixed
 from eval.statistics import clustered_interval
 from hf_crouter.errors import InputError
-from hf_crouter.routing.router import SCORES
 from hf_crouter.storage import replaced_file
 
 BASELINES = ("ngram", "tfidf", "perplexity", "probe", "arrow")
@@ -113,19 +112,27 @@ class Figures:
 
 
 def routing_figures(figures: Figures, part: Mapping[str, np.ndarray]) -> None:
-    """Accuracy, rejection and the confusion of our router."""
+    """Accuracy, rejection and the confusion of our router, and what other rules would make of the same residuals.
+
+    `.argmin`: always the least residual. `.calibrated`: the least one less each expert's median. Rejection is by the
+    least distance from a profile; `.residual.unseen`: by how far the residual lies above the 99% quantile, the rule
+    without profiles; `.gain.unseen`: by what an expert gains over the crouter alone, below its 1% quantile.
+    """
     for name, key in SPANS.items():
-        each = len(part[f"{name}.nats"]) // len(figures.domains(1))
-        for score in SCORES:
-            best = part[f"{name}.{score}"].argmin(1)
-            figures.accuracy(f"{key}.{score}.argmin.accuracy", best)
-            figures.rejection(f"{key}.{score}.unseen", part[f"{name}.{score}"].min(1), interval=False)
-            if name != "within":
-                figures.accuracy(f"{key}.{score}.accuracy", part[f"{name}.{score}.route"])
-        figures.rejection(f"{key}.unseen", part[f"{name}.excess"].min(1))
+        nats = part[f"{name}.nats"]
+        each = len(nats) // len(figures.domains(1))
+        figures.accuracy(f"{key}.argmin.accuracy", nats[:, :-1].argmin(1))
+        figures.accuracy(f"{key}.calibrated.accuracy", part[f"{name}.calibrated"].argmin(1), interval=False)
+        figures.rejection(f"{key}.residual.unseen", part[f"{name}.excess"].min(1), interval=False)
+        figures.rejection(f"{key}.unseen", part.get(f"{name}.distance", part[f"{name}.excess"]).min(1))
         if name == "within":
             continue
-        route = part[f"{name}.{SCORES[0]}.route"]
+        own, numbers = part[f"{name}.own"], part[f"{name}.own.domain"]
+        lack, usual = (values[:, :-1] - values[:, -1:] for values in (nats, own))
+        limits = [np.quantile(usual[numbers == i, i], 0.99) for i in range(lack.shape[1])]
+        figures.accuracy(f"{key}.gain.accuracy", (lack - np.array(limits)).argmin(1), interval=False)
+        figures.rejection(f"{key}.gain.unseen", (lack - np.array(limits)).min(1), interval=False)
+        route = part[f"{name}.route"]
         figures.accuracy(f"{key}.accuracy", route)
         known = figures.truth(each) >= 0
         figures.found[f"{key}.known.abstained"] = float((route[known] < 0).mean())
@@ -133,29 +140,20 @@ def routing_figures(figures: Figures, part: Mapping[str, np.ndarray]) -> None:
             rows = np.isin(figures.domains(each), members)
             if rows.any():
                 figures.found[f"{key}.unseen.{group}.accepted"] = float((route[rows] >= 0).mean())
-    gain_figures(figures, part)
+    for domain in dict.fromkeys([*NEAR, *FAR]):
+        rows = figures.domains(2) == domain
+        if rows.any() and "chunk.distance" in part:
+            away = part["chunk.distance"].min(1)
+            figures.found[f"unseen.{domain}.auroc"] = auroc(away[figures.truth(2) >= 0], away[rows])
     for group in UNSEEN:  # the names that others rely on
         for suffix in ("auroc", "auroc.lo", "auroc.hi", "false_accepts"):
             if f"chunk.unseen.{group}.{suffix}" in figures.found:
                 figures.found[f"unseen.{group}.{suffix}"] = figures.found[f"chunk.unseen.{group}.{suffix}"]
-    for row, shares in confusion(figures, part[f"chunk.{SCORES[0]}.route"]).items():
+    for row, shares in confusion(figures, part["chunk.route"]).items():
         figures.found |= {f"confusion.{row}.{column}": share for column, share in shares.items()}
     compressor, host = part["expert.bytes"].mean(0)
     figures.found |= {"expert.bytes": float(compressor), "expert.host.bytes": float(host)}
     figures.found["mounted.bit_difference"] = float(part["mounted.bit_difference"][0])
-
-
-def gain_figures(figures: Figures, part: Mapping[str, np.ndarray]) -> None:
-    """The same decisions by what an expert gains over the crouter alone: how hard the text is cancels.
-
-    Known is a gain above the 1% quantile of the expert's own calibration pieces.
-    """
-    for kind, key in (("chunk", "chunk"), ("span", "span128")):
-        test, own, numbers = (part[f"{kind}.{name}"] for name in ("nats", "own", "own.domain"))
-        lack, usual = (values[:, :-1] - values[:, -1:] for values in (test, own))
-        limits = [np.quantile(usual[numbers == i, i], 0.99) for i in range(lack.shape[1])]
-        figures.accuracy(f"{key}.gain.argmin.accuracy", lack.argmin(1), interval=False)
-        figures.rejection(f"{key}.gain.unseen", (lack - np.array(limits)).min(1))
 
 
 def confusion(figures: Figures, routes: np.ndarray) -> dict[str, dict[str, float]]:
@@ -383,7 +381,7 @@ def metrics(
         part = parts["residuals"]
         if parts["host"]["window"].shape[-1] != 1 + len(names) + len(beside):
             beside = ()  # they were not trained
-        host_figures(figures, parts["host"], part[f"chunk.{SCORES[0]}.route"], beside)
+        host_figures(figures, parts["host"], part["chunk.route"], beside)
         routes = {count: part[f"mounted.{count}.route"] for count in range(1, len(names) + 1)}
         continual_figures(figures, routes, parts["host"]["window"][:, 1], beside)
     for source in ("text", "probe", "arrow"):
@@ -407,11 +405,15 @@ def metrics(
 
 def table(found: Metrics) -> str:
     """The figures that a reader looks for first, a line each."""
-    wanted = ("chunk.accuracy", "chunk.argmin", "span128.accuracy", "chunk.calibrated.argmin.accuracy",
-              "span128.calibrated.argmin.accuracy", "span128.within.calibrated.argmin.accuracy", "unseen.near.auroc",
-              "unseen.far.auroc", "unseen.near.false_accepts", "unseen.far.false_accepts", "border.median_tokens",
-              "oracle.loss_ratio", "joint.loss_ratio", "forgetting.max_abs_delta",
-              "forgetting.sequential.max_abs_delta", "switch.ms", "expert.bytes")  # fmt: skip
+    wanted = (
+        "chunk.accuracy", "chunk.argmin.accuracy", "chunk.calibrated.accuracy", "chunk.known.abstained",
+        "span128.accuracy", "span128.argmin.accuracy", "span128.within.argmin.accuracy",
+        "unseen.near.auroc", "unseen.far.auroc", "unseen.near.false_accepts", "unseen.far.false_accepts",
+        "chunk.unseen.near.accepted", "chunk.unseen.far.accepted",
+        "chunk.residual.unseen.near.auroc", "chunk.residual.unseen.far.auroc", "border.median_tokens",
+        "oracle.loss_ratio", "joint.loss_ratio", "forgetting.max_abs_delta", "forgetting.sequential.max_abs_delta",
+        "switch.ms", "expert.bytes",
+    )  # fmt: skip
     keys = [key for key in wanted if key in found]
     keys += [f"baseline.{name}{what}" for name in BASELINES for what in
              (".accuracy", ".span128.accuracy", ".unseen.near.auroc", ".unseen.far.auroc", ".ms", ".bytes")

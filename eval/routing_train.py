@@ -15,17 +15,30 @@ import torch
 
 from eval.routing_data import load_part
 from hf_crouter.errors import InputError
-from hf_crouter.routing.experts import COMPRESSOR, EXPERT_FILE, HOST, SET_FILE, ExpertSet, add_expert, mounted_names
+from hf_crouter.routing.experts import (
+    COMPRESSOR,
+    EXPERT_FILE,
+    HOST,
+    SET_FILE,
+    TEXTS_FILE,
+    Expert,
+    ExpertSet,
+    add_expert,
+    mounted_names,
+)
 from hf_crouter.storage import temporary_folder_beside, write_json
 from hf_crouter.training.experts import (
     ExpertArguments,
     ExpertModels,
     HostLoss,
+    cut_by_length,
     fit_adapter,
     host_batch,
     join,
     load_models,
+    look_at_each_other,
     lora,
+    read_domain,
     save_adapter,
     train_expert,
 )
@@ -170,3 +183,25 @@ def merged(save: Path, domains: Sequence[str]) -> ExpertSet:
     if not there:
         raise InputError(f"{save}: expected trained experts, got none; run the stage `train`")
     return ExpertSet.load(folder)
+
+
+def ship(args: Namespace) -> None:
+    """A set of these domains' experts that holds numbers alone: measured on held-out texts, which stay behind."""
+    arguments = expert_arguments(args)
+    models = load_models(arguments)
+    with temporary_folder_beside(args.out) as temporary:
+        for domain in args.domains:
+            place = next(iter(sorted(args.save.glob(f"trained/*/{domain}"))), None)
+            if place is None:
+                raise InputError(f"{args.save}: expected a trained expert {domain}, got none; run the stage `train`")
+            held_out = read_domain(args.data / domain, models, args.seed).held_out
+            texts = cut_by_length(held_out, models.crouter.config.chunk_length, arguments.calibration_chunks)
+            add_expert(temporary / "set", place)
+            Expert.load(temporary / "set" / domain).save_description(temporary / "set" / domain, texts)
+        look_at_each_other(temporary / "set", models.crouter, "shipped")
+        for domain in args.domains:
+            folder = temporary / "set" / domain
+            Expert.load(folder).save_description(folder)
+            (folder / TEXTS_FILE).unlink()
+        os.replace(temporary / "set", args.out)
+    print(args.out)

@@ -48,11 +48,11 @@ class Route:
     Attributes:
         expert: its name; None: the base model.
         number: its place in the set; -1: the base model.
-        verdict: `known`; `overlap`: a second expert rebuilds the chunk nearly as well; `unknown`: none rebuilds it as
-            it does its own domain, so the base model serves; `short`: too few tokens to tell, what was before stays.
+        verdict: `known`; `overlap`: a second expert rebuilds the chunk nearly as well; `unknown`: it looks like the
+            texts of none, so the base model serves; `short`: too few tokens to tell, what was before stays.
         nats: residual under every expert that was scored, nats/token, by name.
-        margin: score of the second best minus that of the best, nats/token where the score has this unit; infinite
-            where only one expert was compared.
+        margin: residual under the best other expert minus that under this one, nats/token; infinite where only one
+            was compared.
     """
 
     expert: str | None

@@ -361,7 +361,7 @@ class TestExperts:
 
     def test_hysteresis_keeps_what_was_before(self, host, crouter):
         history = make(host, crouter, experts=trained_set(), hysteresis=1000.0)
-        history.reader.router.known = 1.0
+        history.reader.router.own = lambda residuals, tokens: torch.tensor([True, True])
         run(host, self.ids(), new=2, logits_processor=[history])
         assert [chunk.expert for chunk in history.report().chunks][:3] == ["low", "low", "low"]
 

@@ -11,7 +11,7 @@ common=(--data "$work/routing-data" --save "$work/routing")
 read -r -a box <<<"${BOX:-75 20}"
 options='{"compile": true, "log_every": 100, "host_rank": 2, "host_alpha": 4, "host_learning_rate": 1e-3}'
 in_turn() {  # the same stage in several processes, each with its share
-  trap 'kill $(jobs -p) 2>/dev/null' EXIT
+  trap 'kill $(jobs -p) 2>/dev/null || true' EXIT
   for shard in $(seq 0 $((processes - 1))); do
     python3 -m eval.run routing "$1" "${common[@]}" --host "$host" --shard "$shard/$processes" "${@:2}" &
   done

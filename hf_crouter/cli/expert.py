@@ -17,7 +17,7 @@ from ..errors import InputError
 from ..host.fingerprint import crouter_fingerprint
 from ..loading import load_crouter
 from ..routing.experts import Expert, ExpertSet, remove_expert
-from ..routing.router import SCORES, Router
+from ..routing.router import Router
 from ..training.experts import (
     ExpertArguments,
     RoutedDomain,
@@ -60,9 +60,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
                       "prepared data, whose tests are taken, or new text files; by default what `expert add --corpus` "
                       "prepared")  # fmt: skip
     test.add_argument("--limit", type=positive, default=64, metavar="N", help="chunks of each (default: 64)")
-    test.add_argument("--score", choices=SCORES, default=SCORES[0],
-                      help="what experts are compared by: nats/token, that less each one's usual, or this over its "
-                      "spread (default: %(default)s)")  # fmt: skip
     test.add_argument("--host", help="also measure this host's loss without and with the adapters")
     add_crouter(test)
     add_device(test)
@@ -177,7 +174,7 @@ def _test(args: argparse.Namespace) -> int:
         experts.check(crouter_fingerprint(crouter, decoder=True))
     nn.Module.to(crouter, where)
     domains = {name: read_texts(path, tokenizer) for name, path in named.items()}
-    router = Router(crouter, experts, fewest=min(64, max(1, crouter.config.chunk_length // 8)), score=args.score)
+    router = Router(crouter, experts, fewest=min(64, max(1, crouter.config.chunk_length // 8)))
     try:
         with progress("routing") as update:
             found = route_domains(models, router, domains, limit=args.limit, advance=update)

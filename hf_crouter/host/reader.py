@@ -221,24 +221,24 @@ class Reader:
                 piece = self._evidence(tokens[max(start, at - 2 * self.chunker.chunk_length) : at])
                 anchors[-1] = at, piece
                 wanted.setdefault(_key(piece), piece)
-        nats = {key: torch.full((len(self.router.names),), torch.nan) for key in wanted}
+        found = {key: torch.full((len(self.router.names) + 1, 2), torch.nan) for key in wanted}
         judged = {key: piece for key, piece in wanted.items() if len(piece) >= max(self.router.fewest, 1)}
         if judged:
             self._check_ids(list(judged.values()))
-            nats |= dict(zip(judged, self.router.residuals(list(judged.values())), strict=True))
-        return [self._routed(row, anchor, nats) for row, anchor in zip(rows, anchors, strict=True)]
+            found |= dict(zip(judged, self.router.residuals(list(judged.values())), strict=True))
+        return [self._routed(row, anchor, found) for row, anchor in zip(rows, anchors, strict=True)]
 
-    def _routed(self, row: Row, anchor: tuple[int, torch.Tensor] | None, nats: dict[bytes, torch.Tensor]) -> Row:
+    def _routed(self, row: Row, anchor: tuple[int, torch.Tensor] | None, residuals: dict[bytes, torch.Tensor]) -> Row:
         decide, previous, chunks = self.router.decide, None, []  # pyright: ignore[reportOptionalMemberAccess]
         for chunk in row.chunks:
             if chunk.route is None:
-                chunk = replace(chunk, route=decide(nats[_key(chunk.ids)], len(chunk.ids), previous))
+                chunk = replace(chunk, route=decide(residuals[_key(chunk.ids)], len(chunk.ids), previous))
             previous = chunk.route.number  # pyright: ignore[reportOptionalMemberAccess]
             chunks.append(chunk)
         row = replace(row, chunks=tuple(chunks))
         if anchor is not None:
             at, piece = anchor
-            found = WindowRoute(at, len(chunks), decide(nats[_key(piece)], len(piece), previous))
+            found = WindowRoute(at, len(chunks), decide(residuals[_key(piece)], len(piece), previous))
             row = replace(row, routes=(*row.routes, found))
         return row
 

@@ -6,7 +6,7 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -114,22 +114,17 @@ class LengthCalibration:
 
     Attributes:
         residuals: nats/token under the expert, by length in tokens and by quantile (0 to 1).
-        margins: how much worse the best other expert did, in the unit of `score`, by length and quantile; empty where
-            there was no other. They hold for the experts there were; `with_margins` measures them anew.
         pieces: texts measured, by length.
         documents: documents that these texts come from.
         fingerprint: of the crouter, decoder included.
         weights: checksum of the expert's compressor adapter that was measured.
-        score: what the margins are differences of (`router.SCORES`).
     """
 
     residuals: dict[int, dict[float, float]]
-    margins: dict[int, dict[float, float]]
     pieces: dict[int, int]
     documents: int
     fingerprint: str
     weights: str
-    score: str = "nll"
 
     @classmethod
     def fit(
@@ -139,7 +134,7 @@ class LengthCalibration:
         fingerprint: str,
         weights: str,
     ) -> LengthCalibration:
-        """Calibration from measured residuals, as yet without margins.
+        """Calibration from measured residuals.
 
         Args:
             residuals: by length in tokens, one residual a text, nats/token.
@@ -153,21 +148,7 @@ class LengthCalibration:
         if not residuals:
             raise InputError("calibration: expected residuals for at least one length of text, got none")
         pieces = {int(length): int(np.size(values)) for length, values in sorted(residuals.items())}
-        return cls(_quantiles(residuals, "residuals"), {}, pieces, int(documents), fingerprint, weights)
-
-    def with_margins(
-        self, margins: Mapping[int, Sequence[float] | np.ndarray], score: str = "nll"
-    ) -> LengthCalibration:
-        """The same calibration with margins measured among the experts there are now.
-
-        Args:
-            margins: by length in tokens, one margin a text: least score of another expert minus the own one.
-            score: what they are differences of.
-
-        Raises:
-            InputError: a length without margins, or one that is not finite.
-        """
-        return replace(self, margins=_quantiles(margins, "margins"), score=score)
+        return cls(quantiles_by_length(residuals, "residuals"), pieces, int(documents), fingerprint, weights)
 
     def residual(self, tokens: int, quantile: float) -> float:
         """The residual that this share of the expert's own texts stays under, nats/token.
@@ -176,16 +157,7 @@ class LengthCalibration:
             tokens: length of the text; the nearest measured length (by ratio) speaks for it.
             quantile: 0 to 1, interpolated between the measured ones.
         """
-        return _at(self.residuals, tokens, quantile)
-
-    def margin(self, tokens: int, quantile: float) -> float:
-        """The margin that this share of the expert's own texts stays under; minus infinity where none was measured.
-
-        Args:
-            tokens: length of the text.
-            quantile: 0 to 1.
-        """
-        return _at(self.margins, tokens, quantile) if self.margins else float("-inf")
+        return quantile_at(self.residuals, tokens, quantile)
 
     def save(self, folder: str | os.PathLike) -> Path:
         """Writes `calibration.json` into an expert's folder, whole or not at all; returns its path."""
@@ -203,10 +175,10 @@ class LengthCalibration:
         path = Path(folder) / CALIBRATION_FILE
         try:
             fields = json.loads(path.read_text(encoding="utf-8"))
-            residuals, margins = (read_table(fields[name]) for name in ("residuals", "margins"))
+            residuals = _read_table(fields["residuals"])
             pieces = {int(length): int(count) for length, count in fields["pieces"].items()}
-            fingerprint, weights, score = (str(fields[name]) for name in ("fingerprint", "weights", "score"))
-            calibration = cls(residuals, margins, pieces, int(fields["documents"]), fingerprint, weights, score)
+            fingerprint, weights = (str(fields[name]) for name in ("fingerprint", "weights"))
+            calibration = cls(residuals, pieces, int(fields["documents"]), fingerprint, weights)
         except OSError as error:
             raise InputError(f"{path}: cannot be read ({error.strerror})") from error
         except (ValueError, TypeError, KeyError, AttributeError) as error:
@@ -216,7 +188,14 @@ class LengthCalibration:
         return calibration
 
 
-def _quantiles(values: Mapping[int, Sequence[float] | np.ndarray], what: str) -> dict[int, dict[float, float]]:
+def quantiles_by_length(
+    values: Mapping[int, Sequence[float] | np.ndarray], what: str
+) -> dict[int, dict[float, float]]:
+    """Quantiles (`LEVELS`) of the values measured at each length of text.
+
+    Raises:
+        InputError: a length without values, or one that is not finite.
+    """
     table = {}
     for length, row in sorted(values.items()):
         row = np.asarray(row, dtype=np.float64).ravel()
@@ -226,14 +205,8 @@ def _quantiles(values: Mapping[int, Sequence[float] | np.ndarray], what: str) ->
     return table
 
 
-def read_table(table: dict[str, dict[str, float]]) -> dict[int, dict[float, float]]:
-    """Quantiles by length, as JSON holds them.
-
-    Raises:
-        ValueError: not finite, not rising, or not those of `LEVELS`.
-        TypeError: no table of numbers.
-        AttributeError: likewise.
-    """
+def _read_table(table: dict[str, dict[str, float]]) -> dict[int, dict[float, float]]:
+    """Quantiles by length, as JSON holds them; ValueError where they are not that."""
     found = {int(length): {float(k): float(value) for k, value in row.items()} for length, row in table.items()}
     for length, row in found.items():
         values = list(row.values())
@@ -242,6 +215,12 @@ def read_table(table: dict[str, dict[str, float]]) -> dict[int, dict[float, floa
     return found
 
 
-def _at(table: dict[int, dict[float, float]], tokens: int, quantile: float) -> float:
-    row = table[min(table, key=lambda length: abs(math.log(max(tokens, 1) / length)))]
+def nearest_length(table: Mapping[int, object], tokens: int) -> int:
+    """The measured length that is nearest by ratio."""
+    return min(table, key=lambda length: abs(math.log(max(tokens, 1) / length)))
+
+
+def quantile_at(table: Mapping[int, Mapping[float, float]], tokens: int, quantile: float) -> float:
+    """A quantile at the measured length that is nearest by ratio, interpolated between the measured quantiles."""
+    row = table[nearest_length(table, tokens)]
     return float(np.interp(quantile, list(row), list(row.values())))

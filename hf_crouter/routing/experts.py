@@ -4,10 +4,11 @@ A set is a folder: one subfolder an expert, and `experts.json`, which says which
 An expert's folder is written once; mounting or removing others changes no byte of it.
 
     SET/experts.json
-    SET/margins.json              how far apart the experts are from each other, if that was measured
+    SET/evidence.safetensors      how texts of each expert look to all of them (`profile`), if that was measured
     SET/NAME/expert.json          name, origin, and the checksum of every file beside it; written last
     SET/NAME/calibration.json     what is usual for it, by length
     SET/NAME/latents.safetensors  where its texts lie among the shared crouter's latents, for a shortlist
+    SET/NAME/texts.safetensors    the held-out texts themselves, so that experts mounted later can be measured on them
     SET/NAME/compressor/          adapter of the crouter, as PEFT saves it
     SET/NAME/host/                adapter of the host
 """
@@ -19,7 +20,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -33,10 +34,11 @@ from safetensors.torch import save as save_safetensors
 from ..adapters import CONFIG, WEIGHTS, Lora
 from ..errors import InputError, MismatchError
 from ..storage import replaced_file, replaced_folder, temporary_folder_beside, write_json
-from .calibration import CALIBRATION_FILE, LengthCalibration, read_table
+from .calibration import CALIBRATION_FILE, LengthCalibration
+from .profile import Evidence, Profile
 
-EXPERT_FILE, SET_FILE, MARGINS_FILE = "expert.json", "experts.json", "margins.json"
-LATENTS_FILE = "latents.safetensors"
+EXPERT_FILE, SET_FILE = "expert.json", "experts.json"
+LATENTS_FILE, TEXTS_FILE = "latents.safetensors", "texts.safetensors"
 COMPRESSOR, HOST = "compressor", "host"
 # a folder's name that is neither hidden, nor a way out of the set, nor a file's of the set
 NAME = re.compile(r"(?!.*\.json$)[A-Za-z0-9_-][A-Za-z0-9._-]*")
@@ -95,6 +97,51 @@ class Centroid:
 
 
 @dataclass(frozen=True, eq=False)
+class Texts:
+    """Held-out texts of an expert's domain, by length in tokens.
+
+    Attributes:
+        ids: `[N, length]`, int64, in the crouter's tokens.
+        documents: `[N]`, int64: which document each comes from.
+    """
+
+    ids: dict[int, np.ndarray]
+    documents: dict[int, np.ndarray]
+
+    def save(self, path: Path) -> None:
+        """Writes a safetensors file, whole or not at all."""
+        tensors = {f"{length}/ids": torch.from_numpy(ids.astype(np.int32)) for length, ids in self.ids.items()}
+        for length, documents in self.documents.items():
+            tensors[f"{length}/documents"] = torch.from_numpy(documents.astype(np.int32))
+        with replaced_file(path) as part:
+            part.write_bytes(save_safetensors(tensors, {"format": "pt"}))
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike) -> Texts | None:
+        """Those in an expert's folder; None where it brings none.
+
+        Raises:
+            InputError: damaged.
+        """
+        path = Path(folder) / TEXTS_FILE
+        if not path.exists():
+            return None
+        ids, documents = {}, {}
+        try:
+            for key, tensor in load_safetensors(path.read_bytes()).items():
+                length, _, what = key.partition("/")
+                {"ids": ids, "documents": documents}[what][int(length)] = tensor.numpy().astype(np.int64)
+            shapes = {length: values.shape for length, values in ids.items()}
+            if shapes != {length: (len(values), length) for length, values in documents.items()}:
+                raise ValueError(f"texts of shapes {shapes}")
+        except OSError as error:
+            raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+        except (SafetensorError, ValueError, KeyError) as error:
+            raise InputError(f"{path}: not an expert's texts, or damaged ({error!r})") from error
+        return cls(ids, documents)
+
+
+@dataclass(frozen=True, eq=False)
 class Expert:
     """One domain: what rebuilds it, what serves it, and what is usual for it.
 
@@ -105,6 +152,7 @@ class Expert:
         calibration: of the compressor, on held-out documents of its own domain.
         config: what it belongs to.
         centroid: for a shortlist; None where none was measured.
+        profile: how its texts look to all experts of its set; None where that was not measured.
     """
 
     name: str
@@ -113,6 +161,7 @@ class Expert:
     calibration: LengthCalibration
     config: ExpertConfig
     centroid: Centroid | None = None
+    profile: Profile | None = None
 
     def __post_init__(self) -> None:
         _check_name(self.name)
@@ -131,11 +180,12 @@ class Expert:
         """Bytes of both adapters in memory."""
         return self.compressor.nbytes + self.host.nbytes
 
-    def save_description(self, folder: str | os.PathLike) -> None:
+    def save_description(self, folder: str | os.PathLike, texts: Texts | None = None) -> None:
         """Writes everything but the adapters, which PEFT has saved there; `expert.json`, with all checksums, last.
 
         Args:
             folder: holds `compressor/` and `host/`, from which this expert's adapters were read.
+            texts: held-out ones that travel with it.
 
         Raises:
             InputError: an adapter's file is missing or another one, or the folder cannot be written.
@@ -154,6 +204,9 @@ class Expert:
             with replaced_file(folder / LATENTS_FILE) as part:
                 part.write_bytes(data)
             sums[LATENTS_FILE] = hashlib.sha256(data).hexdigest()
+        if texts is not None:
+            texts.save(folder / TEXTS_FILE)
+            sums[TEXTS_FILE] = _checksum(folder / TEXTS_FILE)
         write_json(folder / EXPERT_FILE, {"name": self.name, **asdict(self.config), "sha256": sums})
 
     @classmethod
@@ -181,7 +234,7 @@ class ExpertSet:
     """Experts of one crouter and one host, in a fixed order.
 
     Attributes:
-        experts: their numbers are their places.
+        experts: their numbers are their places; profiles that they had among others are dropped.
 
     Raises:
         InputError: two of one name.
@@ -198,6 +251,10 @@ class ExpertSet:
             _compare(expert, "host", expert.config.host_fingerprint, first.host_fingerprint)
             _compare(expert, "crouter's tokenizer", expert.config.crouter_tokenizer, first.crouter_tokenizer)
             _compare(expert, "host's tokenizer", expert.config.host_tokenizer, first.host_tokenizer)
+        here = tuple(expert.compressor.checksum for expert in self.experts)
+        kept = tuple(e if e.profile is None or e.profile.among == here else replace(e, profile=None)
+                     for e in self.experts)  # fmt: skip
+        object.__setattr__(self, "experts", kept)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -227,14 +284,29 @@ class ExpertSet:
     def load(cls, folder: str | os.PathLike) -> ExpertSet:
         """Reads the experts that `experts.json` names, in its order.
 
-        Margins measured among just these experts (`save_margins`) take the place of those that each brings along.
+        Where `evidence.safetensors` holds residuals under all of them, each gets its profile.
 
         Raises:
             InputError: missing or damaged files, two experts of one name.
             MismatchError: experts of different crouters, hosts or tokenizers, or a calibration of other weights.
         """
         experts = [Expert.load(Path(folder) / name) for name in mounted_names(folder)]
-        return cls(_among_each_other(Path(folder) / MARGINS_FILE, experts))
+        evidence = Evidence.load(folder)
+        if evidence is not None:
+            profiles = evidence.profiles({expert.name: expert.compressor.checksum for expert in experts})
+            experts = [replace(expert, profile=profiles[expert.name]) for expert in experts]
+        return cls(tuple(experts))
+
+    def mounted(self, count: int, evidence: Evidence | None = None) -> ExpertSet:
+        """The first experts alone, with the profiles that they have among each other.
+
+        Args:
+            count: how many.
+            evidence: what to fit them on; without it they have none.
+        """
+        some = self.experts[:count]
+        found = evidence.profiles({e.name: e.compressor.checksum for e in some}) if evidence is not None else {}
+        return ExpertSet(tuple(replace(expert, profile=found.get(expert.name)) for expert in some))
 
     def check(
         self, crouter: str, host: str | None = None, *, crouter_tokenizer: str = "", host_tokenizer: str = ""
@@ -329,49 +401,6 @@ def remove_expert(set_folder: str | os.PathLike, name: str) -> None:
             place.rename(away / name)
 
 
-def save_margins(
-    set_folder: str | os.PathLike,
-    margins: Mapping[str, Mapping[int, Sequence[float] | np.ndarray]],
-    score: str = "nll",
-) -> None:
-    """Keeps margins measured among all experts of a set, in a file of the set's own: no expert's folder changes.
-
-    They count until an expert is mounted or removed.
-
-    Args:
-        set_folder: of the set.
-        margins: by expert and length in tokens, one margin a held-out text of its domain, see `Router.margins`.
-        score: what they are differences of.
-
-    Raises:
-        InputError: not one entry for every expert, margins that are not finite, or the set cannot be written.
-    """
-    experts = ExpertSet.load(set_folder)
-    if margins.keys() != set(experts.names):
-        raise InputError(f"margins: expected those of {', '.join(experts.names)}, got {', '.join(margins) or 'none'}")
-    tables = {e.name: asdict(e.calibration.with_margins(margins[e.name], score))["margins"] for e in experts}
-    record = {"score": score, "weights": {e.name: e.compressor.checksum for e in experts}, "margins": tables}
-    write_json(Path(set_folder) / MARGINS_FILE, record)
-
-
-def _among_each_other(path: Path, experts: list[Expert]) -> tuple[Expert, ...]:
-    if not path.exists():
-        return tuple(experts)
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        if record["weights"] != {expert.name: expert.compressor.checksum for expert in experts}:
-            return tuple(experts)  # of other experts: each one's own margins are all there is
-        tables = {expert.name: read_table(record["margins"][expert.name]) for expert in experts}
-        return tuple(
-            replace(e, calibration=replace(e.calibration, margins=tables[e.name], score=str(record["score"])))
-            for e in experts
-        )
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise InputError(f"{path}: not a set's margins, or damaged ({error!r})") from error
-
-
 def _read_description(folder: Path) -> tuple[str, ExpertConfig, dict[str, str]]:
     path = folder / EXPERT_FILE
     try:
@@ -386,7 +415,7 @@ def _read_description(folder: Path) -> tuple[str, ExpertConfig, dict[str, str]]:
     known = {*_ADAPTERS, CALIBRATION_FILE}
     if not all(isinstance(value, str) for value in (*texts, *sums.values())) or not isinstance(config.training, dict):
         raise InputError(f"{path}: not an expert's description, or damaged")
-    if sums.keys() - {LATENTS_FILE} != known:
+    if sums.keys() - {LATENTS_FILE, TEXTS_FILE} != known:
         raise InputError(f"{path}: expected checksums of {', '.join(sorted(known))}, got {', '.join(sums) or 'none'}")
     _check_name(name)
     return name, config, sums

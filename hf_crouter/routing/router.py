@@ -1,13 +1,12 @@
-"""Which expert serves a chunk: the one that rebuilds it best, measured by what is usual for each.
+"""Which expert serves a chunk: of those whose own texts look like it, the one that rebuilds it best.
 
-Axes: `N` chunks, `n` experts, `T` tokens of a chunk.
+Axes: `N` chunks, `n` experts, `T` tokens of a chunk; the last of `n + 1` is the crouter without any adapter.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
@@ -15,28 +14,8 @@ from ..adapters import BASE, AdapterStack
 from ..compressor import CRouterModel
 from ..errors import InputError
 from ..types import Route
-from .calibration import LengthCalibration
 from .experts import ExpertSet
-
-SCORES = ("nll", "calibrated", "scaled")
-
-
-def calibrated_score(nats: Any, tokens: int, calibration: LengthCalibration, score: str = "nll") -> Any:
-    """A residual as one expert's calibration sees it; the lower, the more the text is its own.
-
-    Args:
-        nats: nats/token, a number or a tensor of any shape.
-        tokens: length of the text that was rebuilt.
-        calibration: the expert's.
-        score: `nll`: the residual as it is, a likelihood under models of one kind; `calibrated`: minus the expert's
-            own median, which leans to experts of hard domains where the adapters are weak; `scaled`: that over the
-            distance from its median to its 90% quantile, no unit.
-    """
-    if score == "nll":
-        return nats
-    median = calibration.residual(tokens, 0.5)
-    spread = max(calibration.residual(tokens, 0.9) - median, 1e-6) if score == "scaled" else 1.0
-    return (nats - median) / spread
+from .profile import LOGS, NATS, summary
 
 
 @torch.no_grad()
@@ -84,16 +63,15 @@ class Router:
         experts: at least one.
         shortlist: only so many experts are scored a chunk, those whose texts lie nearest to its latents without any
             adapter: one pass of the encoder in place of a whole pass for each expert left out. 0: all are.
-        stay: how much lower than the previous expert's the best score must be for the route to change.
-        score: what experts are compared by, see `calibrated_score`.
+        stay: how much less than the previous expert's the least residual must be for the route to change, nats/token.
         fewest: chunks of fewer tokens are not judged.
-        known: quantile of an expert's own residuals above which a chunk is none of its own.
-        clear: quantile of an expert's own margins below which a second expert is called an overlap; margins that were
-            measured with another score do not count.
+        known: quantile of an expert's own texts, by their distance from its profile, beyond which a chunk is none of
+            its own. Without profiles, or where a shortlist left experts out: by their residual.
+        clear: quantile of an expert's own margins below which a second expert is called an overlap.
         rows: chunks at once.
 
     Raises:
-        InputError: no expert, an unknown score, or a shortlist of experts without a centroid.
+        InputError: no expert, or a shortlist of experts without a centroid.
         MismatchError: an adapter that does not fit the crouter.
     """
 
@@ -104,7 +82,6 @@ class Router:
         *,
         shortlist: int = 0,
         stay: float = 0.0,
-        score: str = "nll",
         fewest: int = 64,
         known: float = 0.99,
         clear: float = 0.01,
@@ -112,13 +89,11 @@ class Router:
     ):
         if not len(experts):
             raise InputError("router: expected at least one expert, got an empty set")
-        if score not in SCORES:
-            raise InputError(f"router: expected a score of {', '.join(SCORES)}, got {score}")
         without = [expert.name for expert in experts if expert.centroid is None]
         if shortlist and without:
             raise InputError(f"router: expected a centroid of every expert for a shortlist, got none of {without[0]}")
         self.crouter, self.experts = crouter, experts
-        self.shortlist, self.stay, self.score, self.fewest = shortlist, stay, score, fewest
+        self.shortlist, self.stay, self.fewest = shortlist, stay, fewest
         self.known, self.clear, self.rows = known, clear, rows
         self._stacks = []
         try:
@@ -133,8 +108,15 @@ class Router:
         """The experts' names; their numbers are their places."""
         return self.experts.names
 
+    @property
+    def profiled(self) -> bool:
+        """Whether every expert has a profile, so that the crouter alone is asked too."""
+        return all(expert.profile is not None for expert in self.experts)
+
     def residuals(self, pieces: Sequence[torch.Tensor]) -> torch.Tensor:
-        """How well each expert rebuilds each chunk, `[N, n]`, nats/token; nan where the shortlist left one out.
+        """How well each expert rebuilds each chunk, and last the crouter alone, `[N, n + 1, 2]`: `profile.summary`.
+
+        nan where a shortlist left an expert out; the crouter alone is left out with a shortlist and without profiles.
 
         Args:
             pieces: crouter token ids, 1-D, 1 to `chunk_length` each.
@@ -143,13 +125,15 @@ class Router:
             InputError: a chunk that is empty or too long, or the router's adapters were removed.
         """
         wanted = self.shortlisted(pieces)
-        found = torch.full(wanted.shape, math.nan)
-        for number in range(len(self.experts)):
-            stack = self._stack(number)
+        alone = torch.full((len(pieces), 1), self.profiled and bool(wanted.all()))
+        wanted = torch.cat([wanted, alone], dim=1)
+        found = torch.full((*wanted.shape, 2), math.nan)
+        for number in range(wanted.shape[1]):
+            stack = self._stack(number) if number < len(self.experts) else None
             chosen = [i for i in range(len(pieces)) if wanted[i, number]]
             nats = rebuilding_nats(self.crouter, [pieces[i] for i in chosen], stack, rows=self.rows)
             for i, row in zip(chosen, nats, strict=True):
-                found[i, number] = row.mean()
+                found[i, number] = summary(row)
         return found
 
     def token_residuals(self, piece: torch.Tensor, numbers: Sequence[int] | None = None) -> torch.Tensor:
@@ -181,46 +165,61 @@ class Router:
             wanted[start : start + len(batch)].scatter_(1, nearest, True)
         return wanted
 
-    def scores(self, nats: torch.Tensor, tokens: int) -> torch.Tensor:
-        """Residuals as each expert's calibration sees them, of the same shape.
+    def distances(self, residuals: torch.Tensor, tokens: int) -> torch.Tensor:
+        """How far a chunk lies from each expert's own texts, `[n]`, float64; up to 1 lie nine of ten of these.
 
         Args:
-            nats: `[n]` or `[n, T]`, nats/token.
-            tokens: length of the text that was rebuilt.
-        """
-        return torch.stack(
-            [
-                calibrated_score(row, tokens, expert.calibration, self.score)
-                for row, expert in zip(nats, self.experts, strict=True)
-            ]
-        )
+            residuals: `[n + 1, 2]`, all measured.
+            tokens: the chunk's length.
 
-    def decide(self, nats: torch.Tensor, tokens: int, previous: int | None = None) -> Route:
+        Raises:
+            InputError: an expert without a profile.
+        """
+        logs, found = residuals[:, LOGS].double().cpu().numpy(), []
+        for expert in self.experts:
+            if expert.profile is None:
+                raise InputError(f"expert {expert.name}: expected a profile among the set's experts, got none")
+            found.append(expert.profile.distance(logs, tokens))
+        return torch.tensor(found, dtype=torch.float64)
+
+    def own(self, residuals: torch.Tensor, tokens: int) -> torch.Tensor:
+        """Which experts a chunk looks like the texts of, `[n]`, bool.
+
+        Args:
+            residuals: `[n + 1, 2]`; nan for an expert that was not scored.
+            tokens: the chunk's length.
+        """
+        if self.profiled and not residuals.isnan().any():
+            limits = [e.profile.limit(tokens, self.known) for e in self.experts]  # pyright: ignore[reportOptionalMemberAccess]
+            return self.distances(residuals, tokens) <= torch.tensor(limits, dtype=torch.float64)
+        limits = [expert.calibration.residual(tokens, self.known) for expert in self.experts]
+        return residuals[:-1, NATS].double().cpu() <= torch.tensor(limits, dtype=torch.float64)  # false for nan
+
+    def decide(self, residuals: torch.Tensor, tokens: int, previous: int | None = None) -> Route:
         """The route of a chunk, from its residuals alone.
 
-        Known is what at least one expert rebuilds as it does its own domain; of these the best score wins, unless the
-        previous expert is one of them and not undercut by more than `stay`.
+        Of the experts whose own texts look like it the one that rebuilds it best serves, unless the previous one is
+        among them and not undercut by more than `stay`.
 
         Args:
-            nats: `[n]`, nats/token; nan for an expert that was not scored.
+            residuals: `[n + 1, 2]`; nan for an expert that was not scored.
             tokens: the chunk's length.
             previous: number of the expert that served before; -1: the base model; None: nothing came before.
         """
-        nats = nats.detach().double().cpu()
+        residuals = residuals.detach().double().cpu()
+        nats = residuals[:-1, NATS]
         scored = {name: float(value) for name, value in zip(self.names, nats, strict=True) if not value.isnan()}
-        scores = self.scores(nats, tokens).nan_to_num(nan=math.inf)
+        nats = nats.nan_to_num(nan=math.inf)
         if tokens < self.fewest:
-            return self._route(BASE if previous is None else previous, "short", scored, _lead(scores))
-        limits = torch.tensor([e.calibration.residual(tokens, self.known) for e in self.experts]).double()
-        own = nats <= limits  # false for nan
+            return self._route(BASE if previous is None else previous, "short", scored, _lead(nats))
+        own = self.own(residuals, tokens)
         if not own.any():
-            return self._route(BASE, "unknown", scored, _lead(scores))
-        best = int(torch.where(own, scores, math.inf).argmin())
-        margin = _lead(scores, best)
-        calibration = self.experts.experts[best].calibration
-        least = calibration.margin(tokens, self.clear) if calibration.score == self.score else -math.inf
+            return self._route(BASE, "unknown", scored, _lead(nats))
+        best = int(torch.where(own, nats, math.inf).argmin())
+        margin, profile = _lead(nats, best), self.experts.experts[best].profile
+        least = profile.margin(tokens, self.clear) if profile is not None else -math.inf
         if previous is not None and previous != BASE and own[previous]:
-            best = previous if scores[previous] - scores[best] <= self.stay else best
+            best = previous if nats[previous] - nats[best] <= self.stay else best
         return self._route(best, "overlap" if margin < least else "known", scored, margin)
 
     def __call__(self, pieces: Sequence[torch.Tensor], previous: int | None = None) -> list[Route]:
@@ -230,25 +229,15 @@ class Router:
             pieces: crouter token ids, 1-D, 1 to `chunk_length` each; those too short to judge are not rebuilt.
             previous: number of the expert before the first; -1: the base model; None: nothing came before.
         """
-        nats = torch.full((len(pieces), len(self.experts)), math.nan)
+        found = torch.full((len(pieces), len(self.experts) + 1, 2), math.nan)
         judged = [i for i, piece in enumerate(pieces) if len(piece) >= self.fewest]
         if judged:
-            nats[judged] = self.residuals([pieces[i] for i in judged])
+            found[judged] = self.residuals([pieces[i] for i in judged])
         routes = []
-        for row, piece in zip(nats, pieces, strict=True):
+        for row, piece in zip(found, pieces, strict=True):
             routes.append(self.decide(row, len(piece), previous))
             previous = routes[-1].number
         return routes
-
-    def margins(self, nats: torch.Tensor, tokens: int, number: int) -> torch.Tensor:
-        """How much worse than one expert the best other one does, `[N]`; below 0: another does better.
-
-        Args:
-            nats: `[N, n]`, of texts of its own domain; nan for an expert that was not scored.
-            tokens: their length.
-            number: the expert's.
-        """
-        return torch.tensor([_lead(self.scores(row, tokens).nan_to_num(nan=math.inf), number) for row in nats])
 
     def remove(self) -> None:
         """Takes the adapters off the crouter; from then on only `decide` works."""
@@ -265,8 +254,8 @@ class Router:
         return Route(self.names[number] if number != BASE else None, number, verdict, nats, margin)
 
 
-def _lead(scores: torch.Tensor, number: int | None = None) -> float:
-    """Least score of the others minus that of one expert, the best by default; infinite where there is no other."""
-    number = int(scores.argmin()) if number is None else number
-    others = [float(score) for i, score in enumerate(scores) if i != number and score < math.inf]
-    return min(others) - float(scores[number]) if others else math.inf
+def _lead(nats: torch.Tensor, number: int | None = None) -> float:
+    """Least residual of the others minus that of one expert, the best by default; infinite where there is no other."""
+    number = int(nats.argmin()) if number is None else number
+    others = [float(value) for i, value in enumerate(nats) if i != number and value < math.inf]
+    return min(others) - float(nats[number]) if others else math.inf

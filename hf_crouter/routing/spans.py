@@ -39,8 +39,7 @@ def find_spans(token_nats: torch.Tensor, *, switch: float, smooth: int = 1) -> l
     """The exact minimum of all tokens' nats plus `switch` for each change of expert; of equals, the fewest changes.
 
     Args:
-        token_nats: `[n, T]`, what each token costs under each expert, calibrated if domains differ in difficulty; nan
-            for an expert that is out of the question.
+        token_nats: `[n, T]`, what each token costs under each expert; nan for an expert that is out of the question.
         switch: nats that a change costs, 0 or more: how much evidence a border needs.
         smooth: no span is shorter than so many tokens; a text that is shorter is one span.
 
@@ -97,12 +96,12 @@ def split_document(router: Router, ids: torch.Tensor | Sequence[int], *, switch:
     Args:
         router: scores each token under every expert.
         ids: the document's crouter token ids.
-        switch: see `find_spans`; in the unit of the router's score.
+        switch: see `find_spans`.
         smooth: see `find_spans`.
     """
     ids = torch.as_tensor(ids, dtype=torch.long)
     pieces = ids.split(router.crouter.config.chunk_length)
-    costs = [router.scores(router.token_residuals(piece), len(piece)) for piece in pieces if len(piece)]
+    costs = [router.token_residuals(piece) for piece in pieces if len(piece)]
     return find_spans(torch.cat(costs, dim=1), switch=switch, smooth=smooth) if costs else []
 
 

@@ -44,9 +44,11 @@ from ..routing.experts import (
     Expert,
     ExpertConfig,
     ExpertSet,
+    Texts,
     add_expert,
     mounted_names,
 )
+from ..routing.measure import measure_evidence
 from ..routing.router import Router, rebuilding_nats
 from .evaluate import reconstruction_score
 from .flops import matrix_flops_per_token, measured_matrix_rate
@@ -95,6 +97,8 @@ class ExpertArguments:
     host_learning_rate: float = field(default=5e-4, metadata={"help": "its peak learning rate"})
     window: int = field(default=1024, metadata={"help": "tokens that the host reads at once"})
     calibration_chunks: int = field(default=256, metadata={"help": "held-out chunks measured at each length, at most"})
+    keep_texts: bool = field(default=True, metadata={"help": "keep these in the expert's folder, so that experts that "
+                                                     "are mounted later can be told from it"})  # fmt: skip
     warmup_steps: int = field(default=20, metadata={"help": "linear warm-up of both parts"})
     log_every: int = field(default=20, metadata={"help": "steps between lines of progress"})
     seed: int = field(default=0, metadata={"help": "of weights, batches and held-out documents"})
@@ -374,14 +378,14 @@ def train_expert(name: str, arguments: ExpertArguments, models: ExpertModels | N
     check_name(name, arguments.experts)
     models = models or load_models(arguments)
     config = expert_config(models)
-    others = mounted(arguments.experts, config)
+    mounted(arguments.experts, config)
     domain = read_domain(arguments.data, models, arguments.seed)
     length = models.crouter.config.chunk_length
     positions = getattr(models.host.config.get_text_config(decoder=True), "max_position_embeddings", None)
     if positions and arguments.window > positions:
         raise InputError(f"--window: expected at most the host's {positions} positions, got {arguments.window}")
     cut_by_length(domain.held_out, length, 1)  # too short is said now
-    if len(cut(domain.train, length, 2, 1)) < 2:
+    if len(cut(domain.train, length, 2, 1)[0]) < 2:
         raise InputError(f"{arguments.data}: expected at least 2 chunks of {length} tokens to train on, got fewer")
     accelerator = make_accelerator(arguments.settings(HOST, ""))
     record: dict[str, Any] = {
@@ -416,9 +420,11 @@ def train_expert(name: str, arguments: ExpertArguments, models: ExpertModels | N
             folder / HOST,
         )
         if accelerator.is_main_process:
-            expert = measured_expert(folder, config, domain, others, models, arguments, record)
-            expert.save_description(folder)
+            texts = cut_by_length(domain.held_out, length, arguments.calibration_chunks)
+            expert = measured_expert(folder, config, domain, texts, models, arguments, record)
+            expert.save_description(folder, texts if arguments.keep_texts else None)
             add_expert(arguments.experts, folder)
+            look_at_each_other(arguments.experts, models.crouter, name)
     accelerator.wait_for_everyone()  # and no more: the next expert is trained by the same processes
     return {"path": str(Path(arguments.experts) / name), **record}
 
@@ -499,37 +505,61 @@ def host_batch(tokens: TokenArray, arguments: ExpertArguments, index: int) -> Ba
     return Batch((torch.from_numpy(ids),), ids.size)
 
 
-def cut(tokens: TokenArray, length: int, limit: int, least: int) -> list[torch.Tensor]:
+def cut(tokens: TokenArray, length: int, limit: int, least: int) -> tuple[list[torch.Tensor], np.ndarray]:
     """Consecutive pieces of the documents, each of at most `length` tokens and at least `least`, evenly spread.
 
     Returns:
-        At most `limit` tensors `[T]`, int64.
+        At most `limit` tensors `[T]`, int64, and the document's number of each, `[N]`.
     """
     ids, mask = tokens.chunks(length)
     sizes = mask.sum(1)
+    documents = np.repeat(np.arange(len(tokens.names)), -(-(np.diff(tokens.starts) - 1) // length))
     fitting = np.flatnonzero(sizes >= least)
     chosen = fitting[np.arange(min(limit, len(fitting))) * len(fitting) // max(1, min(limit, len(fitting)))]
-    return [torch.from_numpy(ids[i, : sizes[i]].copy()) for i in chosen]
+    return [torch.from_numpy(ids[i, : sizes[i]].copy()) for i in chosen], documents[chosen]
 
 
-def cut_by_length(tokens: TokenArray, length: int, limit: int) -> dict[int, list[torch.Tensor]]:
+def cut_by_length(tokens: TokenArray, length: int, limit: int) -> Texts:
     """Pieces of an eighth, a quarter, a half of a chunk's length and of the whole, where documents are so long.
 
     Raises:
         InputError: no document is long enough for any.
     """
     lengths = sorted({max(1, length >> shift) for shift in range(4)})
-    pieces = {size: cut(tokens, size, limit, size) for size in lengths}
-    if not pieces[lengths[0]]:
+    ids, documents = {}, {}
+    for size in lengths:
+        pieces, groups = cut(tokens, size, limit, size)
+        if pieces:
+            ids[size], documents[size] = torch.stack(pieces).numpy(), groups
+    if lengths[0] not in ids:
         raise InputError(f"expected documents of at least {lengths[0]} tokens to calibrate on, got none")
-    return {size: found for size, found in pieces.items() if found}
+    return Texts(ids, documents)
+
+
+def look_at_each_other(folder: str | Path, crouter: CRouterModel, title: str = "experts") -> None:
+    """Measures how the texts of a set's experts look to all of them, with progress.
+
+    Args:
+        folder: of the set.
+        crouter: the shared one, on the device to compute on.
+        title: shown at the progress bar.
+    """
+    began, read = time.monotonic(), 0
+    with progress_bar(f"{title}: among the set's experts", True, 0.0) as show:
+
+        def advance(done: int, passes: int, tokens: int) -> None:
+            nonlocal read
+            read += tokens
+            show(done / passes, {}, read / max(time.monotonic() - began, 1e-9))
+
+        measure_evidence(folder, crouter.eval(), rows=_rows(crouter.device), advance=advance)
 
 
 def measured_expert(
     folder: Path,
     config: ExpertConfig,
     domain: Domain,
-    others: ExpertSet,
+    texts: Texts,
     models: ExpertModels,
     arguments: ExpertArguments,
     record: dict[str, Any],
@@ -540,7 +570,7 @@ def measured_expert(
         folder: named as the expert; holds `compressor/` and `host/`.
         config: what it fits.
         domain: its documents.
-        others: the set's experts, for the margins.
+        texts: held out, to calibrate on.
         models: on the device to compute on, plain.
         arguments: how many pieces are measured.
         record: gets `held_out`: residuals (nats/token), TRA and host losses (nats/token) without and with adapter.
@@ -548,9 +578,8 @@ def measured_expert(
     name, crouter, host = folder.name, models.crouter.eval(), models.host.eval()
     compressor, served = Lora.load(folder / COMPRESSOR), Lora.load(folder / HOST)
     length, limit, rows = crouter.config.chunk_length, arguments.calibration_chunks, _rows(crouter.device)
-    pieces = cut_by_length(domain.held_out, length, limit)
-    windows = cut(domain.host_held_out, arguments.window, max(4, limit // 8), 2)
-    began, steps = time.monotonic(), len(pieces) * (1 + bool(len(others))) + 4
+    windows, _ = cut(domain.host_held_out, arguments.window, max(4, limit // 8), 2)
+    began, steps = time.monotonic(), len(texts.ids) + 4
     with progress_bar(f"{name}: calibration", True, 0.0) as show:
         done = read = 0
 
@@ -562,10 +591,10 @@ def measured_expert(
         stack = AdapterStack(crouter, {name: compressor})
         try:
             residuals = {}
-            for size, texts in pieces.items():
-                nats = rebuilding_nats(crouter, texts, stack, rows=rows)
+            for size, ids in texts.ids.items():
+                nats = rebuilding_nats(crouter, list(torch.from_numpy(ids)), stack, rows=rows)
                 residuals[size] = [float(row.mean()) for row in nats]
-                advance(size * len(texts))
+                advance(size * len(ids))
             ids, mask = map(torch.from_numpy, domain.held_out.chunks(length, limit))
             base = reconstruction_score(crouter, ids, mask, batch_size=rows)
             advance(int(mask.sum()))
@@ -586,17 +615,6 @@ def measured_expert(
         centroid = Centroid.fit(_latents(crouter, domain.train, limit, rows))
         documents = len(domain.held_out.names)
         calibration = LengthCalibration.fit(residuals, documents, config.crouter_fingerprint, compressor.checksum)
-        expert = Expert(name, compressor, served, calibration, config, centroid)
-        if len(others):
-            router = Router(crouter, ExpertSet((*others, expert)), rows=rows)
-            try:
-                margins = {}
-                for size, texts in pieces.items():
-                    margins[size] = router.margins(router.residuals(texts), size, len(others)).numpy()
-                    advance(size * len(texts) * len(router.names))
-            finally:
-                router.remove()
-            calibration = calibration.with_margins(margins, router.score)
     record["held_out"] = {
         "documents": documents,
         "chunks": base.chunks,
@@ -700,14 +718,14 @@ def route_domains(
     """
     length, found = router.crouter.config.chunk_length, {}
     for number, (name, tokens) in enumerate(domains.items()):
-        pieces = cut(tokens, length, limit, router.fewest)
+        pieces, _ = cut(tokens, length, limit, router.fewest)
         if not pieces:
             raise InputError(f"{name}: expected documents of at least {router.fewest} tokens, got none")
         routes = []
         for start in range(0, len(pieces), router.rows):
             block = pieces[start : start + router.rows]
-            nats = router.residuals(block)  # each text on its own: nothing came before it
-            routes += [router.decide(row, len(piece)) for row, piece in zip(nats, block, strict=True)]
+            found_here = router.residuals(block)  # each text on its own: nothing came before it
+            routes += [router.decide(row, len(piece)) for row, piece in zip(found_here, block, strict=True)]
             if advance is not None:
                 advance(number * limit + min(limit, len(routes)), len(domains) * limit)
         known = name if name in router.names else None

@@ -78,7 +78,7 @@ def test_list_shows_what_was_measured(experts, capsys):
 def test_test_shows_where_held_out_texts_went(experts, tmp_path, capsys):
     data = [f"{kind}={world().data(kind)}" for kind in KINDS]
     (tmp_path / "new.txt").write_text("0123456789 " * 200)
-    words = ["expert", "test", "--experts", experts, "--crouter", world().crouter, "--limit", "30", "--score", "nll"]
+    words = ["expert", "test", "--experts", experts, "--crouter", world().crouter, "--limit", "30"]
     words += ["--device", "cpu", "--data", *data, f"digits={tmp_path / 'new.txt'}"]
     lines = output([*words, "--host", world().host], capsys).splitlines()
     assert len(lines) == 4 and all(name in lines[0] for name in ("to code", "to prose", "to none", "loss routed"))

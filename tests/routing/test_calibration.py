@@ -89,17 +89,10 @@ class TestLengths:
         for quantile in (0.0, 0.01, 0.3, 0.97, 0.99, 1.0):
             assert lengths.residual(64, quantile) == pytest.approx(quantile)
 
-    def test_margins(self, lengths):
-        assert lengths.margin(64, 0.01) == float("-inf")
-        more = lengths.with_margins({64: [0.1, 0.2, 0.3]}, "scaled")
-        assert more.margin(512, 0.5) == pytest.approx(0.2) and more.score == "scaled"
-        assert more.residuals == lengths.residuals and not lengths.margins
-
     def test_round_trip_is_exact(self, lengths, tmp_path):
-        more = lengths.with_margins({64: [0.1, 0.2]})
-        more.save(tmp_path)
-        assert LengthCalibration.load(tmp_path) == more
-        assert (more.pieces, more.documents) == ({64: 1001, 128: 1001, 512: 1001}, 5)
+        lengths.save(tmp_path)
+        assert LengthCalibration.load(tmp_path) == lengths
+        assert (lengths.pieces, lengths.documents) == ({64: 1001, 128: 1001, 512: 1001}, 5)
 
     @pytest.mark.parametrize("residuals", [{}, {64: []}, {64: [float("nan")]}, {0: [1.0]}], ids=str)
     def test_fit_refuses(self, residuals):

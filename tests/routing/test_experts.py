@@ -5,6 +5,7 @@ import hashlib
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -17,11 +18,13 @@ from hf_crouter.routing.experts import (
     Centroid,
     Expert,
     ExpertSet,
+    Texts,
     add_expert,
     mounted_names,
     remove_expert,
-    save_margins,
 )
+from hf_crouter.routing.measure import measure_evidence
+from hf_crouter.routing.profile import Evidence
 from hf_crouter.storage import write_json
 
 from ..tiny import tiny_crouter, tiny_host
@@ -89,8 +92,9 @@ class TestSet:
     def test_only_an_experts_own_files_are_copied(self, folder, folders):
         (folders["a"] / "compressor" / "README.md").write_text("PEFT writes one")
         assert set(content(folder / "a")) == {
-            "expert.json", "calibration.json", "latents.safetensors", "compressor/adapter_config.json",
-            "compressor/adapter_model.safetensors", "host/adapter_config.json", "host/adapter_model.safetensors",
+            "expert.json", "calibration.json", "latents.safetensors", "texts.safetensors",
+            *(f"{part}/adapter_{name}" for part in ("compressor", "host")
+              for name in ("config.json", "model.safetensors")),
         }  # fmt: skip
 
     def test_in_place(self, folders, tmp_path):
@@ -129,18 +133,32 @@ class TestSet:
             remove_expert(folder, name)
         assert ExpertSet.load(folder).names == ()
 
-    def test_margins_among_all_experts(self, folder, folders):
+    def test_profiles_among_all_experts(self, folder, folders):
         before = {name: content(folder / name) for name in ("a", "b")}
-        save_margins(folder, {"a": {16: [0.1, 0.3]}, "b": {16: [0.4]}}, "scaled")
+        assert ExpertSet.load(folder)["a"].profile is None
+        first = measure_evidence(folder, tiny_crouter(), rows=64)
         found = ExpertSet.load(folder)
-        assert (
-            found["a"].calibration.margin(16, 0.5) == pytest.approx(0.2) and found["a"].calibration.score == "scaled"
-        )
+        assert found.names == ("b", "a") and set(found["a"].profile.means) == {8, 16}
+        assert found["a"].profile.limit(16, 0.9) == 1 < found["a"].profile.limit(16, 0.99)
         assert {name: content(folder / name) for name in ("a", "b")} == before
         add_expert(folder, folders["c.v-2_x"])
-        assert not ExpertSet.load(folder)["a"].calibration.margins, "they were measured among other experts"
+        assert ExpertSet.load(folder)["a"].profile is None, "it was measured among other experts"
+        more = measure_evidence(folder, tiny_crouter(), rows=64)
+        for length, values in first.residuals["a"].items():
+            assert np.array_equal(more.residuals["a"][length][:, [0, 1, 3]], values), "kept to the bit"
+        assert all(expert.profile is not None for expert in ExpertSet.load(folder))
         remove_expert(folder, "c.v-2_x")
-        assert ExpertSet.load(folder)["b"].calibration.margin(16, 0.5) == pytest.approx(0.4)
+        again = ExpertSet.load(folder)["b"].profile
+        assert again.distances == found["b"].profile.distances and again.margins == found["b"].profile.margins
+        assert ExpertSet((found["b"],)).experts[0].profile is None
+
+    def test_an_expert_without_texts_is_told_by_its_residual(self, folder, tmp_path):
+        measure_evidence(folder, tiny_crouter(), rows=64)
+        add_expert(folder, save_expert(tmp_path / "late", trained=False, seed=7, with_texts=False))
+        evidence = measure_evidence(folder, tiny_crouter(), rows=64)
+        assert "late" not in evidence.residuals and np.isfinite(evidence.residuals["a"][16]).all()
+        found = ExpertSet.load(folder)
+        assert found["late"].profile is None and found["a"].profile is not None
 
     def test_check(self, folder):
         found, crouter = ExpertSet.load(folder), crouter_fingerprint(tiny_crouter(), decoder=True)
@@ -210,7 +228,7 @@ class TestRefusedExperts:
     @pytest.mark.parametrize(
         "changes",
         [{"residuals": {}}, {"residuals": {"16": {"0.5": 1.0}}}, {"residuals": 3}, {"pieces": None},
-         {"residuals": {"0": {}}}, {"margins": {"16": {"0.5": 1.0}}}],
+         {"residuals": {"0": {}}}, {"pieces": {"16": "many"}}],
         ids=str,
     )  # fmt: skip
     def test_a_damaged_calibration(self, expert, changes):
@@ -267,18 +285,21 @@ class TestRefusedSets:
         with pytest.raises(InputError):
             ExpertSet.load(folder)
 
-    def test_margins(self, folder):
-        with pytest.raises(InputError, match="expected those of b, a, got a"):
-            save_margins(folder, {"a": {16: [0.1]}})
-        with pytest.raises(InputError, match="finite margins of 16 tokens"):
-            save_margins(folder, {"a": {16: [0.1]}, "b": {16: [float("inf")]}})
-        save_margins(folder, {"a": {16: [0.1]}, "b": {16: [0.1]}})
-        change(folder / "margins.json", margins={"a": {"16": {"0.5": 1}}, "b": {}})
-        with pytest.raises(InputError, match="margins.json: not a set's margins"):
+    def test_evidence(self, folder):
+        evidence = measure_evidence(folder, tiny_crouter(), rows=64)
+        Evidence({"b": "w"}, evidence.residuals, evidence.documents).save(folder)
+        with pytest.raises(InputError, match="expected residuals of shape"):
             ExpertSet.load(folder)
-        (folder / "margins.json").write_text("{")
-        with pytest.raises(InputError, match="margins.json: not a set's margins"):
+        (folder / "evidence.safetensors").write_bytes(b"no")
+        with pytest.raises(InputError, match=r"evidence.safetensors: not a set's evidence"):
             ExpertSet.load(folder)
+
+    def test_texts(self, folder):
+        (folder / "a" / "texts.safetensors").write_bytes(b"no")
+        with pytest.raises(InputError, match="texts.safetensors: altered"):
+            ExpertSet.load(folder)
+        with pytest.raises(InputError, match="not an expert's texts"):
+            Texts.load(folder / "a")
 
     def test_two_of_one_name(self, folder, folders):
         with pytest.raises(InputError, match="an expert named a already"):

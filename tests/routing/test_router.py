@@ -8,13 +8,14 @@ import torch
 
 from hf_crouter.adapters import Lora
 from hf_crouter.errors import InputError, MismatchError
-from hf_crouter.routing.calibration import LengthCalibration
+from hf_crouter.routing.calibration import LengthCalibration, quantiles_by_length
 from hf_crouter.routing.experts import Expert, ExpertConfig, ExpertSet
-from hf_crouter.routing.router import Router, calibrated_score
+from hf_crouter.routing.profile import FLOOR, LOGS, NATS, Profile, summary
+from hf_crouter.routing.router import Router
 from hf_crouter.routing.spans import Span, route_spans, split_document
 
 from ..tiny import CHUNK, tiny_crouter
-from .trained_experts import DOMAINS, FOREIGN, save_expert, texts, trained_set, with_margins
+from .trained_experts import DOMAINS, FOREIGN, save_expert, texts, trained_set
 
 torch.set_num_threads(1)
 LOW, HIGH = 0, 1
@@ -27,7 +28,7 @@ def crouter():
 
 @pytest.fixture(scope="module")
 def experts():
-    return with_margins(ExpertSet.load(trained_set()), tiny_crouter())
+    return ExpertSet.load(trained_set())
 
 
 @pytest.fixture
@@ -67,12 +68,15 @@ class TestTrained:
         pieces = [piece[: 4 + 3 * n] for n, piece in enumerate(pieces_of("low", "high", "?", "low", "high"))]
         both = Router(crouter, experts, rows=16).residuals(pieces)
         alone = Router(crouter, experts, rows=1).residuals(pieces)
-        assert both.shape == (5, 2) and torch.allclose(both, alone, atol=1e-5)
+        assert both.shape == (5, 3, 2) and torch.allclose(both, alone, atol=1e-5)
 
     def test_residuals_are_those_of_the_adapter(self, router, crouter, experts):
         piece = pieces_of("low")[0]
         assert router.token_residuals(piece).shape == (2, CHUNK)
-        assert torch.allclose(router.token_residuals(piece).mean(1), router.residuals([piece])[0], atol=1e-5)
+        with torch.no_grad():
+            alone = crouter(piece[None]).token_residual
+        every = summary(torch.cat([router.token_residuals(piece), alone]))
+        assert torch.allclose(every, router.residuals([piece])[0], atol=1e-5)
         other = tiny_crouter()
         for path, down in experts["high"].compressor.down.items():
             other.get_submodule(path).weight.data += experts["high"].compressor.up[path] @ down
@@ -105,7 +109,8 @@ class TestTrained:
         before = Router(crouter, experts, rows=3).residuals(pieces)
         third = Expert.load(save_expert(tmp_path / "third", trained=False, seed=9))
         more = Router(tiny_crouter(), ExpertSet((*experts, third)), rows=3).residuals(pieces)
-        assert more.shape == (5, 3) and torch.equal(more[:, :2], before)
+        assert more.shape == (5, 4, 2) and torch.equal(more[:, :2], before[:, :2])
+        assert more[:, 3].isnan().all(), "no expert has a profile among the three: the crouter alone is not asked"
 
     def test_shortlist(self, crouter, experts, tmp_path):
         third = Expert.load(save_expert(tmp_path / "third", trained=False, seed=9))
@@ -113,23 +118,37 @@ class TestTrained:
         pieces = [piece for first in DOMAINS.values() for piece in texts(first, 20, seed=9)]
         router = Router(crouter, experts, shortlist=2, rows=16)
         found, full = router.residuals(pieces), Router(tiny_crouter(), experts, rows=16).residuals(pieces)
-        left_out = found.isnan()
+        left_out = found[:, :-1, NATS].isnan()
         assert (left_out.sum(1) == 1).all()
-        assert torch.allclose(found[~left_out], full[~left_out], atol=1e-5)
+        assert torch.allclose(found[:, :-1][~left_out], full[:, :-1][~left_out], atol=1e-5)
         own = torch.tensor([0] * 20 + [1] * 20)
         assert left_out[torch.arange(40), own].float().mean() <= 0.1, "its own expert is nearly always on the list"
         route = router.decide(found[0], CHUNK)
         assert len(route.nats) == 2 and math.isfinite(route.margin)
-        assert not Router(crouter, experts, shortlist=3).residuals(pieces[:2]).isnan().any()
+        assert not Router(crouter, experts, shortlist=3).residuals(pieces[:2])[:, :-1].isnan().any()
 
     def test_overlap_is_below_the_experts_own_margins(self, router, experts):
         verdicts = [router([piece])[0].verdict for piece in texts(DOMAINS["low"], 60, seed=11)]
         assert verdicts.count("overlap") <= 4
-        least = experts["low"].calibration.margin(CHUNK, 0.01)
-        medians = torch.tensor([min(e.calibration.residual(CHUNK, 0.5) for e in experts)] * 2)
+        least = experts["low"].profile.margin(CHUNK, 0.01)
+        medians = [min(e.calibration.residual(CHUNK, 0.5) for e in experts)] * 2
         for margin, verdict in ((least - 0.05, "overlap"), (least + 0.05, "known")):
-            route = router.decide(medians + torch.tensor([0.0, margin]), CHUNK)
+            route = router.decide(row(medians[0], medians[1] + margin), CHUNK)
             assert (route.number, route.verdict) == (LOW, verdict) and route.margin == pytest.approx(margin, abs=1e-5)
+
+    def test_profiles_know_what_residuals_alone_do_not(self, crouter, experts):
+        router = Router(crouter, experts, fewest=4)
+        own = router.residuals(pieces_of("low", "high"))
+        for piece, number in zip(own, (LOW, HIGH), strict=True):
+            assert router.distances(piece, CHUNK).argmin() == number
+            assert router.own(piece, CHUNK).tolist() == [number == LOW, number == HIGH]
+        easy = own[0].clone()  # rebuilt with ease by everybody, and unlike the texts of anybody
+        easy[:, NATS], easy[:, LOGS] = 0.0, math.log(FLOOR)
+        assert not router.own(easy, CHUNK).any() and router.decide(easy, CHUNK).verdict == "unknown"
+        plain = Router(tiny_crouter(), ExpertSet(tuple(dataclasses.replace(e, profile=None) for e in experts)))
+        assert plain.own(easy, CHUNK).all()
+        with pytest.raises(InputError, match="expert low: expected a profile"):
+            plain.distances(easy, CHUNK)
 
     def test_borders_of_a_document(self, router):
         low, high = (torch.cat(texts(first, 3, seed=12)) for first in DOMAINS.values())
@@ -143,7 +162,7 @@ class TestTrained:
         assert split_document(router, low, switch=6.0) == [Span(0, 48, LOW)]
 
 
-def made_up(medians, *, spread=0.5, margins=None, score="nll"):
+def made_up(medians, *, spread=0.5, margins=None):
     """Experts whose residuals at 100 tokens lie evenly around a median, half of it at 10 tokens."""
     found = []
     for n, median in enumerate(medians):
@@ -151,30 +170,30 @@ def made_up(medians, *, spread=0.5, margins=None, score="nll"):
             length: torch.linspace(-spread, spread, 1001) + median * share for length, share in ((10, 0.5), (100, 1))
         }
         calibration = LengthCalibration.fit({k: v.numpy() for k, v in rows.items()}, 9, "f", "w")
+        profile = None
         if margins is not None:
-            calibration = calibration.with_margins({100: margins}, score)
+            profile = Profile(("w",) * len(medians), {}, {}, {}, quantiles_by_length({100: margins}, "margins"))
         lora = Lora({}, {}, "w")
-        found.append(Expert(f"e{n}", lora, lora, calibration, ExpertConfig("f")))
+        found.append(Expert(f"e{n}", lora, lora, calibration, ExpertConfig("f"), profile=profile))
     return ExpertSet(tuple(found))
 
 
+def row(*nats):
+    """Residuals of one text, the crouter alone not asked."""
+    return torch.tensor([[value, math.nan] for value in (*nats, math.nan)])
+
+
 def decide(experts, nats, tokens=100, previous=None, **options):
-    return Router(tiny_crouter(), experts, **options).decide(torch.tensor(nats), tokens, previous)
+    return Router(tiny_crouter(), experts, **options).decide(row(*nats), tokens, previous)
 
 
 class TestDecision:
-    def test_each_expert_is_measured_by_what_is_usual_for_it(self):
-        """The second domain is the harder one: more nats are less surprising there."""
+    def test_the_least_residual_serves(self):
         experts = made_up([1.0, 3.0])
-        assert decide(experts, [1.4, 2.8], score="calibrated").expert == "e1"
-        assert decide(experts, [1.4, 2.8]).expert == "e0", "by default the likelihoods themselves are compared"
-        assert decide(experts, [1.4, 2.8], score="calibrated").margin == pytest.approx(0.6, abs=1e-5)
-
-    def test_scaled(self):
-        calibration = made_up([1.0])["e0"].calibration
-        assert calibrated_score(1.0, 100, calibration, "scaled") == pytest.approx(0.0, abs=1e-6)
-        assert calibrated_score(1.4, 100, calibration, "scaled") == pytest.approx(1.0, abs=1e-6)
-        assert calibrated_score(0.9, 10, calibration, "calibrated") == pytest.approx(0.4, abs=1e-6)
+        assert decide(experts, [1.4, 2.8]).expert == "e0"
+        assert decide(experts, [1.4, 1.3]).expert == "e1"
+        assert decide(experts, [1.4, 1.3]).margin == pytest.approx(0.1, abs=1e-5)
+        assert decide(experts, [1.8, 2.9]).expert == "e1", "the first does not know it"
 
     def test_unknown_is_above_every_experts_own_quantile(self):
         experts = made_up([1.0, 3.0])
@@ -213,27 +232,17 @@ class TestDecision:
         assert decide(experts, [1.0, 1.005]).verdict == "overlap"
         assert decide(experts, [1.0, 1.02]).verdict == "known"
         assert decide(experts, [1.0, 1.02], clear=0.1).verdict == "overlap"
-        assert decide(experts, [1.0, 1.005], score="scaled").verdict == "known", (
-            "margins of another score do not count"
-        )
         assert decide(made_up([1.0, 1.0]), [1.0, 1.0]).verdict == "known", "no margins were measured"
 
     def test_a_lone_expert(self):
         route = decide(made_up([1.0]), [1.0])
         assert (route.number, route.margin, route.verdict) == (0, math.inf, "known")
 
-    def test_margins(self):
-        router = Router(tiny_crouter(), made_up([1.0, 3.0, 2.0]), score="calibrated")
-        nats = torch.tensor([[1.0, 3.5, 2.2], [1.5, 3.0, 2.6], [1.0, float("nan"), 2.4]])
-        assert router.margins(nats, 100, 0).tolist() == pytest.approx([0.2, -0.5, 0.4], abs=1e-5)
-
 
 class TestRefused:
     def test_sets(self, crouter, experts):
         with pytest.raises(InputError, match="at least one"):
             Router(crouter, ExpertSet(()))
-        with pytest.raises(InputError, match="expected a score"):
-            Router(crouter, experts, score="tra")
         with pytest.raises(InputError, match="centroid of every expert"):
             Router(crouter, ExpertSet(tuple(dataclasses.replace(e, centroid=None) for e in experts)), shortlist=1)
 

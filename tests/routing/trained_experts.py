@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import functools
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from peft import LoraConfig, get_peft_model
 
 from hf_crouter.adapters import AdapterStack, Lora
 from hf_crouter.host.fingerprint import crouter_fingerprint, host_fingerprint
 from hf_crouter.routing.calibration import LengthCalibration
-from hf_crouter.routing.experts import Centroid, Expert, ExpertConfig, ExpertSet, add_expert
-from hf_crouter.routing.router import Router, rebuilding_nats
+from hf_crouter.routing.experts import Centroid, Expert, ExpertConfig, Texts, add_expert
+from hf_crouter.routing.measure import measure_evidence
+from hf_crouter.routing.router import rebuilding_nats
 
 from ..test_adapters import save_adapter
 from ..tiny import CHUNK, tiny_crouter, tiny_host
@@ -43,7 +44,7 @@ def train_compressor(folder, first):
     model.save_pretrained(folder)
 
 
-def save_expert(folder, first=FOREIGN, *, seed=0, trained=True, crouter=None, host=None):
+def save_expert(folder, first=FOREIGN, *, seed=0, trained=True, crouter=None, host=None, with_texts=True):
     """An expert in a folder of its own name."""
     crouter, host = crouter or tiny_crouter(), host or tiny_host()
     if trained:
@@ -60,19 +61,11 @@ def save_expert(folder, first=FOREIGN, *, seed=0, trained=True, crouter=None, ho
     with torch.no_grad():
         centroid = Centroid.fit(crouter.encode(torch.stack(texts(first, 64, seed=1))))
     calibration = LengthCalibration.fit(residuals, 256, fingerprint, lora.checksum)
-    Expert(folder.name, lora, Lora.load(folder / "host"), calibration, config, centroid).save_description(folder)
+    held_out = Texts({n: torch.stack(texts(first, 256, n, seed=1)).numpy() for n in LENGTHS},
+                     {n: np.arange(256) // 16 for n in LENGTHS})  # fmt: skip
+    expert = Expert(folder.name, lora, Lora.load(folder / "host"), calibration, config, centroid)
+    expert.save_description(folder, held_out if with_texts else None)
     return folder
-
-
-def with_margins(experts, crouter):
-    """The same set, each expert with the margins that it has among the others."""
-    router = Router(crouter, experts, rows=64)
-    found = []
-    for number, (expert, first) in enumerate(zip(experts, DOMAINS.values(), strict=True)):
-        margins = {n: router.margins(router.residuals(texts(first, 64, n, seed=1)), n, number) for n in LENGTHS}
-        found.append(replace(expert, calibration=expert.calibration.with_margins(margins)))
-    router.remove()
-    return ExpertSet(tuple(found))
 
 
 @functools.cache
@@ -83,5 +76,6 @@ def trained_set() -> Path:
     torch.set_num_threads(1)  # far faster than many threads on matrices this small
     for seed, (name, first) in enumerate(DOMAINS.items()):
         add_expert(base / "set", save_expert(base / name, first, seed=seed))
+    measure_evidence(base / "set", tiny_crouter(), rows=256)
     torch.set_num_threads(threads)
     return base / "set"

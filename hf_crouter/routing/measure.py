@@ -1,0 +1,89 @@
+"""Measures how the held-out texts of every expert of a set look to all of them, for `profile`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ..adapters import AdapterStack
+from ..compressor import CRouterModel
+from .experts import Expert, ExpertSet, Texts
+from .profile import Evidence, summary
+from .router import rebuilding_nats
+
+
+def measure_evidence(
+    set_folder: str | os.PathLike,
+    crouter: CRouterModel,
+    *,
+    rows: int = 4,
+    advance: Callable[[int, int, int], None] | None = None,
+) -> Evidence:
+    """Brings a set's `evidence.safetensors` up to date; what was measured before is kept to the bit.
+
+    Experts that bring no texts keep what was measured of them; against experts mounted since they have no profile.
+
+    Args:
+        set_folder: of the set.
+        crouter: the shared one, on any device.
+        rows: texts at once.
+        advance: called with passes done, their number, and the tokens of the last one.
+
+    Raises:
+        InputError: damaged files, or the set cannot be written.
+        MismatchError: another crouter than the experts'.
+    """
+    experts = list(ExpertSet.load(set_folder))
+    weights = {expert.name: expert.compressor.checksum for expert in experts}
+    before = Evidence.load(set_folder)
+    passes: list[tuple[Expert, int, np.ndarray, np.ndarray, int]] = []  # owner, length, ids, where to, column
+    residuals: dict[str, dict[int, np.ndarray]] = {}
+    documents: dict[str, dict[int, np.ndarray]] = {}
+    for expert in experts:
+        texts, known = Texts.load(Path(set_folder) / expert.name), _known(before, weights, expert)
+        if texts is not None:
+            documents[expert.name] = texts.documents
+        elif before is not None and expert.name in known:
+            documents[expert.name] = before.documents[expert.name]
+        else:
+            continue
+        residuals[expert.name] = {}
+        for length, groups in documents[expert.name].items():
+            table = np.full((len(groups), len(experts) + 1, 2), np.nan, np.float32)
+            for column, name in enumerate([*weights, ""]):
+                if name in known and length in known[name]:
+                    table[:, column] = known[name][length]
+                elif texts is not None:
+                    passes.append((expert, length, texts.ids[length], table[:, column], column))
+            residuals[expert.name][length] = table
+    for done, (_, length, ids, place, column) in enumerate(passes, 1):
+        pieces = list(torch.from_numpy(ids))
+        stack = None
+        if column < len(experts):
+            stack = AdapterStack(crouter, {experts[column].name: experts[column].compressor})
+        try:
+            nats = rebuilding_nats(crouter, pieces, stack, rows=rows)
+        finally:
+            if stack is not None:
+                stack.remove()
+        place[:] = torch.stack([summary(row) for row in nats]).numpy()
+        if advance is not None:
+            advance(done, len(passes), length * len(pieces))
+    evidence = Evidence(weights, residuals, documents)
+    evidence.save(set_folder)
+    return evidence
+
+
+def _known(before: Evidence | None, weights: dict[str, str], expert: Expert) -> dict[str, dict[int, np.ndarray]]:
+    """What was measured of an expert's texts: `[N, 2]` by the column's expert ("": the crouter alone) and length."""
+    if before is None or before.weights.get(expert.name) != expert.compressor.checksum:
+        return {}
+    columns = {name: i for i, name in enumerate(before.weights) if weights.get(name) == before.weights[name]}
+    columns[""] = len(before.weights)
+    tables = before.residuals.get(expert.name, {})
+    return {name: {length: table[:, i] for length, table in tables.items()
+                   if np.isfinite(table[:, i]).all()} for name, i in columns.items()}  # fmt: skip
