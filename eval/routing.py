@@ -2,9 +2,10 @@
 
 Stages: `train` (accelerator) makes the experts and the adapters beside them; `text` (CPU) measures what needs no
 model; `measure` (accelerator) computes what experts, host and baselines say of all texts; `decide` (CPU) lets the
-router decide from it; `report` (CPU) turns all arrays into `routing.json` and a picture of the confusion matrix; `ship`
-makes the set of `--domains` that comes with the package, without any text. Data are those of `eval.routing_data`. `--shard i/k` splits training by experts and measuring by parts; a stage that was
-interrupted goes on with what is missing.
+router decide from it; `report` (CPU) turns all arrays into `routing.json` and a picture of the confusion matrix;
+`ship` (CPU) makes the set that comes with the package, of `--domains`, without any text. Data are those of
+`eval.routing_data`. `--shard i/k` splits training by experts and measuring by parts; a stage that was interrupted goes
+on with what is missing.
 """
 
 from __future__ import annotations
@@ -207,7 +208,7 @@ def run_report(args: argparse.Namespace) -> None:
                     seed=args.seed, draws=args.draws)  # fmt: skip
     print(table(found))
     config = about(args) | {"windows": len(windows.ids), "parts": sorted(parts), "draws": args.draws}
-    path = write_result(args.result, found, seed=args.seed, config=config, notes=NOTES)
+    path = write_result(args.result, found, seed=args.seed, config=config, notes=NOTES, device=args.device)
     if "residuals" in parts:
         print(draw_confusion(found, path.with_name(f"{args.result}-confusion.svg")).name)
     print(path)
@@ -237,6 +238,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--draws", type=int, default=400, help="of the bootstrap")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--result", default="routing")
+    parser.add_argument("--device", help="report: where the arrays were measured; this machine by default")
     parser.add_argument("--out", type=Path, default=Path("experts"), help="where `ship` puts the set")
 
 

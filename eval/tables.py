@@ -194,18 +194,35 @@ def kvpress_table(metrics: dict[str, float]) -> list[str]:
     return [*lines, "", "HGR in %, with 95% intervals, on the same documents."] if metrics else lines
 
 
-def routing_text_table(metrics: dict[str, float]) -> list[str]:
-    """What tells domains apart without any model."""
+ROUTERS = {
+    "chunk": "residual",
+    "baseline.ngram": "character n-grams",
+    "baseline.tfidf": "TF-IDF centroids",
+    "baseline.probe": "linear probe on latents",
+    "baseline.perplexity": "host's loss under each adapter",
+    "baseline.arrow": "PEFT's Arrow",
+}
+
+
+def routing_table(metrics: dict[str, float]) -> list[str]:
+    """What tells domains apart, and texts of none."""
     rows = []
-    for key, label in {"ngram": "character n-grams", "tfidf": "TF-IDF centroids"}.items():
-        start = f"baseline.{key}"
+    for key, label in ROUTERS.items():
+        if key != "chunk" and f"{key}.accuracy" not in metrics:
+            continue  # not measured yet
+        right = ("chunk.argmin.accuracy", "span128.argmin.accuracy") if key == "chunk" else (
+            f"{key}.accuracy", f"{key}.span128.accuracy")  # fmt: skip
+        size = metrics.get("expert.bytes" if key == "chunk" else f"{key}.bytes")
+        per = 1 if key == "chunk" else 8
         rows.append([
-            label, *(_share(metrics, f"{start}.{end}") for end in ("accuracy", "span128.accuracy")),
-            *(_share(metrics, f"{start}.unseen.{end}.auroc") for end in ("near", "far")),
+            label, *(_share(metrics, name) for name in right),
+            *(_share(metrics, f"{key}.unseen.{end}.auroc") for end in ("near", "far")),
+            MISSING if size is None else f"{size / per / 1e3:,.0f}",
         ])  # fmt: skip
-    head = ["classifier", "512-token chunks right", "128-token spans right", "AUROC, near unknown",
-            "AUROC, far unknown"]  # fmt: skip
-    return _table(head, rows if metrics else [])
+    head = ["router", "512-token chunks right", "128-token spans right", "AUROC, near unknown", "AUROC, far unknown",
+            "kB a domain"]  # fmt: skip
+    lines = _table(head, rows if metrics else [])
+    return [*lines, "", "In %, with 95% intervals; everybody always answers."] if metrics else lines
 
 
 def difference_table(metrics: dict[str, float]) -> list[str]:
@@ -465,7 +482,7 @@ TABLES = {
     "compress-cpu": Shown("compress-cpu", HOST, compress_table),
     "suffix-index": Shown("suffix-index", "none, the index alone", index_table),
     "copy-cpu": Shown("copy-cpu", HOST, step_table),
-    "routing-text": Shown("routing-text", "none, text alone", routing_text_table, "routing"),
+    "routing": Shown("routing", HOST, routing_table),
     "drafts": Shown("reading-drafts", HOST, drafts_table, "reading"),
     "recall-questions": Shown("recall-questions", "none, the choice alone", questions_table),
     "recall-choice": Shown("recall-choice", "none, the choice alone", choice_table),

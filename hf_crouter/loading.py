@@ -23,9 +23,11 @@ from .compressor import CRouterConfig, CRouterModel
 from .errors import InputError, MismatchError
 from .host.fetch import resolve_host
 from .routing.calibration import CALIBRATION_FILE, Calibration
+from .routing.experts import SET_FILE
 
 FETCH_AGAIN = "; a host of `hf-crouter host list` is fetched again by: hf-crouter host get NAME --force"
 SHIPPED = Path(__file__).parent / "checkpoints" / "crouter-code-mini"
+SHIPPED_EXPERTS = SHIPPED.with_name("experts-smollm2-135m")  # of that crouter and this host
 
 
 def shipped_crouter() -> Path:
@@ -37,6 +39,19 @@ def shipped_crouter() -> Path:
     if not (SHIPPED / "config.json").is_file():
         raise InputError(f"{SHIPPED}: the shipped crouter is missing from this installation; name one with --crouter")
     return SHIPPED
+
+
+def expert_folder(name_or_path: str | os.PathLike | None = None) -> Path:
+    """Folder of an expert set; by default, and for its own name, that of the set that comes with the package.
+
+    Raises:
+        InputError: this installation has none.
+    """
+    if name_or_path is None or (str(name_or_path) == SHIPPED_EXPERTS.name and not Path(name_or_path).exists()):
+        if not (SHIPPED_EXPERTS / SET_FILE).is_file():
+            raise InputError(f"{SHIPPED_EXPERTS}: the shipped experts are missing from this installation")
+        return SHIPPED_EXPERTS
+    return Path(name_or_path)
 
 
 def _crouter_name(name_or_path: str | os.PathLike | None) -> str:

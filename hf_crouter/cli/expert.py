@@ -15,7 +15,7 @@ from ..data.corpora import load_corpus
 from ..data.tokens import TokenArray, encode_documents
 from ..errors import InputError
 from ..host.fingerprint import crouter_fingerprint
-from ..loading import load_crouter
+from ..loading import SHIPPED_EXPERTS, expert_folder, load_crouter
 from ..routing.experts import Expert, ExpertSet, remove_expert
 from ..routing.router import Router
 from ..training.experts import (
@@ -53,7 +53,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     remove.add_argument("name", metavar="NAME", help="of the expert")
     test = actions.add_parser("test", help="route texts that no expert was trained on")
     for sub in (show, remove, test):
-        sub.add_argument("--experts", default="experts", metavar="FOLDER", help="of the set (default: experts)")
+        sub.add_argument("--experts", default="experts", metavar="SET",
+                         help=f"folder of the set (default: experts), or {SHIPPED_EXPERTS.name}")  # fmt: skip
         add_json(sub)
     test.add_argument("--data", nargs="+", default=[], metavar="NAME=PATH",
                       help="texts by the name of their expert, or by another name for texts of none: a folder of "
@@ -102,7 +103,8 @@ def _add(args: argparse.Namespace) -> int:
 
 
 def _list(args: argparse.Namespace) -> int:
-    records = [describe(expert, Path(args.experts) / expert.name) for expert in ExpertSet.load(args.experts)]
+    folder = expert_folder(args.experts)
+    records = [describe(expert, folder / expert.name) for expert in ExpertSet.load(folder)]
     if args.json:
         print_json(records)
         return 0
@@ -159,14 +161,14 @@ def _remove(args: argparse.Namespace) -> int:
 
 
 def _test(args: argparse.Namespace) -> int:
-    experts, where = ExpertSet.load(args.experts), device(args.device)
+    experts, where = ExpertSet.load(expert_folder(args.experts)), device(args.device)
     named = _named(args.data, experts)
     models = None
     if args.host:
         bf16 = host_dtype(where) == torch.bfloat16
         arguments = ExpertArguments(crouter=args.crouter or "", host=args.host, bf16=bf16)
         models = load_models(arguments)
-        mounted(args.experts, expert_config(models))
+        mounted(expert_folder(args.experts), expert_config(models))
         nn.Module.to(models.host, where)
         crouter, tokenizer = models.crouter, models.crouter_tokenizer
     else:

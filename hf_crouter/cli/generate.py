@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase, TextStreamer
 
 from ..errors import InputError
 from ..history import CompressedHistory
-from ..loading import load_crouter, load_host
+from ..loading import SHIPPED_EXPERTS, expert_folder, load_crouter, load_host
 from .chunks import calibration_of, chunk_records, print_chunks
 from .console import note, print_json, size
 from .inputs import add_crouter, add_device, add_json, count, device, host_dtype, positive, read_text, share
@@ -51,7 +51,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="compressed chunks that come back raw, chosen anew as the text goes on (default: 0)",
     )
     parser.add_argument(
-        "--experts", metavar="FOLDER", help="expert set: each chunk is read under the adapter of the one that fits it"
+        "--experts",
+        metavar="SET",
+        help=f"expert set, a folder or {SHIPPED_EXPERTS.name}: each chunk is read under the adapter of the one that fits",
     )
     parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default)")
     parser.add_argument("--top-p", type=share, default=1.0, metavar="P", help="default: 1.0")
@@ -72,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
     crouter, crouter_tokenizer = load_crouter(args.crouter, device=where)
     history = CompressedHistory(
         host, crouter, window=args.window, soft=not args.no_soft, copy=COPY[args.copy], recall=args.recall,
-        experts=args.experts, tokenizer=tokenizer, crouter_tokenizer=crouter_tokenizer,
+        experts=args.experts and expert_folder(args.experts), tokenizer=tokenizer, crouter_tokenizer=crouter_tokenizer,
     )  # fmt: skip
     sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     if args.temperature:

@@ -86,14 +86,18 @@ def test_lm_eval(tmp_path):
     assert rows["KV slots"] == ["4,012", "–", "–", "–"] and len(rows) == len(tables.RULER_TASKS) + 1
 
 
-def test_kvpress_and_routing_text(tmp_path):
+def test_kvpress_and_routing(tmp_path):
     metrics = interval("young.n8.snapkv.hgr", -0.276, -0.449, -0.138)
     write(tmp_path, "hgr", {**metrics, "young.n8.snapkv.slots": 580.0, "prose.n8.snapkv.hgr": -0.4})
     rows = {row[0]: row[1:] for row in rows_of(render("kvpress", tmp_path))}
     assert rows["SnapKV that keeps the raw window"] == ["–"] * 5
     assert ["SnapKV", "580", "−27.6 [−44.9, −13.8]", "–", "–", "−40.0"] in rows_of(render("kvpress", tmp_path))
-    write(tmp_path, "routing-text", {"baseline.ngram.accuracy": 0.97})
-    assert rows_of(render("routing-text", tmp_path))[0] == ["character n-grams", "97.0", "–", "–", "–"]
+    measured = {"chunk.argmin.accuracy": 0.98, "chunk.accuracy": 0.95, "chunk.unseen.far.auroc": 0.99,
+                "baseline.ngram.accuracy": 0.97, "baseline.ngram.bytes": 16e6, "expert.bytes": 1e6}  # fmt: skip
+    write(tmp_path, "routing", measured)
+    rows = rows_of(render("routing", tmp_path))
+    assert rows[0] == ["residual", "98.0", "–", "–", "99.0", "1,000"]
+    assert rows[1] == ["character n-grams", "97.0", "–", "–", "–", "2,000"] and len(rows) == 2
 
 
 def test_drafts(tmp_path):
