@@ -140,8 +140,12 @@ def _scored(name: str, score: Callable[[np.ndarray], np.ndarray], setting: Setti
         began = _now()
         found[f"{name}.{what}"] = score(pieces).astype(np.float32)
         found[f"{name}.{what}.ms"] = np.array([1000 * (_now() - began) / len(pieces)])
-        own = [score(setting.cut(tokens, length))[:, i] for i, tokens in enumerate(setting.calibration)]
-        found |= {f"{name}.{what}.{key}": values for key, values in usual(own).items()}
+        own, domains, documents = setting.own_pieces(length)
+        scores = score(own).astype(np.float32)
+        found |= {f"{name}.{what}.own": scores, f"{name}.{what}.own.domain": domains}
+        found[f"{name}.{what}.own.document"] = documents
+        mine = [scores[domains == i, i] for i in range(scores.shape[1])]
+        found |= {f"{name}.{what}.{key}": values for key, values in usual(mine).items()}
     return found
 
 

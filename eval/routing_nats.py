@@ -20,7 +20,7 @@ from hf_crouter.data.tokens import TokenArray
 from hf_crouter.routing.experts import ExpertSet
 from hf_crouter.routing.profile import Evidence, summary
 from hf_crouter.routing.router import rebuilding_nats
-from hf_crouter.training.experts import cut_by_length
+from hf_crouter.training.experts import cut, cut_by_length
 
 Arrays = dict[str, np.ndarray]
 
@@ -88,10 +88,15 @@ class Setting:
         names = np.repeat(np.array(self.domains), [len(some) for some in rows])
         return np.concatenate(rows), names
 
-    def own_pieces(self, length: int) -> tuple[np.ndarray, np.ndarray]:
-        """Calibration pieces `[N, length]` of all domains, and the number of each one's domain."""
-        own = [self.cut(tokens, length) for tokens in self.calibration]
-        return np.concatenate(own), np.repeat(np.arange(len(own)), [len(some) for some in own])
+    def own_pieces(self, length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Calibration pieces `[N, length]` of all domains, and the numbers of domain and document of each."""
+        ids, domains, documents = [], [], []
+        for number, tokens in enumerate(self.calibration):
+            pieces, groups = cut(tokens, length, self.limit, length)
+            ids += [piece.numpy() for piece in pieces]
+            domains += [number] * len(pieces)
+            documents.append(groups)
+        return np.stack(ids), np.array(domains), np.concatenate(documents)
 
     def fit(self) -> Spliced:
         """Spliced calibration chunks, to choose how borders are found."""
@@ -164,7 +169,7 @@ def measure_nats(crouter: Any, experts: ExpertSet, held_out: Mapping[str, TokenA
     tokens("chunk", setting.chunks)
     summaries("span", setting.spans)
     for name, length, keep in (("chunk", setting.chunk, tokens), ("span", setting.span, summaries)):
-        pieces, found[f"own.{name}.domain"] = setting.own_pieces(length)
+        pieces, found[f"own.{name}.domain"], _ = setting.own_pieces(length)
         keep(f"own.{name}", pieces)
     for name, pieces in setting.bordered().items():
         tokens(name, pieces)

@@ -213,16 +213,24 @@ def routing_table(metrics: dict[str, float]) -> list[str]:
         right = ("chunk.argmin.accuracy", "span128.argmin.accuracy") if key == "chunk" else (
             f"{key}.accuracy", f"{key}.span128.accuracy")  # fmt: skip
         size = metrics.get("expert.bytes" if key == "chunk" else f"{key}.bytes")
-        per = 1 if key == "chunk" else 8
+        per, rule = (1, "") if key == "chunk" else (8, ".pattern")
         rows.append([
             label, *(_share(metrics, name) for name in right),
-            *(_share(metrics, f"{key}.unseen.{end}.auroc") for end in ("near", "far")),
+            *(_share(metrics, f"{key}{rule}.unseen.{end}.auroc") for end in ("near", "far")),
             MISSING if size is None else f"{size / per / 1e3:,.0f}",
         ])  # fmt: skip
     head = ["router", "512-token chunks right", "128-token spans right", "AUROC, near unknown", "AUROC, far unknown",
             "kB a domain"]  # fmt: skip
     lines = _table(head, rows if metrics else [])
-    return [*lines, "", "In %, with 95% intervals; everybody always answers."] if metrics else lines
+    return (
+        [
+            *lines,
+            "",
+            "In %, with 95% intervals. Everybody always answers; AUROC by the same rule for all, the pattern of the scores.",
+        ]
+        if metrics
+        else lines
+    )
 
 
 def difference_table(metrics: dict[str, float]) -> list[str]:

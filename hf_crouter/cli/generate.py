@@ -53,7 +53,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--experts",
         metavar="SET",
-        help=f"expert set, a folder or {SHIPPED_EXPERTS.name}: each chunk is read under the adapter of the one that fits",
+        help=f"expert set, a folder or {SHIPPED_EXPERTS.name}: each chunk is read under the adapter that fits it",
     )
     parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default)")
     parser.add_argument("--top-p", type=share, default=1.0, metavar="P", help="default: 1.0")

@@ -82,16 +82,10 @@ class Profile:
         means, precisions, distances, margins = {}, {}, {}, {}
         for length, values in residuals.items():
             logs, nats = values[..., LOGS].astype(np.float64), values[:, :-1, NATS]
-            groups = np.unique(np.asarray(documents[length]), return_inverse=True)[1]
-            folds = groups % min(_FOLDS, groups.max() + 1)
-            rest = [logs[folds != fold] for fold in np.unique(folds)]
-            if len(rest) < 2 or min(map(len, rest)) < 2 * logs.shape[1]:
+            away = distances_across(logs, documents[length])
+            if away is None:
                 return None
-            means[length], precisions[length] = _gaussian(logs)
-            away = np.empty(len(logs))
-            for fold, some in zip(np.unique(folds), rest, strict=True):
-                away[folds == fold] = _distance(logs[folds == fold], *_gaussian(some))
-            distances[length] = away
+            (means[length], precisions[length]), distances[length] = gaussian(logs), away
             others = np.delete(nats, number, axis=1)
             if others.shape[1]:
                 margins[length] = others.min(1) - nats[:, number]
@@ -108,7 +102,7 @@ class Profile:
             tokens: the text's length; the nearest measured length (by ratio) speaks for it.
         """
         length = nearest_length(self.means, tokens)
-        away = _distance(np.asarray(logs, np.float64)[None], self.means[length], self.precisions[length])[0]
+        away = squared_distance(np.asarray(logs, np.float64)[None], self.means[length], self.precisions[length])[0]
         return float(away / quantile_at(self.distances, tokens, USUAL))
 
     def limit(self, tokens: int, quantile: float) -> float:
@@ -120,16 +114,31 @@ class Profile:
         return quantile_at(self.margins, tokens, quantile) if self.margins else float("-inf")
 
 
-def _gaussian(logs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    covariance = np.atleast_2d(np.cov(logs.T))
+def gaussian(points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean `[d]` and inverse of the shrunk covariance `[d, d]` of points `[N, d]`."""
+    covariance = np.atleast_2d(np.cov(points.T))
     diagonal = np.diag(np.diag(covariance))
     shrunk = (1 - _SHRINK) * covariance + _SHRINK * diagonal + _RIDGE * np.eye(len(covariance))
-    return logs.mean(0), np.linalg.inv(shrunk)
+    return points.mean(0), np.linalg.inv(shrunk)
 
 
-def _distance(logs: np.ndarray, mean: np.ndarray, precision: np.ndarray) -> np.ndarray:
-    away = logs - mean
+def squared_distance(points: np.ndarray, mean: np.ndarray, precision: np.ndarray) -> np.ndarray:
+    """Squared Mahalanobis distance `[N]` of points `[N, d]`."""
+    away = points - mean
     return np.einsum("ij,jk,ik->i", away, precision, away)
+
+
+def distances_across(points: np.ndarray, documents: Sequence[int] | np.ndarray) -> np.ndarray | None:
+    """Distance of each point `[N, d]` from a Gaussian of other documents' points; None where these are too few."""
+    groups = np.unique(np.asarray(documents), return_inverse=True)[1]
+    folds = groups % min(_FOLDS, groups.max() + 1)
+    rest = [points[folds != fold] for fold in np.unique(folds)]
+    if len(rest) < 2 or min(map(len, rest)) < 2 * points.shape[1]:
+        return None
+    away = np.empty(len(points))
+    for fold, some in zip(np.unique(folds), rest, strict=True):
+        away[folds == fold] = squared_distance(points[folds == fold], *gaussian(some))
+    return away
 
 
 @dataclass(frozen=True, eq=False)

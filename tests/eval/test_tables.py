@@ -93,11 +93,12 @@ def test_kvpress_and_routing(tmp_path):
     assert rows["SnapKV that keeps the raw window"] == ["–"] * 5
     assert ["SnapKV", "580", "−27.6 [−44.9, −13.8]", "–", "–", "−40.0"] in rows_of(render("kvpress", tmp_path))
     measured = {"chunk.argmin.accuracy": 0.98, "chunk.accuracy": 0.95, "chunk.unseen.far.auroc": 0.99,
-                "baseline.ngram.accuracy": 0.97, "baseline.ngram.bytes": 16e6, "expert.bytes": 1e6}  # fmt: skip
+                "baseline.ngram.accuracy": 0.97, "baseline.ngram.bytes": 16e6, "expert.bytes": 1e6,
+                "baseline.ngram.pattern.unseen.near.auroc": 0.9, "baseline.ngram.unseen.far.auroc": 0.1}  # fmt: skip
     write(tmp_path, "routing", measured)
     rows = rows_of(render("routing", tmp_path))
     assert rows[0] == ["residual", "98.0", "–", "–", "99.0", "1,000"]
-    assert rows[1] == ["character n-grams", "97.0", "–", "–", "–", "2,000"] and len(rows) == 2
+    assert rows[1] == ["character n-grams", "97.0", "–", "90.0", "–", "2,000"] and len(rows) == 2
 
 
 def test_drafts(tmp_path):
