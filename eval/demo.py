@@ -1,4 +1,4 @@
-"""The figures of `hf-crouter demo`: one file of the standard library, read six ways by the real host."""
+"""The figures of `hf-crouter demo`: one file of the standard library, read seven ways by the real host."""
 
 from __future__ import annotations
 
@@ -38,6 +38,7 @@ def run(args: argparse.Namespace) -> None:
     residuals = sorted(chunk["residual"] for chunk in found["chunks"])
     metrics |= {"chunks": len(residuals), "residual.median": residuals[len(residuals) // 2]}
     metrics["tra.mean"] = sum(chunk["accuracy"] for chunk in found["chunks"]) / len(residuals)
+    metrics["chunks.routed"] = sum(route["expert"] is not None for route in found["routes"])
     config = {key: found[key] for key in ("file", "host", "crouter", "dtype", "threads", "last", "window")}
     path = write_result(
         args.result, metrics, seed=0, config=config, notes="One file, no interval: " + found["summary"]

@@ -226,7 +226,7 @@ def routing_table(metrics: dict[str, float]) -> list[str]:
         [
             *lines,
             "",
-            "In %, with 95% intervals. Everybody always answers; AUROC by the same rule for all, the pattern of the scores.",
+            "In %, with 95% intervals. Everybody always answers; AUROC by one rule, the pattern of the scores.",
         ]
         if metrics
         else lines
@@ -420,13 +420,14 @@ def compress_table(metrics: dict[str, float]) -> list[str]:
 
 
 def demo_table(metrics: dict[str, float]) -> list[str]:
-    """One file, read six ways: loss, KV slots and KV bytes."""
+    """One file, read seven ways: loss, KV slots and KV bytes."""
     recall = " + recall" if metrics.get("all.slots", 0) > metrics.get("soft.slots", 0) else ""
     labels = {
         "window": "raw window only",
         "soft": "raw window + soft prompts of the compressed past",
         "copy": "raw window + copying",
         "all": "raw window + soft prompts + copying" + recall,
+        "experts": "the same under the shipped experts' adapters",
         "more_raw": "raw window + as many more raw tokens",
         "full": "full history",
     }

@@ -104,3 +104,15 @@ def test_three_ways(tmp_path):
     losses = [float(line.split("loss ")[1].split()[0]) for line in out.splitlines() if "  loss " in line]
     assert len(losses) == 6 and len(set(losses)) == 6 and all(0 < loss < 5 for loss in losses)
     assert "what was recalled:" in out and "chunk " in out
+
+
+def test_mount_an_expert(tmp_path):
+    out = run("07_mount_an_expert.py", tmp_path)
+    one, both, borders = re.findall(r"^  ([.pw]+)$", out, flags=re.MULTILINE)
+    assert len(one) == len(both) and set(one) == {"p", "."} and set(both) == {"p", "w", "."}
+    assert [letter for letter in both if letter != "w"] == [a for a, b in zip(one, both, strict=True) if b != "w"]
+    assert both[0] == "p" and "w" in borders
+    spans = re.findall(r"^  tokens (\d+)-(\d+): (python|wiki_en|plain host) \((?:known|overlap|unknown|short)\)$", out,
+                       flags=re.MULTILINE)  # fmt: skip
+    assert len(spans) >= 3 and all(a[1] == b[0] for a, b in zip(spans, spans[1:], strict=False))
+    assert {"python", "wiki_en"} <= {name for _, _, name in spans}

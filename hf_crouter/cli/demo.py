@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sysconfig
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 from ..errors import InputError
 from ..history import CompressedHistory, HistoryReport
 from ..host.projector import display_name
-from ..loading import load_crouter, load_host
+from ..loading import expert_folder, load_crouter, load_host
 from .chunks import calibration_of, chunk_records, print_chunks
 from .console import Column, note, print_json, print_table, size
 from .generate import pad_id
@@ -72,6 +73,15 @@ def run(args: argparse.Namespace) -> int:
                      **scored(lambda: history(**{**plain, "window": args.window + extra}), ids)},
         "full": {"history": "full history", **scored_full(host, ids)},
     }  # fmt: skip
+    routes: list[dict[str, Any]] = []
+    if args.host in (None, HOST) and args.crouter is None:  # the shipped experts are theirs
+        arms["experts"] = {
+            "history": "the same, with experts",
+            **scored(lambda: history(experts=expert_folder()), ids),
+        }
+        arms["full"] = arms.pop("full")  # stays the last
+        routed = arms["experts"]["report"].chunks
+        routes = [{"expert": chunk.expert, "verdict": chunk.verdict, "margin": chunk.margin} for chunk in routed]
     for arm in arms.values():
         arm.pop("report", None)
     shares = worth({key: arm["loss"] for key, arm in arms.items()})
@@ -88,6 +98,8 @@ def run(args: argparse.Namespace) -> int:
         print(verdict)
         print("\nthe compressed chunks:")
         print_chunks(chunks)
+        if routes:
+            print(f"\nserved by: {served_by(routes)}")
         print("\ncontinuation, greedy, with compressed history:")
     last = history()
     continuation = continue_text(host, tokenizer, last, ids, stream=not args.json)
@@ -98,13 +110,19 @@ def run(args: argparse.Namespace) -> int:
                     "crouter": display_name(crouter), "dtype": str(dtype).removeprefix("torch."),
                     "threads": torch.get_num_threads(), "last": LAST, "window": args.window,
                     "arms": [{"key": key, **arm} for key, arm in arms.items()],
-                    "worth": shares, "summary": verdict, "chunks": chunks,
+                    "worth": shares, "summary": verdict, "chunks": chunks, "routes": routes,
                     "continuation": continuation, "copied": copied, "truth": truth})  # fmt: skip
         return 0
     print(f"\n{copied} of {CONTINUATION} tokens were copied from the archive.")
     if len(rest):
         print(f"\nwhat the file says there:\n{truth}")
     return 0
+
+
+def served_by(routes: list[dict[str, Any]]) -> str:
+    """How many chunks each expert serves, in one line."""
+    counts = Counter(route["expert"] or "the plain host" for route in routes)
+    return ", ".join(f"{name} {count}" for name, count in counts.most_common()) + f" of {len(routes)} chunks"
 
 
 def ways_of(report: HistoryReport) -> str:

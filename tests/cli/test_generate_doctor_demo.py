@@ -178,6 +178,7 @@ def test_demo_tells_what_it_measured(pair, long_text, capsys):
     assert main([*argv, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert [arm["key"] for arm in found["arms"]] == ["window", "soft", "copy", "all", "more_raw", "full"]
+    assert found["routes"] == [], "the shipped experts are not of this host"
     window, soft, copy, everything, wider, full = found["arms"]
     assert found["tokens"] == full["kv_slots"] == 1024
     assert window["kv_slots"] == copy["kv_slots"] < soft["kv_slots"] <= everything["kv_slots"] < full["kv_slots"]
@@ -197,6 +198,11 @@ def test_demo_tells_what_it_measured(pair, long_text, capsys):
     assert main(argv) == 0
     out = capsys.readouterr().out
     assert "what the host sees" in out and found["summary"] in out and found["continuation"][:10] in out
+
+
+def test_who_serves_in_one_line():
+    routes = [{"expert": name} for name in ("python", None, "python")]
+    assert demo.served_by(routes) == "python 2, the plain host 1 of 3 chunks"
 
 
 def test_demo_refuses_a_short_text(pair, tmp_path, capsys):
