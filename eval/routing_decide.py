@@ -51,7 +51,7 @@ def decide_residuals(crouter: Any, experts: ExpertSet, nats: Arrays, setting: Se
         some = rows[:, :-1, NATS].numpy()
         for key, level in (("calibrated", 0.5), ("excess", router.known)):
             found[f"{name}.{key}"] = some - np.float32([e.calibration.residual(length, level) for e in experts])
-        if router.profiled and not rows.isnan().any():
+        if not rows.isnan().any() and all(expert.profile for expert in router.experts):
             found[f"{name}.distance"] = torch.stack([router.distances(row, length) for row in rows]).float().numpy()
         if name != "within":
             found[f"{name}.route"] = np.array([router.decide(row, length).number for row in rows], np.int64)

@@ -26,6 +26,7 @@ from ..training.experts import (
     join,
     load_models,
     load_tokens,
+    look_at_each_other,
     mounted,
     route_domains,
     train_expert,
@@ -51,8 +52,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
     show = actions.add_parser("list", help="show a set's experts and what was measured when they were trained")
     remove = actions.add_parser("remove", help="take an expert out of a set and delete it")
     remove.add_argument("name", metavar="NAME", help="of the expert")
+    compare = actions.add_parser("compare", help="measure how the texts of a set's experts look to each other, which "
+                                 "tells what is none of theirs; `add` does so itself")  # fmt: skip
     test = actions.add_parser("test", help="route texts that no expert was trained on")
-    for sub in (show, remove, test):
+    for sub in (show, remove, compare, test):
         sub.add_argument("--experts", default="experts", metavar="SET",
                          help=f"folder of the set (default: experts), or {SHIPPED_EXPERTS.name}")  # fmt: skip
         add_json(sub)
@@ -62,13 +65,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
                       "prepared")  # fmt: skip
     test.add_argument("--limit", type=positive, default=64, metavar="N", help="chunks of each (default: 64)")
     test.add_argument("--host", help="also measure this host's loss without and with the adapters")
-    add_crouter(test)
-    add_device(test)
+    for sub in (compare, test):
+        add_crouter(sub)
+        add_device(sub)
 
 
 def run(args: argparse.Namespace) -> int:
     """Runs the command."""
-    return {"add": _add, "list": _list, "remove": _remove, "test": _test}[args.action](args)
+    return {"add": _add, "list": _list, "remove": _remove, "compare": _compare, "test": _test}[args.action](args)
 
 
 def data_folder(name: str) -> Path:
@@ -157,6 +161,22 @@ def _remove(args: argparse.Namespace) -> int:
         print_json({"removed": args.name, "experts": left})
     else:
         print(f"{args.name} removed; {args.experts} holds {', '.join(left) or 'no expert'}")
+    return 0
+
+
+def _compare(args: argparse.Namespace) -> int:
+    experts = ExpertSet.load(args.experts)
+    crouter, _ = load_crouter(args.crouter, device=device(args.device))
+    experts.check(crouter_fingerprint(crouter, decoder=True))
+    look_at_each_other(args.experts, crouter)
+    told = {expert.name: expert.profile is not None for expert in ExpertSet.load(args.experts)}
+    if args.json:
+        print_json(told)
+        return 0
+    for name, there in told.items():
+        print(
+            f"{name}: {'told by the pattern of its texts' if there else 'told by its residual: too few texts of it'}"
+        )
     return 0
 
 

@@ -29,13 +29,12 @@ def measure_evidence(
 
     Args:
         set_folder: of the set.
-        crouter: the shared one, on any device.
+        crouter: the shared one, on any device; that it is the experts' own is for `ExpertSet.check` to say.
         rows: texts at once.
         advance: called with passes done, their number, and the tokens of the last one.
 
     Raises:
         InputError: damaged files, or the set cannot be written.
-        MismatchError: another crouter than the experts'.
     """
     experts = list(ExpertSet.load(set_folder))
     weights = {expert.name: expert.compressor.checksum for expert in experts}

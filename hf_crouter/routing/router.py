@@ -66,7 +66,7 @@ class Router:
         stay: how much less than the previous expert's the least residual must be for the route to change, nats/token.
         fewest: chunks of fewer tokens are not judged.
         known: quantile of an expert's own texts, by their distance from its profile, beyond which a chunk is none of
-            its own. Without profiles, or where a shortlist left experts out: by their residual.
+            its own. Without a profile, or where a shortlist left experts out: by their residual.
         clear: quantile of an expert's own margins below which a second expert is called an overlap.
         rows: chunks at once.
 
@@ -110,8 +110,8 @@ class Router:
 
     @property
     def profiled(self) -> bool:
-        """Whether every expert has a profile, so that the crouter alone is asked too."""
-        return all(expert.profile is not None for expert in self.experts)
+        """Whether some expert has a profile, so that the crouter alone is asked too."""
+        return any(expert.profile is not None for expert in self.experts)
 
     def residuals(self, pieces: Sequence[torch.Tensor]) -> torch.Tensor:
         """How well each expert rebuilds each chunk, and last the crouter alone, `[N, n + 1, 2]`: `profile.summary`.
@@ -168,32 +168,32 @@ class Router:
     def distances(self, residuals: torch.Tensor, tokens: int) -> torch.Tensor:
         """How far a chunk lies from each expert's own texts, `[n]`, float64; up to 1 lie nine of ten of these.
 
-        Args:
-            residuals: `[n + 1, 2]`, all measured.
-            tokens: the chunk's length.
-
-        Raises:
-            InputError: an expert without a profile.
-        """
-        logs, found = residuals[:, LOGS].double().cpu().numpy(), []
-        for expert in self.experts:
-            if expert.profile is None:
-                raise InputError(f"expert {expert.name}: expected a profile among the set's experts, got none")
-            found.append(expert.profile.distance(logs, tokens))
-        return torch.tensor(found, dtype=torch.float64)
-
-    def own(self, residuals: torch.Tensor, tokens: int) -> torch.Tensor:
-        """Which experts a chunk looks like the texts of, `[n]`, bool.
+        nan for an expert without a profile, and for all where something was not measured.
 
         Args:
             residuals: `[n + 1, 2]`; nan for an expert that was not scored.
             tokens: the chunk's length.
         """
-        if self.profiled and not residuals.isnan().any():
-            limits = [e.profile.limit(tokens, self.known) for e in self.experts]  # pyright: ignore[reportOptionalMemberAccess]
-            return self.distances(residuals, tokens) <= torch.tensor(limits, dtype=torch.float64)
-        limits = [expert.calibration.residual(tokens, self.known) for expert in self.experts]
-        return residuals[:-1, NATS].double().cpu() <= torch.tensor(limits, dtype=torch.float64)  # false for nan
+        logs = residuals[:, LOGS].double().cpu().numpy()
+        profiles = [None if residuals.isnan().any() else expert.profile for expert in self.experts]
+        found = [math.nan if profile is None else profile.distance(logs, tokens) for profile in profiles]
+        return torch.tensor(found, dtype=torch.float64)
+
+    def own(self, residuals: torch.Tensor, tokens: int) -> torch.Tensor:
+        """Which experts a chunk looks like the texts of, `[n]`, bool; without a distance, by the residual under each.
+
+        Args:
+            residuals: `[n + 1, 2]`; nan for an expert that was not scored.
+            tokens: the chunk's length.
+        """
+        found = []
+        nats, distances = residuals[:-1, NATS].tolist(), self.distances(residuals, tokens).tolist()
+        for expert, value, distance in zip(self.experts, nats, distances, strict=True):
+            if expert.profile is None or math.isnan(distance):
+                found.append(value <= expert.calibration.residual(tokens, self.known))  # false for nan
+            else:
+                found.append(distance <= expert.profile.limit(tokens, self.known))
+        return torch.tensor(found)
 
     def decide(self, residuals: torch.Tensor, tokens: int, previous: int | None = None) -> Route:
         """The route of a chunk, from its residuals alone.

@@ -90,6 +90,22 @@ def test_test_shows_where_held_out_texts_went(experts, tmp_path, capsys):
     assert json.loads(output([*words, "--json"], capsys))["code"]["loss"] == {}
 
 
+def test_compare_measures_what_is_missing(experts, tmp_path, capsys):
+    shutil.copytree(experts, tmp_path / "set")
+    before = (tmp_path / "set" / "evidence.safetensors").read_bytes()
+    (tmp_path / "set" / "evidence.safetensors").unlink()
+    (tmp_path / "set" / "prose" / "texts.safetensors").unlink()
+    words = ["expert", "compare", "--experts", tmp_path / "set", "--crouter", world().crouter, "--device", "cpu"]
+    refused(words, capsys, "texts.safetensors: cannot be read")
+    shutil.rmtree(tmp_path / "set")
+    shutil.copytree(experts, tmp_path / "set")
+    (tmp_path / "set" / "evidence.safetensors").unlink()
+    lines = output(words, capsys).splitlines()
+    assert lines == [f"{name}: told by the pattern of its texts" for name in KINDS]
+    assert (tmp_path / "set" / "evidence.safetensors").read_bytes() == before
+    assert json.loads(output([*words, "--json"], capsys)) == dict.fromkeys(KINDS, True)
+
+
 def test_prepared_data_without_tests_gives_its_calibration_part(experts, tmp_path, capsys):
     for name in ("train", "calibration"):
         shutil.copy(world().data("code") / f"{name}.safetensors", tmp_path)

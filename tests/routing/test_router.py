@@ -146,9 +146,11 @@ class TestTrained:
         easy[:, NATS], easy[:, LOGS] = 0.0, math.log(FLOOR)
         assert not router.own(easy, CHUNK).any() and router.decide(easy, CHUNK).verdict == "unknown"
         plain = Router(tiny_crouter(), ExpertSet(tuple(dataclasses.replace(e, profile=None) for e in experts)))
-        assert plain.own(easy, CHUNK).all()
-        with pytest.raises(InputError, match="expert low: expected a profile"):
-            plain.distances(easy, CHUNK)
+        assert plain.own(easy, CHUNK).all() and plain.distances(easy, CHUNK).isnan().all()
+        one = ExpertSet((experts["low"], dataclasses.replace(experts["high"], profile=None)))
+        assert Router(tiny_crouter(), one).own(easy, CHUNK).tolist() == [False, True], "each by what is known of it"
+        easy[HIGH] = math.nan  # left out by a shortlist
+        assert router.own(easy, CHUNK).tolist() == [True, False]
 
     def test_borders_of_a_document(self, router):
         low, high = (torch.cat(texts(first, 3, seed=12)) for first in DOMAINS.values())
