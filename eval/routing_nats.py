@@ -197,4 +197,4 @@ def evidence_of(nats: Arrays, experts: ExpertSet) -> Evidence:
             name, _, length = key.removeprefix("held_out.").rpartition(".")
             residuals[name][int(length)] = nats[key]
             documents[name][int(length)] = nats[f"{key}.documents"]
-    return Evidence({e.name: e.compressor.checksum for e in experts}, residuals, documents)
+    return Evidence({e.name: e.compressor.checksum for e in experts}, {}, residuals, documents)

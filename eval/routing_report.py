@@ -125,7 +125,8 @@ def routing_figures(figures: Figures, part: Mapping[str, np.ndarray]) -> None:
         figures.accuracy(f"{key}.argmin.accuracy", nats[:, :-1].argmin(1))
         figures.accuracy(f"{key}.calibrated.accuracy", part[f"{name}.calibrated"].argmin(1), interval=False)
         figures.rejection(f"{key}.residual.unseen", part[f"{name}.excess"].min(1), interval=False)
-        figures.rejection(f"{key}.unseen", part.get(f"{name}.distance", part[f"{name}.excess"]).min(1))
+        if f"{name}.distance" in part:
+            figures.rejection(f"{key}.unseen", part[f"{name}.distance"].min(1))
         if name == "within":
             continue
         own, numbers = part[f"{name}.own"], part[f"{name}.own.domain"]

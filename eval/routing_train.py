@@ -187,6 +187,8 @@ def merged(save: Path, domains: Sequence[str]) -> ExpertSet:
 
 def ship(args: Namespace) -> None:
     """A set of these domains' experts that holds numbers alone: measured on held-out texts, which stay behind."""
+    if args.out.exists():
+        raise InputError(f"{args.out}: expected nothing there, got something")
     arguments = expert_arguments(args)
     models = load_models(arguments)
     with temporary_folder_beside(args.out) as temporary:

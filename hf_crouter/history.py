@@ -60,8 +60,9 @@ class CompressedHistory(HistoryProcessor):
         scorer: says which ones matter: a `Scorer` or the folder of a learned one; None: `OverlapScorer`, words and
             phrases shared with the last tokens.
         experts: an expert set or its folder: each chunk, and the raw window by its last tokens, is served by the
-            adapter of the expert that rebuilds it best, or by the plain host where none does. With them even a short
-            prompt is read under its expert's adapter, if it has the 64 tokens that it takes to tell.
+            adapter of the expert that rebuilds it best among those whose own texts look like it, or by the plain host
+            where none does. With them even a short prompt is read under its expert's adapter, if it has the 64 tokens
+            that it takes to tell.
         hysteresis: nats/token by which an expert must undercut the one before it in the row.
         keep_first: raw tokens kept at the start; "auto": the chat template's system turn, or else 4 (attention sinks).
         projector: a folder or a `Projector`; None finds the one in the crouter's folder.
@@ -188,7 +189,8 @@ class CompressedHistory(HistoryProcessor):
             router.remove()
             raise
         weakref.finalize(self, _leave, adapters, router)  # a history that is dropped without `detach`
-        made = [f"{expert.name} {expert.host.checksum} {expert.compressor.checksum}" for expert in experts]
+        made = [f"{e.name} {e.host.checksum} {e.compressor.checksum} {e.profile.digest if e.profile else ''}"
+                for e in experts]  # fmt: skip
         return {"router": router, "adapters": adapters, "experts": (*made, f"hysteresis {hysteresis}")}
 
     def _projector(self, crouter: CRouterModel, projector: str | os.PathLike | Projector | None) -> Projector:

@@ -195,6 +195,6 @@ def test_the_wheel_holds_the_checkpoint(tmp_path):
     assert done.returncode == 0, done.stderr
     (wheel,) = tmp_path.glob("*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
-    files = [path for path in SHIPPED.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
+    files = [path for path in SHIPPED.parent.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
     assert {str(path.relative_to(ROOT)) for path in files} <= names
     assert not [name for name in names if not name.startswith("hf_crouter")]

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Remakes the eight experts and the routing measurement.
 #   eval/recipes/routing.sh STEP WORK [HOST]
-# STEP: data | text | train | compare | measure | costs | decide | report, in this order; train to costs want an
-# accelerator, which PROCESSES share (2 by default) except in `costs`, where times are taken. WORK: folder for data and
+# STEP: data | text | train | compare | measure | costs | decide | report | ship, in this order; train to costs want an
+# accelerator (name it in DEVICE for the report), which PROCESSES share (2 by default) except in `costs`, where times are taken. WORK: folder for data and
 # runs. `data` needs PROSE, the folder of the text domains. BOX: seconds of training of an expert's two parts, as
 # each process has them to itself or not.
 set -euo pipefail
@@ -37,7 +37,11 @@ costs)
   python3 -m eval.run routing measure "${common[@]}" --host "$host" --parts latency
   ;;
 decide | report)
-  python3 -m eval.run routing "$step" "${common[@]}" --result "${RESULT:-routing}"
+  python3 -m eval.run routing "$step" "${common[@]}" ${DEVICE:+--device "$DEVICE"}
+  ;;
+ship)  # the set that comes with the package, in WORK/experts
+  python3 -m eval.run routing ship "${common[@]}" --host "$host" --domains python wiki_en --out "$work/experts" \
+    --options '{"calibration_chunks": 96}'
   ;;
 *) echo "unknown step $step" >&2; exit 2 ;;
 esac

@@ -36,7 +36,7 @@ from .console import Column, note, print_json, print_table, progress, size
 from .inputs import add_crouter, add_device, add_json, device, host_dtype, positive
 
 NAME = "expert"
-HELP = "train an expert for a domain (stage 3), and list, remove or test the experts of a set"
+HELP = "train an expert for a domain (stage 3), and list, remove, compare or test the experts of a set"
 EXAMPLE = "hf-crouter expert add legal --corpus text-files:contracts --host smollm2-135m"
 TESTS = ("files", "packages", "stdlib")  # parts of prepared data that no training reads
 
@@ -56,8 +56,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
                                  "tells what is none of theirs; `add` does so itself")  # fmt: skip
     test = actions.add_parser("test", help="route texts that no expert was trained on")
     for sub in (show, remove, compare, test):
+        shipped = f", or {SHIPPED_EXPERTS.name}" if sub in (show, test) else ""
         sub.add_argument("--experts", default="experts", metavar="SET",
-                         help=f"folder of the set (default: experts), or {SHIPPED_EXPERTS.name}")  # fmt: skip
+                         help=f"folder of the set (default: experts){shipped}")  # fmt: skip
         add_json(sub)
     test.add_argument("--data", nargs="+", default=[], metavar="NAME=PATH",
                       help="texts by the name of their expert, or by another name for texts of none: a folder of "
@@ -82,6 +83,8 @@ def data_folder(name: str) -> Path:
 
 def _add(args: argparse.Namespace) -> int:
     arguments = from_options(ExpertArguments, args)
+    if arguments.experts == SHIPPED_EXPERTS.name:  # would hide the set of that name from then on
+        raise InputError(f"--experts: expected a folder of yours, got the name of the shipped set {arguments.experts}")
     arguments.check()  # what is wrong is said before anything is loaded or prepared
     check_name(args.name, arguments.experts)
     if not args.corpus and not (arguments.data or data_folder(args.name).exists()):
@@ -114,7 +117,7 @@ def _list(args: argparse.Namespace) -> int:
         return 0
     columns = [Column("expert", right=False), Column("size"), Column("crouter tokens"), Column("host tokens"),
                Column("residual 50%"), Column("residual 99%"), Column("host loss"),
-               Column("with adapter")]  # fmt: skip
+               Column("with adapter"), Column("told by", right=False)]  # fmt: skip
     rows = []
     for record in records:
         trained, residual, loss = (record[key] or {} for key in ("tokens", "residual", "host_loss"))
@@ -123,16 +126,17 @@ def _list(args: argparse.Namespace) -> int:
             *(_number(trained.get(part), ",d") for part in ("compressor", "host")),
             *(_number(residual.get(level), ".3f") for level in ("0.5", "0.99")),
             *(_number(loss.get(key), ".3f") for key in ("base", "adapter")),
+            "pattern" if record["profile"] else "residual",
         ))  # fmt: skip
     print_table(columns, rows)
     return 0
 
 
 def describe(expert: Expert, folder: Path) -> dict[str, Any]:
-    """An expert for JSON: `name`, `host`, `bytes` on disk, `tokens` trained on, `residual`, `host_loss`.
+    """An expert for JSON: `name`, `host`, `bytes` on disk, `tokens` trained on, `residual`, `host_loss`, `profile`.
 
     `residual` is that of held-out full chunks, nats/token by quantile; `tokens` and `host_loss` (nats/token) are None
-    where the record of the training does not tell.
+    where the record of the training does not tell. `profile`: whether the pattern of its texts was measured.
     """
     training = expert.config.training
     length = max(expert.calibration.residuals)
@@ -147,6 +151,7 @@ def describe(expert: Expert, folder: Path) -> dict[str, Any]:
             **{f"{level:g}": expert.calibration.residual(length, level) for level in (0.5, 0.99)},
         },
         "host_loss": training.get("held_out", {}).get("host_loss"),
+        "profile": expert.profile is not None,
     }
 
 

@@ -62,14 +62,14 @@ class ChunkRouter(Protocol):
         ...
 
     def residuals(self, pieces: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Residual of chunks `[tokens]` of crouter ids under every expert, `[N, n]`, nats/token."""
+        """What rebuilding chunks `[tokens]` of crouter ids costs, under every expert and alone, `[N, n + 1, 2]`."""
         ...
 
-    def decide(self, nats: torch.Tensor, tokens: int, previous: int | None = None) -> Route:
+    def decide(self, residuals: torch.Tensor, tokens: int, previous: int | None = None) -> Route:
         """The route of one chunk.
 
         Args:
-            nats: `[n]`, its residuals; nan where it is too short to judge.
+            residuals: `[n + 1, 2]`; nan where it is too short to judge.
             tokens: its length.
             previous: number of the expert before it in its row, -1 the base model; None where nothing is before.
         """

@@ -108,6 +108,15 @@ class Texts:
     ids: dict[int, np.ndarray]
     documents: dict[int, np.ndarray]
 
+    @property
+    def checksum(self) -> str:
+        """Of ids and documents."""
+        content = hashlib.sha256()
+        for length in sorted(self.ids):
+            for values in (self.ids[length], self.documents[length]):
+                content.update(np.ascontiguousarray(values, np.int64).tobytes())
+        return content.hexdigest()
+
     def save(self, path: Path) -> None:
         """Writes a safetensors file, whole or not at all."""
         tensors = {f"{length}/ids": torch.from_numpy(ids.astype(np.int32)) for length, ids in self.ids.items()}

@@ -25,7 +25,7 @@ def measure_evidence(
 ) -> Evidence:
     """Brings a set's `evidence.safetensors` up to date; what was measured before is kept to the bit.
 
-    Experts that bring no texts keep what was measured of them; against experts mounted since they have no profile.
+    Experts that bring no texts keep what was measured of them: experts mounted since are missing from their profiles.
 
     Args:
         set_folder: of the set.
@@ -42,12 +42,17 @@ def measure_evidence(
     passes: list[tuple[Expert, int, np.ndarray, np.ndarray, int]] = []  # owner, length, ids, where to, column
     residuals: dict[str, dict[int, np.ndarray]] = {}
     documents: dict[str, dict[int, np.ndarray]] = {}
+    checksums: dict[str, str] = {}
     for expert in experts:
-        texts, known = Texts.load(Path(set_folder) / expert.name), _known(before, weights, expert)
+        texts = Texts.load(Path(set_folder) / expert.name)
+        known = _known(before, weights, expert, texts)
         if texts is not None:
-            documents[expert.name] = texts.documents
+            documents[expert.name], checksums[expert.name] = texts.documents, texts.checksum
         elif before is not None and expert.name in known:
-            documents[expert.name] = before.documents[expert.name]
+            documents[expert.name], checksums[expert.name] = (
+                before.documents[expert.name],
+                before.texts.get(expert.name, ""),
+            )
         else:
             continue
         residuals[expert.name] = {}
@@ -72,15 +77,19 @@ def measure_evidence(
         place[:] = torch.stack([summary(row) for row in nats]).numpy()
         if advance is not None:
             advance(done, len(passes), length * len(pieces))
-    evidence = Evidence(weights, residuals, documents)
+    evidence = Evidence(weights, checksums, residuals, documents)
     evidence.save(set_folder)
     return evidence
 
 
-def _known(before: Evidence | None, weights: dict[str, str], expert: Expert) -> dict[str, dict[int, np.ndarray]]:
+def _known(
+    before: Evidence | None, weights: dict[str, str], expert: Expert, texts: Texts | None
+) -> dict[str, dict[int, np.ndarray]]:
     """What was measured of an expert's texts: `[N, 2]` by the column's expert ("": the crouter alone) and length."""
     if before is None or before.weights.get(expert.name) != expert.compressor.checksum:
         return {}
+    if texts is not None and before.texts.get(expert.name) != texts.checksum:
+        return {}  # of other texts
     columns = {name: i for i, name in enumerate(before.weights) if weights.get(name) == before.weights[name]}
     columns[""] = len(before.weights)
     tables = before.residuals.get(expert.name, {})

@@ -9,6 +9,7 @@ Axes: `N` texts, `n` experts; the last of `n + 1` is the crouter without any ada
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -42,17 +43,20 @@ def summary(token_nats: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Profile:
-    """Where the texts of one expert's domain lie among the residuals under all experts of a set, by length.
+    """Where the texts of one expert's domain lie among the residuals under the experts of a set, by length.
 
     Attributes:
-        among: checksums of the compressors of the set's experts, in its order; among others it does not hold.
-        means: of log residuals, `[n + 1]`, by length in tokens.
-        precisions: inverse covariance, `[n + 1, n + 1]`.
+        among: checksums of the compressors of the set's experts, in its order; in another set it does not hold.
+        axes: which of the n + 1 its texts were measured under, `n` for the crouter alone; experts that were mounted
+            since may be missing.
+        means: of log residuals, `[axes]`, by length in tokens.
+        precisions: inverse covariance, `[axes, axes]`.
         distances: quantiles of the squared Mahalanobis distance of texts whose documents took no part in the fit.
         margins: quantiles of how much worse the best other expert rebuilt them, nats/token; empty for a lone expert.
     """
 
     among: tuple[str, ...]
+    axes: tuple[int, ...]
     means: dict[int, np.ndarray]
     precisions: dict[int, np.ndarray]
     distances: dict[int, dict[float, float]]
@@ -66,33 +70,46 @@ class Profile:
         residuals: Mapping[int, np.ndarray],
         documents: Mapping[int, Sequence[int] | np.ndarray],
     ) -> Profile | None:
-        """Profile of an expert's held-out texts; None where some length has too few to tell their pattern.
+        """Profile of an expert's held-out texts; None where these are too few at every length to tell their pattern.
 
         Args:
             among: checksums of the n experts' compressors.
             number: the expert's place among them.
-            residuals: `[N, n + 1, 2]` by length, see `summary`.
+            residuals: `[N, n + 1, 2]` by length, see `summary`; nan under experts that did not measure them.
             documents: `[N]` by length, which document each text comes from.
 
         Raises:
-            InputError: residuals that are not finite, or no length.
+            InputError: no length, or residuals under the expert itself or the crouter alone that are not finite.
         """
-        if not residuals or not all(np.isfinite(values).all() for values in residuals.values()):
-            raise InputError("profile: expected finite residuals for at least one length of text")
+        measured = [np.isfinite(values).all((0, 2)) for values in residuals.values()]
+        axes = np.flatnonzero(np.all(measured, axis=0)) if measured else np.array([], dtype=int)
+        if not {number, len(among)} <= set(axes.tolist()):
+            raise InputError("profile: expected finite residuals under the expert and under the crouter alone")
         means, precisions, distances, margins = {}, {}, {}, {}
+        others = [axis for axis in axes[:-1] if axis != number]
         for length, values in residuals.items():
-            logs, nats = values[..., LOGS].astype(np.float64), values[:, :-1, NATS]
+            logs = values[:, axes, LOGS].astype(np.float64)
             away = distances_across(logs, documents[length])
             if away is None:
-                return None
+                continue
             (means[length], precisions[length]), distances[length] = gaussian(logs), away
-            others = np.delete(nats, number, axis=1)
-            if others.shape[1]:
-                margins[length] = others.min(1) - nats[:, number]
+            if others:
+                margins[length] = values[:, others, NATS].min(1) - values[:, number, NATS]
+        if not means:
+            return None
         return cls(
-            tuple(among), means, precisions, quantiles_by_length(distances, "distances"),
+            tuple(among), tuple(axes.tolist()), means, precisions, quantiles_by_length(distances, "distances"),
             quantiles_by_length(margins, "margins") if margins else {},
         )  # fmt: skip
+
+    @property
+    def digest(self) -> str:
+        """Checksum of what the profile says."""
+        content = hashlib.sha256(repr((self.axes, self.distances, self.margins)).encode())
+        for table in (self.means, self.precisions):
+            for values in table.values():
+                content.update(np.ascontiguousarray(values).tobytes())
+        return content.hexdigest()
 
     def distance(self, logs: np.ndarray, tokens: int) -> float:
         """How far a text lies from the expert's own: 1 is what nine of ten of those stay under; no unit.
@@ -101,8 +118,8 @@ class Profile:
             logs: log residuals, `[n + 1]`.
             tokens: the text's length; the nearest measured length (by ratio) speaks for it.
         """
-        length = nearest_length(self.means, tokens)
-        away = squared_distance(np.asarray(logs, np.float64)[None], self.means[length], self.precisions[length])[0]
+        length, point = nearest_length(self.means, tokens), np.asarray(logs, np.float64)[None, self.axes]
+        away = squared_distance(point, self.means[length], self.precisions[length])[0]
         return float(away / quantile_at(self.distances, tokens, USUAL))
 
     def limit(self, tokens: int, quantile: float) -> float:
@@ -147,29 +164,34 @@ class Evidence:
 
     Attributes:
         weights: checksum of each expert's compressor that was measured, by name; its order is that of the columns.
+        texts: checksum of each expert's texts that were measured (`Texts.checksum`), by name.
         residuals: by expert and length, `[N, n + 1, 2]` (see `summary`), float32; nan where a text was not measured.
         documents: by expert and length, `[N]`, int64: which document each text comes from.
     """
 
     weights: dict[str, str]
+    texts: dict[str, str]
     residuals: dict[str, dict[int, np.ndarray]]
     documents: dict[str, dict[int, np.ndarray]]
 
     def profiles(self, weights: Mapping[str, str]) -> dict[str, Profile | None]:
-        """Profile of each expert of a set, all among each other; None where its texts were not measured under all.
+        """Profile of each expert of a set, among those that measured its texts; None where it has too few of them.
 
         Args:
             weights: checksum of each expert's compressor, in the set's order.
         """
-        same = {name for name, checksum in weights.items() if self.weights.get(name) == checksum}
-        found: dict[str, Profile | None] = dict.fromkeys(weights)
-        if same != set(weights):
-            return found
-        columns = [*(list(self.weights).index(name) for name in weights), len(self.weights)]
+        places = {name: i for i, name in enumerate(self.weights) if weights.get(name) == self.weights[name]}
+        found: dict[str, Profile | None] = {}
         for number, name in enumerate(weights):
-            rows = {length: values[:, columns] for length, values in self.residuals.get(name, {}).items()}
-            if rows and all(np.isfinite(values).all() for values in rows.values()):
-                found[name] = Profile.fit(tuple(weights.values()), number, rows, self.documents[name])
+            rows = {}
+            for length, values in self.residuals.get(name, {}).items() if name in places else ():
+                rows[length] = np.full((len(values), len(weights) + 1, 2), np.nan, np.float32)
+                rows[length][:, -1] = values[:, -1]
+                for column, other in enumerate(weights):
+                    if other in places:
+                        rows[length][:, column] = values[:, places[other]]
+            whole = rows and all(np.isfinite(values[:, [number, -1]]).all() for values in rows.values())
+            found[name] = Profile.fit(tuple(weights.values()), number, rows, self.documents[name]) if whole else None
         return found
 
     def save(self, folder: str | os.PathLike) -> Path:
@@ -181,7 +203,7 @@ class Evidence:
                 tensors[f"{name}/{length}/documents"] = np.asarray(self.documents[name][length], np.int64)
         path = Path(folder) / EVIDENCE_FILE
         with replaced_file(path) as part:
-            save_file(tensors, part, {"weights": json.dumps(self.weights)})
+            save_file(tensors, part, {"measured": json.dumps({"weights": self.weights, "texts": self.texts})})
         return path
 
     @classmethod
@@ -198,7 +220,9 @@ class Evidence:
         documents: dict[str, dict[int, np.ndarray]] = {}
         try:
             with safe_open(path, "np") as file:
-                weights = {str(name): str(v) for name, v in json.loads(file.metadata()["weights"]).items()}
+                about = json.loads(file.metadata()["measured"])
+                weights, texts = ({str(name): str(value) for name, value in about[key].items()}
+                                  for key in ("weights", "texts"))  # fmt: skip
                 for key in file.keys():  # noqa: SIM118 - safe_open is no mapping
                     name, length, what = key.split("/")
                     table = {"residuals": residuals, "documents": documents}[what]
@@ -212,4 +236,4 @@ class Evidence:
             raise InputError(f"{path}: cannot be read ({error.strerror})") from error
         except (SafetensorError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise InputError(f"{path}: not a set's evidence, or damaged ({error!r})") from error
-        return cls(weights, residuals, documents)
+        return cls(weights, texts, residuals, documents)

@@ -216,10 +216,10 @@ class Router:
         if not own.any():
             return self._route(BASE, "unknown", scored, _lead(nats))
         best = int(torch.where(own, nats, math.inf).argmin())
-        margin, profile = _lead(nats, best), self.experts.experts[best].profile
-        least = profile.margin(tokens, self.clear) if profile is not None else -math.inf
         if previous is not None and previous != BASE and own[previous]:
             best = previous if nats[previous] - nats[best] <= self.stay else best
+        margin, profile = _lead(nats, best), self.experts.experts[best].profile
+        least = profile.margin(tokens, self.clear) if profile is not None else -math.inf
         return self._route(best, "overlap" if margin < least else "known", scored, margin)
 
     def __call__(self, pieces: Sequence[torch.Tensor], previous: int | None = None) -> list[Route]:

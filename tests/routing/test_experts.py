@@ -142,15 +142,37 @@ class TestSet:
         assert found["a"].profile.limit(16, 0.9) == 1 < found["a"].profile.limit(16, 0.99)
         assert {name: content(folder / name) for name in ("a", "b")} == before
         add_expert(folder, folders["c.v-2_x"])
-        assert ExpertSet.load(folder)["a"].profile is None, "it was measured among other experts"
+        assert ExpertSet.load(folder)["a"].profile.axes == (0, 1, 3), "the third did not measure its texts"
+        assert ExpertSet.load(folder)["c.v-2_x"].profile is None
         more = measure_evidence(folder, tiny_crouter(), rows=64)
         for length, values in first.residuals["a"].items():
             assert np.array_equal(more.residuals["a"][length][:, [0, 1, 3]], values), "kept to the bit"
         assert all(expert.profile is not None for expert in ExpertSet.load(folder))
         remove_expert(folder, "c.v-2_x")
         again = ExpertSet.load(folder)["b"].profile
-        assert again.distances == found["b"].profile.distances and again.margins == found["b"].profile.margins
+        assert again.digest == found["b"].profile.digest and again.axes == (0, 1, 2)
         assert ExpertSet((found["b"],)).experts[0].profile is None
+
+    def test_an_expert_whose_texts_stayed_behind_keeps_its_profile(self, folder, folders, tmp_path):
+        base = tmp_path / "bare"
+        for seed, name in enumerate(("a", "b")):
+            add_expert(base, save_expert(tmp_path / name, seed=seed, trained=False))
+        measure_evidence(base, tiny_crouter(), rows=64)
+        for name in ("a", "b"):
+            Expert.load(base / name).save_description(base / name)
+            (base / name / "texts.safetensors").unlink()
+        add_expert(base, folders["c.v-2_x"])
+        measure_evidence(base, tiny_crouter(), rows=64)
+        assert [e.profile.axes for e in ExpertSet.load(base)] == [(0, 1, 3), (0, 1, 3), (0, 1, 2, 3)]
+
+    def test_other_texts_are_measured_anew(self, folder):
+        first = measure_evidence(folder, tiny_crouter(), rows=64)
+        texts = Texts.load(folder / "a")
+        fewer = Texts({8: texts.ids[8][:100]}, {8: texts.documents[8][:100]})
+        Expert.load(folder / "a").save_description(folder / "a", fewer)
+        second = measure_evidence(folder, tiny_crouter(), rows=64)
+        assert second.residuals["a"][8].shape == (100, 3, 2) and set(second.residuals["a"]) == {8}
+        assert np.array_equal(second.residuals["b"][16], first.residuals["b"][16])
 
     def test_an_expert_without_texts_is_told_by_its_residual(self, folder, tmp_path):
         measure_evidence(folder, tiny_crouter(), rows=64)
@@ -287,7 +309,7 @@ class TestRefusedSets:
 
     def test_evidence(self, folder):
         evidence = measure_evidence(folder, tiny_crouter(), rows=64)
-        Evidence({"b": "w"}, evidence.residuals, evidence.documents).save(folder)
+        Evidence({"b": "w"}, {}, evidence.residuals, evidence.documents).save(folder)
         with pytest.raises(InputError, match="expected residuals of shape"):
             ExpertSet.load(folder)
         (folder / "evidence.safetensors").write_bytes(b"no")

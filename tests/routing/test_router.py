@@ -110,7 +110,7 @@ class TestTrained:
         third = Expert.load(save_expert(tmp_path / "third", trained=False, seed=9))
         more = Router(tiny_crouter(), ExpertSet((*experts, third)), rows=3).residuals(pieces)
         assert more.shape == (5, 4, 2) and torch.equal(more[:, :2], before[:, :2])
-        assert more[:, 3].isnan().all(), "no expert has a profile among the three: the crouter alone is not asked"
+        assert more[:, 3].isnan().all(), "no expert has a profile in this set: the crouter alone is not asked"
 
     def test_shortlist(self, crouter, experts, tmp_path):
         third = Expert.load(save_expert(tmp_path / "third", trained=False, seed=9))
@@ -174,7 +174,7 @@ def made_up(medians, *, spread=0.5, margins=None):
         calibration = LengthCalibration.fit({k: v.numpy() for k, v in rows.items()}, 9, "f", "w")
         profile = None
         if margins is not None:
-            profile = Profile(("w",) * len(medians), {}, {}, {}, quantiles_by_length({100: margins}, "margins"))
+            profile = Profile(("w",) * len(medians), (), {}, {}, {}, quantiles_by_length({100: margins}, "margins"))
         lora = Lora({}, {}, "w")
         found.append(Expert(f"e{n}", lora, lora, calibration, ExpertConfig("f"), profile=profile))
     return ExpertSet(tuple(found))
@@ -215,6 +215,7 @@ class TestDecision:
             (None, 0.3, 1), (-1, 0.3, 1), (1, 0.3, 1), (0, 0.3, 0), (0, 0.1, 1), (0, 0.0, 1)
         ]:  # fmt: skip
             assert decide(experts, [1.2, 1.0], previous=previous, stay=stay).number == expected, (previous, stay)
+        assert decide(experts, [1.2, 1.0], previous=0, stay=0.3).margin == pytest.approx(-0.2)
         assert decide(experts, [1.0, 1.0], previous=1).number == 1, "nothing is better"
         assert decide(experts, [1.6, 1.4], previous=0, stay=9.0).number == 1, "it no longer knows the text"
         assert decide(experts, [1.6, 1.6], previous=0, stay=9.0).number == -1
