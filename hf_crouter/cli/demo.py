@@ -75,11 +75,9 @@ def run(args: argparse.Namespace) -> int:
     }  # fmt: skip
     routes: list[dict[str, Any]] = []
     if args.host in (None, HOST) and args.crouter is None:  # the shipped experts are theirs
-        arms["experts"] = {
-            "history": "the same, with experts",
-            **scored(lambda: history(experts=expert_folder()), ids),
-        }
-        arms["full"] = arms.pop("full")  # stays the last
+        served = scored(lambda: history(experts=expert_folder()), ids)
+        arms["experts"] = {"history": f"{ways_of(report)}, under experts", **served}
+        arms |= {key: arms.pop(key) for key in ("more_raw", "full")}  # in the order of the table
         routed = arms["experts"]["report"].chunks
         routes = [{"expert": chunk.expert, "verdict": chunk.verdict, "margin": chunk.margin} for chunk in routed]
     for arm in arms.values():

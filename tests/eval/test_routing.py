@@ -70,7 +70,7 @@ def world(tmp_path_factory):
 def arguments(world, stage, *more):
     return ["routing", stage, "--data", str(world / "data"), "--save", str(world / "save"), "--host",
             str(world / "host"), "--crouter", str(world / "crouter"), "--domains", *KNOWN, "--pieces", "6", "--limit",
-            "8", "--draws", "20", *more]  # fmt: skip
+            "30", "--draws", "20", *more]  # fmt: skip
 
 
 OPTIONS = {"window": 64, "compressor_batch_size": 4, "host_batch_size": 2, "compressor_rank": 2, "host_rank": 2,
