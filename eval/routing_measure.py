@@ -27,6 +27,7 @@ from eval.routing_decide import measure_borders
 from eval.routing_nats import Arrays, Setting
 from hf_crouter.adapters import AdapterStack, Lora
 from hf_crouter.routing.experts import ExpertSet
+from hf_crouter.routing.profile import Profile
 from hf_crouter.routing.router import Router, rebuilding_nats
 from hf_crouter.training.flops import matrix_flops_per_token
 
@@ -177,7 +178,8 @@ def measure_arrow(host: Any, experts: ExpertSet, folder: str, setting: Setting) 
 def noisy(experts: ExpertSet, count: int, seed: int) -> ExpertSet:
     """So many experts: copies of those there are, with noise on their weights."""
     generator = torch.Generator().manual_seed(seed)
-    found = []
+    found, among = [], tuple(experts.experts[i % len(experts)].compressor.checksum for i in range(count))
+    profile = Profile(among, (), {}, {}, {}, {})  # says nothing, but the crouter alone is asked as for a real one
     for i in range(count):
         expert = experts.experts[i % len(experts)]
         down, up = (
@@ -185,7 +187,7 @@ def noisy(experts: ExpertSet, count: int, seed: int) -> ExpertSet:
             for part in (expert.compressor.down, expert.compressor.up)
         )
         copy = Lora(down, up, expert.compressor.checksum)
-        found.append(replace(expert, name=f"copy{i}", compressor=copy))
+        found.append(replace(expert, name=f"copy{i}", compressor=copy, profile=profile))
     return ExpertSet(tuple(found))
 
 
@@ -214,7 +216,8 @@ def measure_latency(crouter: Any, experts: ExpertSet, setting: Setting, repeats:
             found[f"{key}.ms"] = np.array([np.median(times["one"])])
             found[f"{key}.ms_batched"] = np.array([np.median(times["many"])])
             scored = shortlist or count
-            found[f"{key}.flops"] = np.array([scored * (flops + lora) + bool(shortlist) * encoding])
+            besides = encoding if shortlist else flops  # the crouter alone
+            found[f"{key}.flops"] = np.array([scored * (flops + lora) + besides])
             router.remove()
     shortlisted = Router(crouter, experts, shortlist=min(2, len(experts)), rows=setting.rows)
     wanted = shortlisted.shortlisted([torch.from_numpy(row.astype(np.int64)) for row in setting.chunks])
