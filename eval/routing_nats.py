@@ -77,10 +77,8 @@ class Setting:
 
     def cut(self, tokens: TokenArray, length: int) -> np.ndarray:
         """Whole pieces of documents, evenly spread, `[N, length]`."""
-        ids, mask = tokens.chunks(length)
-        whole = np.flatnonzero(mask.all(1))
-        count = min(self.limit, len(whole))
-        return ids[whole[np.arange(count) * len(whole) // max(count, 1)]]
+        pieces, _ = cut(tokens, length, self.limit, length)
+        return np.array([piece.numpy() for piece in pieces], np.int64).reshape(-1, length)
 
     def calibration_windows(self) -> tuple[np.ndarray, np.ndarray]:
         """Windows `[W, 2 * chunk]` of calibration documents and their domains."""

@@ -222,15 +222,8 @@ def routing_table(metrics: dict[str, float]) -> list[str]:
     head = ["router", "512-token chunks right", "128-token spans right", "AUROC, near unknown", "AUROC, far unknown",
             "kB a domain"]  # fmt: skip
     lines = _table(head, rows if metrics else [])
-    return (
-        [
-            *lines,
-            "",
-            "In %, with 95% intervals. Everybody always answers; AUROC by one rule, the pattern of the scores.",
-        ]
-        if metrics
-        else lines
-    )
+    note = "In %, with 95% intervals. Everybody always answers; AUROC by one rule, the pattern of the scores."
+    return [*lines, "", note] if metrics else lines
 
 
 def difference_table(metrics: dict[str, float]) -> list[str]:

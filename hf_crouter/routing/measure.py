@@ -39,7 +39,7 @@ def measure_evidence(
     experts = list(ExpertSet.load(set_folder))
     weights = {expert.name: expert.compressor.checksum for expert in experts}
     before = Evidence.load(set_folder)
-    passes: list[tuple[Expert, int, np.ndarray, np.ndarray, int]] = []  # owner, length, ids, where to, column
+    passes: list[tuple[np.ndarray, np.ndarray, int]] = []  # ids, where to, column
     residuals: dict[str, dict[int, np.ndarray]] = {}
     documents: dict[str, dict[int, np.ndarray]] = {}
     checksums: dict[str, str] = {}
@@ -62,9 +62,9 @@ def measure_evidence(
                 if name in known and length in known[name]:
                     table[:, column] = known[name][length]
                 elif texts is not None:
-                    passes.append((expert, length, texts.ids[length], table[:, column], column))
+                    passes.append((texts.ids[length], table[:, column], column))
             residuals[expert.name][length] = table
-    for done, (_, length, ids, place, column) in enumerate(passes, 1):
+    for done, (ids, place, column) in enumerate(passes, 1):
         pieces = list(torch.from_numpy(ids))
         stack = None
         if column < len(experts):
@@ -76,7 +76,7 @@ def measure_evidence(
                 stack.remove()
         place[:] = torch.stack([summary(row) for row in nats]).numpy()
         if advance is not None:
-            advance(done, len(passes), length * len(pieces))
+            advance(done, len(passes), ids.size)
     evidence = Evidence(weights, checksums, residuals, documents)
     evidence.save(set_folder)
     return evidence

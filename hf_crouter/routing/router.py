@@ -174,9 +174,10 @@ class Router:
             residuals: `[n + 1, 2]`; nan for an expert that was not scored.
             tokens: the chunk's length.
         """
+        if residuals.isnan().any():
+            return torch.full((len(self.experts),), math.nan, dtype=torch.float64)
         logs = residuals[:, LOGS].double().cpu().numpy()
-        profiles = [None if residuals.isnan().any() else expert.profile for expert in self.experts]
-        found = [math.nan if profile is None else profile.distance(logs, tokens) for profile in profiles]
+        found = [math.nan if e.profile is None else e.profile.distance(logs, tokens) for e in self.experts]
         return torch.tensor(found, dtype=torch.float64)
 
     def own(self, residuals: torch.Tensor, tokens: int) -> torch.Tensor:

@@ -384,7 +384,7 @@ def train_expert(name: str, arguments: ExpertArguments, models: ExpertModels | N
     positions = getattr(models.host.config.get_text_config(decoder=True), "max_position_embeddings", None)
     if positions and arguments.window > positions:
         raise InputError(f"--window: expected at most the host's {positions} positions, got {arguments.window}")
-    cut_by_length(domain.held_out, length, 1)  # too short is said now
+    texts = cut_by_length(domain.held_out, length, arguments.calibration_chunks)  # too short is said now
     if len(cut(domain.train, length, 2, 1)[0]) < 2:
         raise InputError(f"{arguments.data}: expected at least 2 chunks of {length} tokens to train on, got fewer")
     accelerator = make_accelerator(arguments.settings(HOST, ""))
@@ -420,7 +420,6 @@ def train_expert(name: str, arguments: ExpertArguments, models: ExpertModels | N
             folder / HOST,
         )
         if accelerator.is_main_process:
-            texts = cut_by_length(domain.held_out, length, arguments.calibration_chunks)
             expert = measured_expert(folder, config, domain, texts, models, arguments, record)
             expert.save_description(folder, texts if arguments.keep_texts else None)
             add_expert(arguments.experts, folder)
