@@ -27,7 +27,7 @@ from eval.routing_decide import measure_borders
 from eval.routing_nats import Arrays, Setting
 from hf_crouter.adapters import AdapterStack, Lora
 from hf_crouter.routing.experts import ExpertSet
-from hf_crouter.routing.profile import Profile
+from hf_crouter.routing.profile import Profile, summary
 from hf_crouter.routing.router import Router, rebuilding_nats
 from hf_crouter.training.flops import matrix_flops_per_token
 
@@ -235,7 +235,7 @@ def _encoder_products(config: Any) -> float:
 def measure_compared(
     crouter: Any, copies: Mapping[str, Any], adapters: Mapping[str, Lora], setting: Setting
 ) -> Arrays:
-    """Residuals of chunks under other compressors of some domains, beside the medians on calibration chunks.
+    """Residuals of chunks and of calibration chunks under other compressors of some domains.
 
     Args:
         crouter: the shared one.
@@ -244,7 +244,7 @@ def measure_compared(
         setting: the texts.
 
     Returns:
-        `full.DOMAIN.*` and `small.DOMAIN.*`: `chunk` `[N]` and `calibration`, nats/token; `bytes`; `ms` a chunk.
+        `full.DOMAIN.*` and `small.DOMAIN.*`: `chunk` `[N, 2]` and `calibration` (`summary`); `bytes`; `ms` a chunk.
     """
     found: Arrays = {}
     models = [("full", name, copy, None) for name, copy in copies.items()]
@@ -258,7 +258,7 @@ def measure_compared(
                 began = _now()
                 nats = rebuilding_nats(model, tensors, stack, rows=setting.rows)
                 found[f"{kind}.{name}.ms"] = np.array([1000 * (_now() - began) / len(pieces)])
-                found[f"{kind}.{name}.{what}"] = torch.stack(nats).mean(-1).numpy()
+                found[f"{kind}.{name}.{what}"] = summary(torch.stack(nats)).numpy()
         finally:
             if stack is not None:
                 stack.remove()

@@ -358,8 +358,10 @@ def compared_figures(figures: Figures, part: Mapping[str, np.ndarray], adapters:
     truth, documents = figures.truth(2)[rows], figures.documents(2)[rows]
     own = np.array([numbers.index(t) for t in truth])
     scores = {kind: np.stack([part[f"{kind}.{n}.chunk"] for n in names], 1)[rows] for kind in ("full", "small")}
-    for key, nats in (scores | {"expert": adapters["chunk.nats"][rows][:, numbers]}).items():
-        right = np.array(numbers)[nats.argmin(1)] == truth
+    ours = np.stack([adapters["chunk.nats"], adapters["chunk.logs"]], -1)[rows][:, numbers]
+    for key, values in (scores | {"expert": ours}).items():
+        nats = values[..., NATS]
+        right = np.array(numbers)[values[..., LOGS].argmin(1)] == truth
         figures.add(f"compared.{key}.accuracy", lambda index, right=right: float(right[index].mean()), documents)
         best_other = np.where(np.arange(len(names)) == own[:, None], np.inf, nats).min(1)
         mine = nats[np.arange(len(own)), own]
