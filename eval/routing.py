@@ -46,7 +46,8 @@ NOTES = (
     "unknown: shakespeare, speeches_en, meetings_qmsum; far: csv_tables, zh_tech. Chunks of 512 tokens of held-out "
     "documents, two of a window of 1024; spans of 128, rebuilt alone (span128) or read off the chunk's tokens "
     "(span128.within). accuracy: mean of the domains; a chunk left to the base model is wrong; .argmin: without that, "
-    "as baselines answer; .calibrated: least residual less each expert's median. unseen: AUROC of the least distance "
+    "as baselines answer; .mean: by the least mean residual, not the mean logarithm; .calibrated: by the mean less each "
+    "expert's median. unseen: AUROC of the least distance "
     "from an expert's profile; .residual: of the least residual above its expert's 99% quantile on calibration "
     "chunks, as for baselines (.calibrated: above the median; .raw: as it is); .gain: likewise of the residual less "
     "that of the crouter alone. Rules were chosen on calibration chunks, each known domain left out in turn as the "
@@ -138,7 +139,7 @@ def run_measure(args: argparse.Namespace) -> None:
         ),
         "probe": lambda: measuring.measure_probe(crouter, common),
         "arrow": lambda: measuring.measure_arrow(host, experts, str(args.save / "experts"), common),
-        "latency": lambda: measuring.measure_latency(crouter, experts, common),
+        "latency": lambda: measuring.measure_latency(crouter, host, experts, common),
         "compared": lambda: measuring.measure_compared(
             crouter, whole_copies(args.save, device), small_adapters(args.save), common
         ),

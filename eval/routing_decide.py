@@ -13,7 +13,7 @@ import torch
 
 from eval.routing_nats import Arrays, Setting, evidence_of
 from hf_crouter.routing.experts import ExpertSet
-from hf_crouter.routing.profile import NATS, summary
+from hf_crouter.routing.profile import LOGS, NATS, summary
 from hf_crouter.routing.router import Router
 from hf_crouter.routing.spans import Span, find_spans
 
@@ -32,7 +32,7 @@ def decide_residuals(crouter: Any, experts: ExpertSet, nats: Arrays, setting: Se
         setting: the texts.
 
     Returns:
-        For `chunk`, `span` and `within`: `.nats` `[N, n + 1]`; `.calibrated` `[N, n]`, less each expert's median;
+        For `chunk`, `span` and `within`: `.nats`, `.logs` `[N, n + 1]`; `.calibrated` `[N, n]`, less each expert's median;
         `.excess`, less its 99% quantile; `.distance` `[N, n]`, where there are profiles. `.route` `[N]` of the first
         two, and `mounted.COUNT.route` of chunks.
     """
@@ -47,7 +47,7 @@ def decide_residuals(crouter: Any, experts: ExpertSet, nats: Arrays, setting: Se
     }
     found: Arrays = {}
     for name, (rows, length) in pieces.items():
-        found[f"{name}.nats"] = rows[..., NATS].numpy()
+        found |= {f"{name}.nats": rows[..., NATS].numpy(), f"{name}.logs": rows[..., LOGS].numpy()}
         some = rows[:, :-1, NATS].numpy()
         for key, level in (("calibrated", 0.5), ("excess", router.known)):
             found[f"{name}.{key}"] = some - np.float32([e.calibration.residual(length, level) for e in experts])

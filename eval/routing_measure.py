@@ -60,28 +60,27 @@ def measure_host(host: Any, experts: ExpertSet, beside: dict[str, Lora], setting
         found[kind] = np.concatenate(alone[kind], axis=1)
         found[f"{kind}.ms"] = np.array([1000 * times[kind] / len(pieces)])
         found |= {f"{kind}.{key}": values for key, values in usual(own[kind]).items()}
-    stack = AdapterStack(host, {e.name: e.host for e in experts})
-    try:
-        found["switch.ms"], found["recompute.ms"] = _switch_ms(host, stack, ids[:1, : setting.chunk])
-    finally:
-        stack.remove()
     return found
 
 
-def _switch_ms(host: Any, stack: AdapterStack, ids: np.ndarray, repeats: int = 50) -> tuple[np.ndarray, np.ndarray]:
+def _switch_ms(host: Any, experts: ExpertSet, ids: np.ndarray, repeats: int = 50) -> Arrays:
+    """Milliseconds of choosing another adapter of the host, and of reading a window `[1, T]` anew under it."""
     batch = torch.from_numpy(ids.astype(np.int64)).to(host.device)
-    choose, recompute = [], []
-    for repeat in range(repeats):
-        began = _now()
-        stack.choose([repeat % len(stack)])
-        choose.append(_now() - began)
-        if repeat < 10:
+    times: dict[str, list[float]] = {"switch": [], "recompute": []}
+    stack = AdapterStack(host, {e.name: e.host for e in experts})
+    try:
+        for repeat in range(repeats):
             began = _now()
-            with torch.no_grad():
-                host(input_ids=batch, use_cache=True, logits_to_keep=1)
-            recompute.append(_now() - began)
-    stack.choose(None)
-    return np.array([1000 * np.median(choose)]), np.array([1000 * np.median(recompute)])
+            stack.choose([repeat % len(stack)])
+            times["switch"].append(1000 * (_now() - began))
+            if repeat < 10:
+                began = _now()
+                with torch.no_grad():
+                    host(input_ids=batch, use_cache=True, logits_to_keep=1)
+                times["recompute"].append(1000 * (_now() - began))
+    finally:
+        stack.remove()
+    return {f"{name}.ms": np.array([np.median(some)]) for name, some in times.items()}
 
 
 def _now() -> float:
@@ -191,9 +190,9 @@ def noisy(experts: ExpertSet, count: int, seed: int) -> ExpertSet:
     return ExpertSet(tuple(found))
 
 
-def measure_latency(crouter: Any, experts: ExpertSet, setting: Setting, repeats: int = 5) -> Arrays:
-    """Milliseconds and FLOPs a chunk for 2, 8 and 32 experts, with and without a shortlist of two."""
-    found: Arrays = {}
+def measure_latency(crouter: Any, host: Any, experts: ExpertSet, setting: Setting, repeats: int = 5) -> Arrays:
+    """Milliseconds and FLOPs a chunk for 2, 8 and 32 experts, with and without a shortlist of two; of a switch."""
+    found = _switch_ms(host, experts, setting.windows.ids[:1, : setting.chunk])
     pieces = [torch.from_numpy(row.astype(np.int64)) for row in setting.chunks[:32]]
     flops = matrix_flops_per_token(crouter.config, backward=False) * setting.chunk
     encoding = 2.0 * setting.chunk * _encoder_products(crouter.config)

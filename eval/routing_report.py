@@ -17,7 +17,7 @@ from eval.routing_data import FAR, NEAR, TestWindows
 from eval.routing_mixed import Mixed
 from eval.statistics import clustered_interval
 from hf_crouter.errors import InputError
-from hf_crouter.routing.profile import USUAL, distances_across, gaussian, squared_distance
+from hf_crouter.routing.profile import LOGS, NATS, USUAL, distances_across, gaussian, squared_distance
 from hf_crouter.storage import replaced_file
 
 BASELINES = ("ngram", "tfidf", "perplexity", "probe", "arrow")
@@ -115,14 +115,16 @@ class Figures:
 def routing_figures(figures: Figures, part: Mapping[str, np.ndarray]) -> None:
     """Accuracy, rejection and the confusion of our router, and what other rules would make of the same residuals.
 
-    `.argmin`: always the least residual. `.calibrated`: the least one less each expert's median. Rejection is by the
-    least distance from a profile; `.residual.unseen`: by how far the residual lies above the 99% quantile, the rule
-    without profiles; `.gain.unseen`: by what an expert gains over the crouter alone, below its 1% quantile.
+    `.argmin`: always the least log residual; `.mean`: the least residual; `.calibrated`: the least one less each
+    expert's median. Rejection is by the least distance from a profile; `.residual.unseen`: by how far the residual
+    lies above the 99% quantile, the rule without profiles; `.gain.unseen`: by what an expert gains over the crouter
+    alone, below its 1% quantile.
     """
     for name, key in SPANS.items():
         nats = part[f"{name}.nats"]
         each = len(nats) // len(figures.domains(1))
-        figures.accuracy(f"{key}.argmin.accuracy", nats[:, :-1].argmin(1))
+        figures.accuracy(f"{key}.argmin.accuracy", part[f"{name}.logs"][:, :-1].argmin(1))
+        figures.accuracy(f"{key}.mean.accuracy", nats[:, :-1].argmin(1))
         figures.accuracy(f"{key}.calibrated.accuracy", part[f"{name}.calibrated"].argmin(1), interval=False)
         figures.rejection(f"{key}.residual.unseen", part[f"{name}.excess"].min(1), interval=False)
         if f"{name}.distance" in part:
@@ -263,7 +265,6 @@ def host_figures(figures: Figures, part: Mapping[str, np.ndarray], routes: np.nd
     figures.add("oracle.loss_ratio", ratio, documents[rows])
     figures.add("oracle.base_ratio", lambda index: macro(base[rows[index]], domains[rows[index]])
                 / macro(oracle[rows[index]], domains[rows[index]]), documents[rows])  # fmt: skip
-    figures.found |= {"switch.ms": float(part["switch.ms"][0]), "recompute.ms": float(part["recompute.ms"][0])}
     places = {name: 1 + len(figures.names) + i for i, name in enumerate(beside)}
     for name in figures.names:
         if f"large.{name}" in places:
@@ -419,7 +420,7 @@ def metrics(
         border_figures(figures, found, mixed, "baseline.ngram.border")
     if "latency" in parts:
         latency = parts["latency"]
-        figures.found |= {f"cost.{k}": float(v[0]) for k, v in latency.items() if k != "shortlisted"}
+        figures.found |= {f"cost.{key}": float(value[0]) for key, value in latency.items() if key != "shortlisted"}
         truth = figures.truth(2)
         known = np.flatnonzero(truth >= 0)
         kept = latency["shortlisted"][known, truth[known]]
@@ -432,13 +433,14 @@ def metrics(
 def table(found: Metrics) -> str:
     """The figures that a reader looks for first, a line each."""
     wanted = (
-        "chunk.accuracy", "chunk.argmin.accuracy", "chunk.calibrated.accuracy", "chunk.known.abstained",
-        "span128.accuracy", "span128.argmin.accuracy", "span128.within.argmin.accuracy",
+        "chunk.accuracy", "chunk.argmin.accuracy", "chunk.mean.accuracy", "chunk.calibrated.accuracy",
+        "chunk.known.abstained",
+        "span128.accuracy", "span128.argmin.accuracy", "span128.mean.accuracy", "span128.within.argmin.accuracy",
         "unseen.near.auroc", "unseen.far.auroc", "unseen.near.false_accepts", "unseen.far.false_accepts",
         "chunk.unseen.near.accepted", "chunk.unseen.far.accepted",
         "chunk.residual.unseen.near.auroc", "chunk.residual.unseen.far.auroc", "border.median_tokens",
         "oracle.loss_ratio", "joint.loss_ratio", "forgetting.max_abs_delta", "forgetting.sequential.max_abs_delta",
-        "switch.ms", "expert.bytes",
+        "cost.switch.ms", "cost.recompute.ms", "expert.bytes",
     )  # fmt: skip
     keys = [key for key in wanted if key in found]
     keys += [f"baseline.{name}{what}" for name in BASELINES for what in

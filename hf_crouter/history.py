@@ -63,7 +63,8 @@ class CompressedHistory(HistoryProcessor):
             adapter of the expert that rebuilds it best among those whose own texts look like it, or by the plain host
             where none does. With them even a short prompt is read under its expert's adapter, if it has the 64 tokens
             that it takes to tell.
-        hysteresis: nats/token by which an expert must undercut the one before it in the row.
+        hysteresis: by how much an expert's log residual must undercut that of the one before it in the row; 0.1 is a
+            tenth of a token's residual.
         keep_first: raw tokens kept at the start; "auto": the chat template's system turn, or else 4 (attention sinks).
         projector: a folder or a `Projector`; None finds the one in the crouter's folder.
         tokenizer: of the host; looked for beside the host (never on the network) where it is needed.
@@ -121,7 +122,7 @@ class CompressedHistory(HistoryProcessor):
         if experts is not None and crouter is None:
             raise InputError("crouter: expected one, got None; without a crouter no expert can be told from another")
         if hysteresis < 0:
-            raise InputError(f"hysteresis: expected 0 nats/token or more, got {hysteresis}")
+            raise InputError(f"hysteresis: expected 0 or more, got {hysteresis}")
         if any(not 0 <= start <= end for start, end in copy_exclude):
             raise InputError(f"copy_exclude: expected spans (start, end) of tokens, got {list(copy_exclude)}")
         made = None

@@ -51,8 +51,9 @@ class Route:
         verdict: `known`; `overlap`: a second expert rebuilds the chunk nearly as well; `unknown`: it looks like the
             texts of none, so the base model serves; `short`: too few tokens to tell, what was before stays.
         nats: residual under every expert that was scored, nats/token, by name.
-        margin: residual under the best other expert minus that under this one, nats/token, below 0 where hysteresis
-            keeps it; where the base model serves, the lead of the least one; infinite where only one was compared.
+        margin: mean log residual of a token (0.01 nats added) under the best other expert minus that under this one:
+            0.1 is a tenth less; below 0 where hysteresis keeps it, or where the best one does not know the chunk.
+            Where the base model serves, the lead of the least one; infinite where only one was compared.
     """
 
     expert: str | None

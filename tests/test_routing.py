@@ -368,7 +368,7 @@ class TestExperts:
     @pytest.mark.parametrize(
         "options, message",
         [
-            ({"hysteresis": -1.0}, "0 nats/token or more"),
+            ({"hysteresis": -1.0}, "expected 0 or more"),
             ({"experts": "nowhere"}, "no set of experts"),
         ],
     )

@@ -52,7 +52,7 @@ class Profile:
         means: of log residuals, `[axes]`, by length in tokens.
         precisions: inverse covariance, `[axes, axes]`.
         distances: quantiles of the squared Mahalanobis distance of texts whose documents took no part in the fit.
-        margins: quantiles of how much worse the best other expert rebuilt them, nats/token; empty for a lone expert.
+        margins: quantiles of the best other expert's log residual less this one's; empty for a lone expert.
     """
 
     among: tuple[str, ...]
@@ -94,7 +94,7 @@ class Profile:
                 continue
             (means[length], precisions[length]), distances[length] = gaussian(logs), away
             if others:
-                margins[length] = values[:, others, NATS].min(1) - values[:, number, NATS]
+                margins[length] = values[:, others, LOGS].min(1) - values[:, number, LOGS]
         if not means:
             return None
         return cls(

@@ -1,4 +1,7 @@
-"""Which expert serves a chunk: of those whose own texts look like it, the one that rebuilds it best.
+"""Which expert serves a chunk: of those whose own texts look like it, the one with the least log residual.
+
+The mean of the logarithms, since each token then counts by how many times better one expert rebuilds it than another;
+in the mean itself a few tokens that are hard for all drown the rest.
 
 Axes: `N` chunks, `n` experts, `T` tokens of a chunk; the last of `n + 1` is the crouter without any adapter.
 """
@@ -63,7 +66,8 @@ class Router:
         experts: at least one.
         shortlist: only so many experts are scored a chunk, those whose texts lie nearest to its latents without any
             adapter: one pass of the encoder in place of a whole pass for each expert left out. 0: all are.
-        stay: how much less than the previous expert's the least residual must be for the route to change, nats/token.
+        stay: how much less than the previous expert's the least log residual must be for the route to change: 0.1 is
+            a tenth of a token's residual.
         fewest: chunks of fewer tokens are not judged.
         known: quantile of an expert's own texts, by their distance from its profile, beyond which a chunk is none of
             its own. Without a profile, or where a shortlist left experts out: by their residual.
@@ -199,8 +203,8 @@ class Router:
     def decide(self, residuals: torch.Tensor, tokens: int, previous: int | None = None) -> Route:
         """The route of a chunk, from its residuals alone.
 
-        Of the experts whose own texts look like it the one that rebuilds it best serves, unless the previous one is
-        among them and not undercut by more than `stay`.
+        Of the experts whose own texts look like it the one with the least log residual serves, unless the previous
+        one is among them and not undercut by more than `stay`.
 
         Args:
             residuals: `[n + 1, 2]`; nan for an expert that was not scored.
@@ -208,18 +212,18 @@ class Router:
             previous: number of the expert that served before; -1: the base model; None: nothing came before.
         """
         residuals = residuals.detach().double().cpu()
-        nats = residuals[:-1, NATS]
+        nats, logs = residuals[:-1].unbind(-1)
         scored = {name: float(value) for name, value in zip(self.names, nats, strict=True) if not value.isnan()}
-        nats = nats.nan_to_num(nan=math.inf)
+        logs = logs.nan_to_num(nan=math.inf)
         if tokens < self.fewest:
-            return self._route(BASE if previous is None else previous, "short", scored, _lead(nats))
+            return self._route(BASE if previous is None else previous, "short", scored, _lead(logs))
         own = self.own(residuals, tokens)
         if not own.any():
-            return self._route(BASE, "unknown", scored, _lead(nats))
-        best = int(torch.where(own, nats, math.inf).argmin())
+            return self._route(BASE, "unknown", scored, _lead(logs))
+        best = int(torch.where(own, logs, math.inf).argmin())
         if previous is not None and previous != BASE and own[previous]:
-            best = previous if nats[previous] - nats[best] <= self.stay else best
-        margin, profile = _lead(nats, best), self.experts.experts[best].profile
+            best = previous if logs[previous] - logs[best] <= self.stay else best
+        margin, profile = _lead(logs, best), self.experts.experts[best].profile
         least = profile.margin(tokens, self.clear) if profile is not None else -math.inf
         return self._route(best, "overlap" if margin < least else "known", scored, margin)
 
@@ -255,8 +259,8 @@ class Router:
         return Route(self.names[number] if number != BASE else None, number, verdict, nats, margin)
 
 
-def _lead(nats: torch.Tensor, number: int | None = None) -> float:
-    """Least residual of the others minus that of one expert, the best by default; infinite where there is no other."""
-    number = int(nats.argmin()) if number is None else number
-    others = [float(value) for i, value in enumerate(nats) if i != number and value < math.inf]
-    return min(others) - float(nats[number]) if others else math.inf
+def _lead(logs: torch.Tensor, number: int | None = None) -> float:
+    """Least log residual of the others minus an expert's, the best by default; infinite where there is no other."""
+    number = int(logs.argmin()) if number is None else number
+    others = [float(value) for i, value in enumerate(logs) if i != number and value < math.inf]
+    return min(others) - float(logs[number]) if others else math.inf

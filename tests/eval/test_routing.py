@@ -107,7 +107,7 @@ def test_trains_measures_and_reports(world, monkeypatch):
     wanted = ["chunk.accuracy", "chunk.accuracy.lo", "span128.accuracy", "unseen.near.auroc", "unseen.far.auroc",
               "unseen.far.false_accepts", "border.median_tokens", "border.docstrings.median_tokens",
               "border.own.docstrings.median_tokens",
-              "forgetting.max_abs_delta", "forgetting.sequential.max_abs_delta", "oracle.loss_ratio", "switch.ms",
+              "forgetting.max_abs_delta", "forgetting.sequential.max_abs_delta", "oracle.loss_ratio", "cost.switch.ms",
               "lag.stay0.1.chunks", "cost.2.all.ms", "cost.3.shortlist.flops", "expert.bytes", "joint.loss_ratio",
               "shortlist2.recall", "host.python.oracle", "host.unseen.routed", "compared.full.accuracy",
               "compared.small.bytes", "compared.expert.margin", "host.python.large",

@@ -42,7 +42,7 @@ def test_its_own_texts_are_near_and_others_far():
 
 def test_margins_are_those_to_the_best_other():
     values = residuals()
-    assert fit(values).margin(64, 0.5) == pytest.approx(np.median(values[:, 1, NATS] - values[:, 0, NATS]))
+    assert fit(values).margin(64, 0.5) == pytest.approx(np.median(values[:, 1, LOGS] - values[:, 0, LOGS]))
 
 
 def test_what_was_not_measured_is_no_axis():

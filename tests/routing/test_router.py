@@ -133,7 +133,9 @@ class TestTrained:
         least = experts["low"].profile.margin(CHUNK, 0.01)
         medians = [min(e.calibration.residual(CHUNK, 0.5) for e in experts)] * 2
         for margin, verdict in ((least - 0.05, "overlap"), (least + 0.05, "known")):
-            route = router.decide(row(medians[0], medians[1] + margin), CHUNK)
+            residuals = row(*medians)
+            residuals[HIGH, LOGS] += margin
+            route = router.decide(residuals, CHUNK)
             assert (route.number, route.verdict) == (LOW, verdict) and route.margin == pytest.approx(margin, abs=1e-5)
 
     def test_profiles_know_what_residuals_alone_do_not(self, crouter, experts):
@@ -181,8 +183,13 @@ def made_up(medians, *, spread=0.5, margins=None):
 
 
 def row(*nats):
-    """Residuals of one text, the crouter alone not asked."""
-    return torch.tensor([[value, math.nan] for value in (*nats, math.nan)])
+    """Residuals of one text all of whose tokens cost the same, the crouter alone not asked."""
+    return torch.tensor([[value, math.log(value + FLOOR)] for value in (*nats, math.nan)])
+
+
+def lead(other, own):
+    """Margin over such another."""
+    return math.log((other + FLOOR) / (own + FLOOR))
 
 
 def decide(experts, nats, tokens=100, previous=None, **options):
@@ -190,11 +197,18 @@ def decide(experts, nats, tokens=100, previous=None, **options):
 
 
 class TestDecision:
+    def test_one_hard_token_does_not_decide(self):
+        experts, tokens = made_up([1.0, 1.0]), torch.full((2, 100), 0.1)
+        tokens[0, 1:], tokens[0, 0] = 0.05, 9.0  # half as much in all tokens but one
+        residuals = summary(torch.cat([tokens, torch.full((1, 100), math.nan)]))
+        assert residuals[0, NATS] > residuals[1, NATS]
+        assert Router(tiny_crouter(), experts).decide(residuals, 100).expert == "e0"
+
     def test_the_least_residual_serves(self):
         experts = made_up([1.0, 3.0])
         assert decide(experts, [1.4, 2.8]).expert == "e0"
         assert decide(experts, [1.4, 1.3]).expert == "e1"
-        assert decide(experts, [1.4, 1.3]).margin == pytest.approx(0.1, abs=1e-5)
+        assert decide(experts, [1.4, 1.3]).margin == pytest.approx(lead(1.4, 1.3), abs=1e-5)
         assert decide(experts, [1.8, 2.9]).expert == "e1", "the first does not know it"
 
     def test_unknown_is_above_every_experts_own_quantile(self):
@@ -215,7 +229,7 @@ class TestDecision:
             (None, 0.3, 1), (-1, 0.3, 1), (1, 0.3, 1), (0, 0.3, 0), (0, 0.1, 1), (0, 0.0, 1)
         ]:  # fmt: skip
             assert decide(experts, [1.2, 1.0], previous=previous, stay=stay).number == expected, (previous, stay)
-        assert decide(experts, [1.2, 1.0], previous=0, stay=0.3).margin == pytest.approx(-0.2)
+        assert decide(experts, [1.2, 1.0], previous=0, stay=0.3).margin == pytest.approx(lead(1.0, 1.2))
         assert decide(experts, [1.0, 1.0], previous=1).number == 1, "nothing is better"
         assert decide(experts, [1.6, 1.4], previous=0, stay=9.0).number == 1, "it no longer knows the text"
         assert decide(experts, [1.6, 1.6], previous=0, stay=9.0).number == -1
