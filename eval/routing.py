@@ -46,13 +46,12 @@ NOTES = (
     "unknown: shakespeare, speeches_en, meetings_qmsum; far: csv_tables, zh_tech. Chunks of 512 tokens of held-out "
     "documents, two of a window of 1024; spans of 128, rebuilt alone (span128) or read off the chunk's tokens "
     "(span128.within). accuracy: mean of the domains; a chunk left to the base model is wrong; .argmin: without that, "
-    "as baselines answer; .mean: by the least mean residual, not the mean logarithm; .calibrated: by the mean less each "
-    "expert's median. unseen: AUROC of the least distance "
-    "from an expert's profile; .residual: of the least residual above its expert's 99% quantile on calibration "
-    "chunks, as for baselines (.calibrated: above the median; .raw: as it is); .gain: likewise of the residual less "
-    "that of the crouter alone. Rules were chosen on calibration chunks, each known domain left out in turn as the "
-    "unknown one. oracle.loss_ratio: host "
-    "loss of a window's second chunk under the route of its first, over that under the domain's own adapter. border: "
+    "as baselines answer; .mean: by the least mean residual, not the mean logarithm; .calibrated: by the mean less "
+    "each expert's median. unseen: AUROC of the least distance from an expert's profile; .residual: of the least "
+    "residual above its expert's 99% quantile on calibration chunks, as for baselines (.calibrated: above the median; "
+    ".raw: as it is); .gain: likewise of the residual less that of the crouter alone. Rules: chosen on calibration "
+    "chunks, each known domain left out in turn as the unknown one. oracle.loss_ratio: host loss of a window's second "
+    "chunk under the route of its first, over that under the domain's own adapter. border: "
     "spliced chunks; docstrings, descriptions, notebooks: real ones, code against prose, with the switch chosen on "
     "spliced calibration chunks (.own: on calibration files with docstrings). lag: chunks from the one that holds the "
     "change to the first on the new route. forgetting: change of a domain's routed host loss, nats/token, since it "
@@ -209,7 +208,8 @@ def run_report(args: argparse.Namespace) -> None:
                     seed=args.seed, draws=args.draws)  # fmt: skip
     print(table(found))
     config = about(args) | {"windows": len(windows.ids), "parts": sorted(parts), "draws": args.draws}
-    path = write_result(args.result, found, seed=args.seed, config=config, notes=NOTES, device=args.device)
+    notes = f"{NOTES} {args.remark}".strip()
+    path = write_result(args.result, found, seed=args.seed, config=config, notes=notes, device=args.device)
     if "residuals" in parts:
         print(draw_confusion(found, path.with_name(f"{args.result}-confusion.svg")).name)
     print(path)
@@ -240,6 +240,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--result", default="routing")
     parser.add_argument("--device", help="report: where the arrays were measured; this machine by default")
+    parser.add_argument("--remark", default="", help="report: what the notes should say of how this was measured")
     parser.add_argument("--out", type=Path, default=Path("experts"), help="where `ship` puts the set")
 
 

@@ -32,9 +32,9 @@ def decide_residuals(crouter: Any, experts: ExpertSet, nats: Arrays, setting: Se
         setting: the texts.
 
     Returns:
-        For `chunk`, `span` and `within`: `.nats`, `.logs` `[N, n + 1]`; `.calibrated` `[N, n]`, less each expert's median;
-        `.excess`, less its 99% quantile; `.distance` `[N, n]`, where there are profiles. `.route` `[N]` of the first
-        two, and `mounted.COUNT.route` of chunks.
+        For `chunk`, `span` and `within`: `.nats`, `.logs` `[N, n + 1]`; `.calibrated` `[N, n]`, less each expert's
+        median; `.excess`, less its 99% quantile; `.distance` `[N, n]`, where there are profiles. `.route` `[N]` of the
+        first two, and `mounted.COUNT.route` of chunks.
     """
     fewest, count, evidence = min(64, setting.span), len(experts), evidence_of(nats, experts)
     router = Router(crouter, experts.mounted(count, evidence), fewest=fewest)
