@@ -39,7 +39,7 @@ from hf_crouter.loading import SHIPPED, load_crouter, load_host
 from hf_crouter.routing.experts import COMPRESSOR, HOST, SET_FILE, ExpertSet, mounted_names
 from hf_crouter.training.experts import ExpertModels, read_domain
 
-PARTS = ("nats", "host", "probe", "arrow", "latency", "compared")
+PARTS = ("nats", "host", "probe", "shortlist", "arrow", "latency", "compared")
 DECIDED = ("residuals", "borders", "changing")
 NOTES = (
     "Host: SmolLM2-135M-Instruct; experts: LoRA over the shipped crouter and LoRA of the host, 8 known domains; near "
@@ -137,6 +137,7 @@ def run_measure(args: argparse.Namespace) -> None:
             host, experts, {n: Lora.load(p) for n, p in beside_adapters(args.save, args.domains).items()}, common
         ),
         "probe": lambda: measuring.measure_probe(crouter, common),
+        "shortlist": lambda: measuring.measure_shortlist(crouter, experts, common),
         "arrow": lambda: measuring.measure_arrow(host, experts, str(args.save / "experts"), common),
         "latency": lambda: measuring.measure_latency(crouter, host, experts, common),
         "compared": lambda: measuring.measure_compared(
@@ -144,7 +145,7 @@ def run_measure(args: argparse.Namespace) -> None:
         ),
     }  # fmt: skip
     # What takes longest stands at different shards: the experts' nats, or the host's passes.
-    order = ("host", "nats", "arrow", "probe", "latency", "compared")
+    order = ("host", "nats", "arrow", "probe", "shortlist", "latency", "compared")
     for part in [name for name in order if name in args.parts][shard::shards]:
         if part != "compared" or (args.save / "compared").exists():
             save_part(args, part, computing[part])

@@ -218,10 +218,14 @@ def measure_latency(crouter: Any, host: Any, experts: ExpertSet, setting: Settin
             besides = encoding if shortlist else flops  # the crouter alone
             found[f"{key}.flops"] = np.array([scored * (flops + lora) + besides])
             router.remove()
-    shortlisted = Router(crouter, experts, shortlist=min(2, len(experts)), rows=setting.rows)
-    wanted = shortlisted.shortlisted([torch.from_numpy(row.astype(np.int64)) for row in setting.chunks])
-    shortlisted.remove()
-    return found | {"shortlisted": wanted.numpy()}
+    return found
+
+
+def measure_shortlist(crouter: Any, experts: ExpertSet, setting: Setting) -> Arrays:
+    """How far chunks lie from the experts' centroids, `distance` `[N, n]`: a shortlist takes the nearest."""
+    latents = latents_of(crouter, setting.chunks, setting.rows)
+    far = [expert.centroid.distance(latents) for expert in experts if expert.centroid is not None]
+    return {"distance": torch.stack(far, dim=1).numpy()}
 
 
 def _encoder_products(config: Any) -> float:

@@ -377,6 +377,17 @@ def compared_figures(figures: Figures, part: Mapping[str, np.ndarray], adapters:
             }
 
 
+def shortlist_figures(figures: Figures, distance: np.ndarray) -> None:
+    """How often the right expert is among the nearest two and three, by their centroids; mean of the domains."""
+    truth = figures.truth(2)
+    known = np.flatnonzero(truth >= 0)
+    place = (distance < distance[np.arange(len(truth)), truth][:, None]).sum(1)[known]  # experts that lie nearer
+    domains, documents = figures.domains(2)[known], figures.documents(2)[known]
+    for size in (2, 3):
+        kept = place < size
+        figures.add(f"shortlist{size}.recall", lambda index, kept=kept: macro(kept[index], domains[index]), documents)
+
+
 def metrics(
     parts: Parts,
     windows: TestWindows,
@@ -419,12 +430,9 @@ def metrics(
         found = {k.removeprefix("ngram.border."): v for k, v in parts["text"].items() if k.startswith("ngram.border.")}
         border_figures(figures, found, mixed, "baseline.ngram.border")
     if "latency" in parts:
-        latency = parts["latency"]
-        figures.found |= {f"cost.{key}": float(value[0]) for key, value in latency.items() if key != "shortlisted"}
-        truth = figures.truth(2)
-        known = np.flatnonzero(truth >= 0)
-        kept = latency["shortlisted"][known, truth[known]]
-        figures.add("shortlist2.recall", lambda index: float(kept[index].mean()), figures.documents(2)[known])
+        figures.found |= {f"cost.{key}": float(value[0]) for key, value in parts["latency"].items()}
+    if "shortlist" in parts:
+        shortlist_figures(figures, parts["shortlist"]["distance"])
     if "compared" in parts and "residuals" in parts:
         compared_figures(figures, parts["compared"], parts["residuals"])
     return figures.found

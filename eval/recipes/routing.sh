@@ -31,7 +31,7 @@ compare)  # whole copies of the crouter, adapters of other ranks
   in_turn train --seconds "${box[@]}" --options "${OPTIONS:-$options}" --compared wiki_en novels_en
   ;;
 measure)
-  in_turn measure --parts nats host probe arrow compared
+  in_turn measure --parts nats host probe shortlist arrow compared
   ;;
 costs)
   python3 -m eval.run routing measure "${common[@]}" --host "$host" --parts latency

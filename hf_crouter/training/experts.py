@@ -628,8 +628,16 @@ def measured_expert(
 
 @torch.no_grad()
 def _latents(crouter: CRouterModel, tokens: TokenArray, limit: int, rows: int) -> torch.Tensor:
-    """Latents of training chunks without any adapter, `[N, M, latent_size]`."""
-    ids, mask = map(torch.from_numpy, tokens.chunks(crouter.config.chunk_length, limit))
+    """Latents of training chunks without any adapter, `[N, M, latent_size]`.
+
+    Whole chunks, as a router is asked of; those of short documents lie elsewhere. Shorter ones where there are no two.
+    """
+    length = crouter.config.chunk_length
+    pieces, _ = cut(tokens, length, limit, length)
+    if len(pieces) < 2:
+        pieces, _ = cut(tokens, length, limit, 1)
+    ids = torch.nn.utils.rnn.pad_sequence(pieces, batch_first=True)
+    mask = torch.arange(ids.shape[1]) < torch.tensor([[len(piece)] for piece in pieces])
     batches = zip(ids.split(rows), mask.split(rows), strict=True)
     return torch.cat([crouter.encode(i.to(crouter.device), m.to(crouter.device)).cpu() for i, m in batches])
 

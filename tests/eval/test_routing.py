@@ -96,6 +96,7 @@ def test_trains_measures_and_reports(world, monkeypatch):
         "changing",
         "host",
         "probe",
+        "shortlist",
         "arrow",
         "latency",
         "compared",

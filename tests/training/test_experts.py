@@ -24,6 +24,7 @@ from hf_crouter.routing.router import Router
 from hf_crouter.training.experts import (
     ExpertArguments,
     HostLoss,
+    _latents,
     cut,
     host_nats,
     host_tokens,
@@ -158,6 +159,17 @@ def test_both_adapters_help_on_documents_kept_out():
 
 def test_the_models_come_back_as_they_were():
     assert world().records["untouched"]["same"]
+
+
+def test_a_centroid_is_of_whole_chunks_where_there_are_any():
+    models, ids = world().models(), np.arange(3 * LENGTH + 6, dtype=np.uint16) % 100
+    starts = np.array([0, 5, 2 * LENGTH + 6, 3 * LENGTH + 6])  # a separator ends each document
+    tokens = TokenArray(ids, starts, ("a", "b", "c"), ("a", "b", "c"), 0, 200)
+    whole = torch.from_numpy(ids[5 : 5 + 2 * LENGTH].astype(np.int64)).view(2, LENGTH)
+    with torch.no_grad():
+        assert torch.allclose(_latents(models.crouter, tokens, 9, 4), models.crouter.encode(whole), atol=1e-5)
+        short = TokenArray(ids[:12], np.array([0, 5, 12]), ("a", "b"), ("a", "b"), 0, 200)
+        assert len(_latents(models.crouter, short, 9, 4)) == 2
 
 
 def test_an_expert_on_disk_is_whole_and_names_no_path():
