@@ -65,6 +65,10 @@ class CompressedHistory(HistoryProcessor):
             that it takes to tell.
         hysteresis: by how much an expert's log residual must undercut that of the one before it in the row; 0.1 is a
             tenth of a token's residual.
+        known: share of an expert's own held-out texts that it is to know, 0 to 1; the lower it is, the more chunks are
+            left to the plain host.
+        shortlist: only so many experts rebuild a chunk, those whose texts lie nearest to its latents; 0: all. Faster
+            with many of them; chunks are then known by the expert's own residual alone, a far weaker rule.
         keep_first: raw tokens kept at the start; "auto": the chat template's system turn, or else 4 (attention sinks).
         projector: a folder or a `Projector`; None finds the one in the crouter's folder.
         tokenizer: of the host; looked for beside the host (never on the network) where it is needed.
@@ -97,6 +101,8 @@ class CompressedHistory(HistoryProcessor):
         scorer: Scorer | str | os.PathLike | None = None,
         experts: ExpertSet | str | os.PathLike | None = None,
         hysteresis: float = 0.0,
+        known: float = 0.99,
+        shortlist: int = 0,
         keep_first: int | Literal["auto"] = "auto",
         projector: str | os.PathLike | Projector | None = None,
         tokenizer: Any = None,
@@ -123,6 +129,10 @@ class CompressedHistory(HistoryProcessor):
             raise InputError("crouter: expected one, got None; without a crouter no expert can be told from another")
         if hysteresis < 0:
             raise InputError(f"hysteresis: expected 0 or more, got {hysteresis}")
+        if not 0 <= known <= 1:
+            raise InputError(f"known: expected a share, 0 to 1, got {known}")
+        if shortlist < 0:
+            raise InputError(f"shortlist: expected a number of experts, got {shortlist}")
         if any(not 0 <= start <= end for start, end in copy_exclude):
             raise InputError(f"copy_exclude: expected spans (start, end) of tokens, got {list(copy_exclude)}")
         made = None
@@ -145,13 +155,13 @@ class CompressedHistory(HistoryProcessor):
                 crouter_fingerprint(crouter, decoder=True), host_fingerprint(self.host),
                 crouter_tokenizer=names[0], host_tokenizer=names[1],
             )  # fmt: skip
-        known = ("", "")
+        tokenizers = ("", "")
         if made is not None:
-            known = made.config.host_tokenizer, made.config.crouter_tokenizer
+            tokenizers = made.config.host_tokenizer, made.config.crouter_tokenizer
         elif isinstance(experts, ExpertSet) and len(experts):
             config = experts.experts[0].config
-            known = config.host_tokenizer, config.crouter_tokenizer
-        chunker = self._chunker(crouter, known, tokenizer, crouter_tokenizer)
+            tokenizers = config.host_tokenizer, config.crouter_tokenizer
+        chunker = self._chunker(crouter, tokenizers, tokenizer, crouter_tokenizer)
         chooser = Recall(recall, make_scorer(scorer))
         self._rebuild = None
         if copy == "rebuilt" and crouter is not None:
@@ -159,7 +169,7 @@ class CompressedHistory(HistoryProcessor):
             self._rebuild = Rebuilder(crouter, None if chunker.same_tokenizer else (own, tokenizer))
         routing: dict[str, Any] = {}
         if isinstance(experts, ExpertSet) and crouter is not None:
-            routing = self._routing(crouter, experts, hysteresis)
+            routing = self._routing(crouter, experts, stay=hysteresis, known=known, shortlist=shortlist)
         self.reader = Reader(
             window=window,
             chunker=chunker,
@@ -175,14 +185,14 @@ class CompressedHistory(HistoryProcessor):
         self.mounted = True
         mount(self.host, self.reader.adapters is not None)
 
-    def _routing(self, crouter: CRouterModel, experts: ExpertSet, hysteresis: float) -> dict[str, Any]:
+    def _routing(self, crouter: CRouterModel, experts: ExpertSet, **options: Any) -> dict[str, Any]:
         """What a reader needs of the experts; it leaves the models with the history."""
         router = Router(
             crouter,
             experts,
-            stay=hysteresis,
             fewest=min(FEWEST, crouter.config.chunk_length),
             rows=4 if crouter.device.type == "cpu" else 64,
+            **options,
         )
         try:
             adapters = AdapterStack(self.host, {expert.name: expert.host for expert in experts})
@@ -192,7 +202,7 @@ class CompressedHistory(HistoryProcessor):
         weakref.finalize(self, _leave, adapters, router)  # a history that is dropped without `detach`
         made = [f"{e.name} {e.host.checksum} {e.compressor.checksum} {e.profile.digest if e.profile else ''}"
                 for e in experts]  # fmt: skip
-        return {"router": router, "adapters": adapters, "experts": (*made, f"hysteresis {hysteresis}")}
+        return {"router": router, "adapters": adapters, "experts": (*made, str(options))}
 
     def _projector(self, crouter: CRouterModel, projector: str | os.PathLike | Projector | None) -> Projector:
         if projector is None:

@@ -365,10 +365,23 @@ class TestExperts:
         run(host, self.ids(), new=2, logits_processor=[history])
         assert [chunk.expert for chunk in history.report().chunks][:3] == ["low", "low", "low"]
 
+    def test_a_stricter_known_leaves_chunks_to_the_host(self, host, crouter):
+        history = make(host, crouter, experts=trained_set(), known=0.0)
+        run(host, self.ids(), new=2, logits_processor=[history])
+        assert {chunk.verdict for chunk in history.report().chunks} == {"unknown"}
+
+    def test_a_shortlist_asks_fewer_experts(self, host, crouter):
+        history = make(host, crouter, experts=trained_set(), shortlist=1)
+        run(host, self.ids(), new=2, logits_processor=[history])
+        assert [chunk.expert for chunk in history.report().chunks][:3] == ["low", "low", "high"]
+        assert all(chunk.margin is None for chunk in history.report().chunks), "there was nobody to compare with"
+
     @pytest.mark.parametrize(
         "options, message",
         [
             ({"hysteresis": -1.0}, "expected 0 or more"),
+            ({"known": 1.5}, "a share, 0 to 1"),
+            ({"shortlist": -1}, "a number of experts"),
             ({"experts": "nowhere"}, "no set of experts"),
         ],
     )
