@@ -55,7 +55,9 @@ NOTES = (
     "spliced chunks; docstrings, descriptions, notebooks: real ones, code against prose, with the switch chosen on "
     "spliced calibration chunks (.own: on calibration files with docstrings). lag: chunks from the one that holds the "
     "change to the first on the new route. forgetting: change of a domain's routed host loss, nats/token, since it "
-    "was mounted; sequential: of one adapter trained on the domains in turn. Intervals: clustered by document."
+    "was mounted; sequential: of one adapter trained on the domains in turn. Times (.ms) of "
+    "baselines, compared, switch and recompute are of a GPU that another process shared: upper bounds; those of "
+    "cost.COUNT are not. Intervals: clustered by document."
 )
 
 
@@ -209,8 +211,7 @@ def run_report(args: argparse.Namespace) -> None:
                     seed=args.seed, draws=args.draws)  # fmt: skip
     print(table(found))
     config = about(args) | {"windows": len(windows.ids), "parts": sorted(parts), "draws": args.draws}
-    notes = f"{NOTES} {args.remark}".strip()
-    path = write_result(args.result, found, seed=args.seed, config=config, notes=notes, device=args.device)
+    path = write_result(args.result, found, seed=args.seed, config=config, notes=NOTES, device=args.device)
     if "residuals" in parts:
         print(draw_confusion(found, path.with_name(f"{args.result}-confusion.svg")).name)
     print(path)
@@ -241,7 +242,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--result", default="routing")
     parser.add_argument("--device", help="report: where the arrays were measured; this machine by default")
-    parser.add_argument("--remark", default="", help="report: what the notes should say of how this was measured")
     parser.add_argument("--out", type=Path, default=Path("experts"), help="where `ship` puts the set")
 
 

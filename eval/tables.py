@@ -212,8 +212,9 @@ def routing_table(metrics: dict[str, float]) -> list[str]:
             continue  # not measured yet
         right = ("chunk.argmin.accuracy", "span128.argmin.accuracy") if key == "chunk" else (
             f"{key}.accuracy", f"{key}.span128.accuracy")  # fmt: skip
-        size = metrics.get("expert.bytes" if key == "chunk" else f"{key}.bytes")
-        per, rule = (1, "") if key == "chunk" else (8, ".pattern")
+        ours = {"chunk": "expert.bytes", "baseline.perplexity": "expert.host.bytes"}  # of one domain
+        size, per = metrics.get(ours.get(key, f"{key}.bytes")), 1 if key in ours else 8
+        rule = "" if key == "chunk" else ".pattern"
         rows.append([
             label, *(_share(metrics, name) for name in right),
             *(_share(metrics, f"{key}{rule}.unseen.{end}.auroc") for end in ("near", "far")),

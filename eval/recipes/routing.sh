@@ -2,9 +2,9 @@
 # Remakes the eight experts and the routing measurement.
 #   eval/recipes/routing.sh STEP WORK [HOST]
 # STEP: data | text | train | compare | measure | costs | decide | report | ship, in this order; train to costs want an
-# accelerator (name it in DEVICE for the report, with what else to say of the run in REMARK), which PROCESSES share (2
-# by default) except in `costs`, where times are taken. WORK: folder for data and runs. `data` needs PROSE, the folder
-# of the text domains. BOX: seconds of training of an expert's two parts, as each process has them to itself or not.
+# accelerator (name it in DEVICE for the report), which PROCESSES share (2 by default) except in `costs`. WORK: folder for
+# data and runs. `data` needs PROSE, the folder of the text domains. BOX: seconds of training of an expert's two parts,
+# as each process has them to itself or not.
 set -euo pipefail
 step=$1 work=$2 host=${3:-smollm2-135m} processes=${PROCESSES:-2}
 common=(--data "$work/routing-data" --save "$work/routing")
@@ -37,7 +37,7 @@ costs)
   python3 -m eval.run routing measure "${common[@]}" --host "$host" --parts latency
   ;;
 decide | report)
-  python3 -m eval.run routing "$step" "${common[@]}" ${DEVICE:+--device "$DEVICE"} ${REMARK:+--remark "$REMARK"}
+  python3 -m eval.run routing "$step" "${common[@]}" ${DEVICE:+--device "$DEVICE"}
   ;;
 ship)  # the set that comes with the package, in WORK/experts
   python3 -m eval.run routing ship "${common[@]}" --host "$host" --domains python wiki_en --out "$work/experts" \
