@@ -223,8 +223,31 @@ def routing_table(metrics: dict[str, float]) -> list[str]:
     head = ["router", "512-token chunks right", "128-token spans right", "AUROC, near unknown", "AUROC, far unknown",
             "kB a domain"]  # fmt: skip
     lines = _table(head, rows if metrics else [])
-    note = "In %, with 95% intervals. Everybody always answers; AUROC by one rule, the pattern of the scores."
+    note = "In %, with 95% intervals. Everybody always answers; AUROC by one rule, the pattern of the scores; – was not measured."
     return [*lines, "", note] if metrics else lines
+
+
+def routing_host_table(metrics: dict[str, float]) -> list[str]:
+    """The host's loss under routed adapters, and under what else one could train."""
+    keys = ("host.{}.base", "host.{}.routed", "host.{}.oracle", "continual.8.{}.sequential", "continual.joint.{}")
+    names = [key.split(".")[1] for key in metrics if key.startswith("host.") and key.endswith(".oracle")]
+    rows = [[name, *(_number(metrics.get(key.format(name)), 3) for key in keys)] for name in names]
+    head = ["domain", "plain host", "routed", "its own adapter", "one adapter, trained in turn", "one, on all at once"]
+    lines = _table(head, rows)
+    note = "Loss in nats/token of the chunk after the one that was routed, held-out documents; in order of mounting."
+    return [*lines, "", note] if rows else lines
+
+
+def routing_costs_table(metrics: dict[str, float]) -> list[str]:
+    """What a decision costs by number of experts."""
+    rows = []
+    for count in (2, 8, 32):
+        for key, label in (("all", "all"), ("shortlist", "nearest 2")):
+            cost = f"cost.{count}.{key}"
+            if f"{cost}.ms" in metrics:
+                times = _number(metrics[f"{cost}.ms"]), _number(metrics.get(f"{cost}.ms_batched"), 1)
+                rows.append([f"{count}", label, *times, _number(metrics[f"{cost}.flops"] / 1e9)])
+    return _table(["experts", "rebuilt under", "ms, one chunk", "ms a chunk, 32 at once", "GFLOPs a chunk"], rows)
 
 
 def difference_table(metrics: dict[str, float]) -> list[str]:
@@ -486,6 +509,8 @@ TABLES = {
     "suffix-index": Shown("suffix-index", "none, the index alone", index_table),
     "copy-cpu": Shown("copy-cpu", HOST, step_table),
     "routing": Shown("routing", HOST, routing_table),
+    "routing-host": Shown("routing", HOST, routing_host_table),
+    "routing-costs": Shown("routing", HOST, routing_costs_table),
     "drafts": Shown("reading-drafts", HOST, drafts_table, "reading"),
     "recall-questions": Shown("recall-questions", "none, the choice alone", questions_table),
     "recall-choice": Shown("recall-choice", "none, the choice alone", choice_table),

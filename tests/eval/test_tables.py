@@ -101,6 +101,15 @@ def test_kvpress_and_routing(tmp_path):
     assert rows[1] == ["character n-grams", "97.0", "–", "90.0", "–", "2,000"] and len(rows) == 2
 
 
+def test_routing_hosts_and_costs(tmp_path):
+    measured = {"host.python.base": 1.5, "host.python.routed": 1.41, "host.python.oracle": 1.4,
+                "host.unseen.base": 2.5, "continual.8.python.sequential": 1.75, "cost.8.all.ms": 112.4,
+                "cost.8.all.flops": 2.84e11}  # fmt: skip
+    write(tmp_path, "routing", measured)
+    assert rows_of(render("routing-host", tmp_path)) == [["python", "1.500", "1.410", "1.400", "1.750", "–"]]
+    assert rows_of(render("routing-costs", tmp_path)) == [["8", "all", "112", "–", "284"]]
+
+
 def test_drafts(tmp_path):
     write(
         tmp_path, "reading-drafts", {**interval("drafts.copy.tokens_a_step", 1.5, 1.25, 2.0), "drafts.copy.same": 1.0}
