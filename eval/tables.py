@@ -223,7 +223,7 @@ def routing_table(metrics: dict[str, float]) -> list[str]:
     head = ["router", "512-token chunks right", "128-token spans right", "AUROC, near unknown", "AUROC, far unknown",
             "kB a domain"]  # fmt: skip
     lines = _table(head, rows if metrics else [])
-    note = "In %, with 95% intervals. Everybody always answers; AUROC by one rule, the pattern of scores (–: not measured)."
+    note = "In %, with 95% intervals. Everybody always answers; AUROC by the pattern of scores (–: not measured)."
     return [*lines, "", note] if metrics else lines
 
 
