@@ -40,7 +40,7 @@ from hf_crouter.routing.experts import COMPRESSOR, HOST, SET_FILE, ExpertSet, mo
 from hf_crouter.training.experts import ExpertModels, read_domain
 
 PARTS = ("nats", "host", "probe", "shortlist", "arrow", "latency", "compared")
-DECIDED = ("residuals", "borders", "changing")
+DECIDED = ("residuals", "borders", "changing", "shortlisted")
 NOTES = (
     "Host: SmolLM2-135M-Instruct; experts: LoRA over the shipped crouter and LoRA of the host, 8 known domains; near "
     "unknown: shakespeare, speeches_en, meetings_qmsum; far: csv_tables, zh_tech. Chunks of 512 tokens of held-out "
@@ -54,7 +54,9 @@ NOTES = (
     "chunk under the route of its first, over that under the domain's own adapter. border: "
     "spliced chunks; docstrings, descriptions, notebooks: real ones, code against prose, with the switch chosen on "
     "spliced calibration chunks (.own: on calibration files with docstrings). lag: chunks from the one that holds the "
-    "change to the first on the new route. forgetting: change of a domain's routed host loss, nats/token, since it "
+    "change to the first on the new route; base: share of "
+    "those that hold it which the base model serves. shortlistN: asked are the N nearest by centroids; recall: the "
+    "right one is among them. forgetting: change of a domain's routed host loss, nats/token, since it "
     "was mounted; sequential: of one adapter trained on the domains in turn. Times (.ms) of "
     "baselines, compared, switch and recompute are of a GPU that another process shared: upper bounds; those of "
     "cost.COUNT are not. Intervals: clustered by document."
@@ -173,6 +175,11 @@ def run_decide(args: argparse.Namespace) -> None:
     ):
         save_arrays(args.save / "parts" / f"{part}.safetensors", decide(crouter, experts, nats, common), about(args))
         print(part, flush=True)
+    if done(args, "shortlist"):
+        distance = load_file(args.save / "parts" / "shortlist.safetensors")["distance"]
+        found = deciding.decide_shortlist(crouter, experts, nats, distance, common)
+        save_arrays(args.save / "parts" / "shortlisted.safetensors", found, about(args))
+        print("shortlisted", flush=True)
 
 
 def awaited(save: Path, domains: Sequence[str], seconds: float = 120) -> ExpertSet:

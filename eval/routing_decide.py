@@ -20,6 +20,7 @@ from hf_crouter.routing.spans import Span, find_spans
 STAYS = (0.0, 0.05, 0.1, 0.2, 0.4)
 SWITCHES = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)  # nats that a border costs, tried on calibration documents
 SMOOTHS = (1, 8, 16, 32)
+SHORTLISTS = (2, 3)
 
 
 def decide_residuals(crouter: Any, experts: ExpertSet, nats: Arrays, setting: Setting) -> Arrays:
@@ -71,6 +72,32 @@ def decide_residuals(crouter: Any, experts: ExpertSet, nats: Arrays, setting: Se
         "expert.bytes": np.array(sizes, np.int64),
         "mounted.bit_difference": nats["mounted.bit_difference"],
     }
+
+
+def decide_shortlist(crouter: Any, experts: ExpertSet, nats: Arrays, distance: np.ndarray, setting: Setting) -> Arrays:
+    """Decisions on chunks where only the experts nearest by their centroids were asked.
+
+    Args:
+        crouter: the shared one.
+        experts: the set.
+        nats: of `measure_nats`.
+        distance: of `measure_shortlist`, `[N, n]`.
+        setting: the texts.
+
+    Returns:
+        For each size: `SIZE.route` `[N]`, and `SIZE.choice`, the least log residual of those asked.
+    """
+    rows, found = summary(torch.from_numpy(nats["chunk"].astype(np.float32))), {}
+    experts = experts.mounted(len(experts), evidence_of(nats, experts))
+    for size in SHORTLISTS:
+        far = torch.from_numpy(distance.argsort(1).argsort(1) >= size)
+        asked = rows.clone()
+        asked[torch.cat([far, torch.ones(len(far), 1, dtype=torch.bool)], dim=1)] = torch.nan
+        router = Router(crouter, experts, fewest=min(64, setting.span))
+        found[f"{size}.route"] = np.array([router.decide(row, setting.chunk).number for row in asked], np.int64)
+        found[f"{size}.choice"] = asked[:, :-1, LOGS].nan_to_num(nan=torch.inf).argmin(1).numpy()
+        router.remove()
+    return found
 
 
 def nearest_border(spans: Sequence[Span], border: int, length: int) -> int:

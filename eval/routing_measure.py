@@ -26,6 +26,7 @@ from eval.routing_baselines import (
 from eval.routing_decide import measure_borders
 from eval.routing_nats import Arrays, Setting
 from hf_crouter.adapters import AdapterStack, Lora
+from hf_crouter.errors import InputError
 from hf_crouter.routing.experts import ExpertSet
 from hf_crouter.routing.profile import Profile, summary
 from hf_crouter.routing.router import Router, rebuilding_nats
@@ -224,7 +225,11 @@ def measure_latency(crouter: Any, host: Any, experts: ExpertSet, setting: Settin
 def measure_shortlist(crouter: Any, experts: ExpertSet, setting: Setting) -> Arrays:
     """How far chunks lie from the experts' centroids, `distance` `[N, n]`: a shortlist takes the nearest."""
     latents = latents_of(crouter, setting.chunks, setting.rows)
-    far = [expert.centroid.distance(latents) for expert in experts if expert.centroid is not None]
+    far = []
+    for expert in experts:
+        if expert.centroid is None:
+            raise InputError(f"shortlist: expected a centroid of every expert, got none of {expert.name}")
+        far.append(expert.centroid.distance(latents))
     return {"distance": torch.stack(far, dim=1).numpy()}
 
 

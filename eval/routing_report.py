@@ -115,7 +115,7 @@ class Figures:
 def routing_figures(figures: Figures, part: Mapping[str, np.ndarray]) -> None:
     """Accuracy, rejection and the confusion of our router, and what other rules would make of the same residuals.
 
-    `.argmin`: always the least log residual; `.mean`: the least residual; `.calibrated`: the least one less each
+    `.argmin`: always the least log residual; `.mean`: the least mean residual; `.calibrated`: that less each
     expert's median. Rejection is by the least distance from a profile; `.residual.unseen`: by how far the residual
     lies above the 99% quantile, the rule without profiles; `.gain.unseen`: by what an expert gains over the crouter
     alone, below its 1% quantile.
@@ -228,6 +228,7 @@ def lag_figures(figures: Figures, part: Mapping[str, np.ndarray], chunk: int) ->
             f"{name}.never": float((lag >= routes.shape[1] - at).mean()),
             f"{name}.changes": float(changes.mean()),
             f"{name}.before": float((routes[:, 0] == first).mean()),
+            f"{name}.base": float((routes[np.arange(len(routes)), at] < 0).mean()),
         }
 
 
@@ -377,15 +378,22 @@ def compared_figures(figures: Figures, part: Mapping[str, np.ndarray], adapters:
             }
 
 
-def shortlist_figures(figures: Figures, distance: np.ndarray) -> None:
-    """How often the right expert is among the nearest two and three, by their centroids; mean of the domains."""
+def shortlist_figures(figures: Figures, distance: np.ndarray, decided: Mapping[str, np.ndarray]) -> None:
+    """How often the right expert is among the nearest few, by their centroids, and what is decided among those."""
     truth = figures.truth(2)
     known = np.flatnonzero(truth >= 0)
     place = (distance < distance[np.arange(len(truth)), truth][:, None]).sum(1)[known]  # experts that lie nearer
     domains, documents = figures.domains(2)[known], figures.documents(2)[known]
-    for size in (2, 3):
-        kept = place < size
-        figures.add(f"shortlist{size}.recall", lambda index, kept=kept: macro(kept[index], domains[index]), documents)
+    for name in (name for name in decided if name.endswith(".route")):
+        size = int(name.removesuffix(".route"))
+        key, kept, routes = f"shortlist{size}", place < size, decided[name]
+        figures.add(f"{key}.recall", lambda index, kept=kept: macro(kept[index], domains[index]), documents)
+        figures.accuracy(f"{key}.argmin.accuracy", decided[f"{size}.choice"])
+        figures.accuracy(f"{key}.accuracy", routes)
+        for group, members in UNSEEN.items():
+            rows = np.isin(figures.domains(2), members)
+            if rows.any():
+                figures.found[f"{key}.unseen.{group}.accepted"] = float((routes[rows] >= 0).mean())
 
 
 def metrics(
@@ -431,8 +439,8 @@ def metrics(
         border_figures(figures, found, mixed, "baseline.ngram.border")
     if "latency" in parts:
         figures.found |= {f"cost.{key}": float(value[0]) for key, value in parts["latency"].items()}
-    if "shortlist" in parts:
-        shortlist_figures(figures, parts["shortlist"]["distance"])
+    if "shortlist" in parts and "shortlisted" in parts:
+        shortlist_figures(figures, parts["shortlist"]["distance"], parts["shortlisted"])
     if "compared" in parts and "residuals" in parts:
         compared_figures(figures, parts["compared"], parts["residuals"])
     return figures.found

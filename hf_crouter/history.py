@@ -60,15 +60,16 @@ class CompressedHistory(HistoryProcessor):
         scorer: says which ones matter: a `Scorer` or the folder of a learned one; None: `OverlapScorer`, words and
             phrases shared with the last tokens.
         experts: an expert set or its folder: each chunk, and the raw window by its last tokens, is served by the
-            adapter of the expert that rebuilds it best among those whose own texts look like it, or by the plain host
-            where none does. With them even a short prompt is read under its expert's adapter, if it has the 64 tokens
-            that it takes to tell.
+            adapter of the expert with the least log residual among those whose own texts look like it, or by the plain
+            host where none does. With them even a short prompt is read under its expert's adapter, if it has the 64
+            tokens that it takes to tell.
         hysteresis: by how much an expert's log residual must undercut that of the one before it in the row; 0.1 is a
             tenth of a token's residual.
         known: share of an expert's own held-out texts that it is to know, 0 to 1; the lower it is, the more chunks are
             left to the plain host.
         shortlist: only so many experts rebuild a chunk, those whose texts lie nearest to its latents; 0: all. Faster
-            with many of them; chunks are then known by the expert's own residual alone, a far weaker rule.
+            with many of them; chunks are then known by the expert's own residual alone, and nearly every text of no
+            domain passes for known.
         keep_first: raw tokens kept at the start; "auto": the chat template's system turn, or else 4 (attention sinks).
         projector: a folder or a `Projector`; None finds the one in the crouter's folder.
         tokenizer: of the host; looked for beside the host (never on the network) where it is needed.
@@ -127,11 +128,11 @@ class CompressedHistory(HistoryProcessor):
             raise InputError(f"copy_strength: expected 0 to 1, got {copy_strength}")
         if experts is not None and crouter is None:
             raise InputError("crouter: expected one, got None; without a crouter no expert can be told from another")
-        if hysteresis < 0:
+        if not hysteresis >= 0:
             raise InputError(f"hysteresis: expected 0 or more, got {hysteresis}")
         if not 0 <= known <= 1:
             raise InputError(f"known: expected a share, 0 to 1, got {known}")
-        if shortlist < 0:
+        if not isinstance(shortlist, int) or shortlist < 0:
             raise InputError(f"shortlist: expected a number of experts, got {shortlist}")
         if any(not 0 <= start <= end for start, end in copy_exclude):
             raise InputError(f"copy_exclude: expected spans (start, end) of tokens, got {list(copy_exclude)}")
@@ -200,9 +201,8 @@ class CompressedHistory(HistoryProcessor):
             router.remove()
             raise
         weakref.finalize(self, _leave, adapters, router)  # a history that is dropped without `detach`
-        made = [f"{e.name} {e.host.checksum} {e.compressor.checksum} {e.profile.digest if e.profile else ''}"
-                for e in experts]  # fmt: skip
-        return {"router": router, "adapters": adapters, "experts": (*made, str(options))}
+        made = (*(expert.digest for expert in experts), f"{router.stay} {router.known} {router.shortlist}")
+        return {"router": router, "adapters": adapters, "experts": made}
 
     def _projector(self, crouter: CRouterModel, projector: str | os.PathLike | Projector | None) -> Projector:
         if projector is None:
@@ -211,14 +211,14 @@ class CompressedHistory(HistoryProcessor):
         made.check(self.host, crouter)
         return made
 
-    def _chunker(self, crouter: CRouterModel | None, known: tuple[str, str], tokenizer: Any, other: Any):
+    def _chunker(self, crouter: CRouterModel | None, tokenizers: tuple[str, str], tokenizer: Any, other: Any):
         if crouter is None:
             return SameTokenizerChunker(CHUNK_LENGTH)
         length = crouter.config.chunk_length
-        if known[0] == known[1] and (known[0] or tokenizer is None):
+        if tokenizers[0] == tokenizers[1] and (tokenizers[0] or tokenizer is None):
             return SameTokenizerChunker(length)  # both are said to share their ids, or nothing is known
         other = other or local_tokenizer(crouter.name_or_path)
-        if known[0] == known[1] and other is None:
+        if tokenizers[0] == tokenizers[1] and other is None:
             return SameTokenizerChunker(length)
         if tokenizer is None or other is None:
             raise MismatchError(

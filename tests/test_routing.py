@@ -1,5 +1,6 @@
 """Experts in generation: every step equals one forward in which each position has its own adapter."""
 
+import dataclasses
 import gc
 import math
 import threading
@@ -358,6 +359,19 @@ class TestExperts:
         by_folder.detach()
         loaded = make(host, crouter, experts=ExpertSet.load(trained_set()))
         assert torch.equal(run(host, self.ids(), new=4, logits_processor=[loaded]).sequences, first.sequences)
+
+    def test_slots_belong_to_what_routes(self, host, crouter):
+        first = ExpertSet.load(trained_set())
+        moved = dataclasses.replace(first["low"], centroid=first["high"].centroid)
+        other = ExpertSet((moved, first["high"]))
+        same = [{"experts": first}, {"experts": first, "hysteresis": 0, "shortlist": 2}]
+        another = [{"experts": other}, {"experts": first, "known": 0.9}, {"experts": first, "shortlist": 1}]
+        origins = []
+        for options in (*same, *another):
+            history = make(host, crouter, **options)
+            origins.append(history.reader.origin)
+            history.detach()
+        assert origins[0] == origins[1] and len({str(origin) for origin in origins}) == 1 + len(another)
 
     def test_hysteresis_keeps_what_was_before(self, host, crouter):
         history = make(host, crouter, experts=trained_set(), hysteresis=1000.0)

@@ -185,6 +185,15 @@ class Expert:
             )
 
     @property
+    def digest(self) -> str:
+        """Checksum of all that routes and what they lead to depend on."""
+        content = [self.name, self.host.checksum, self.compressor.checksum, repr(self.calibration.residuals),
+                   self.profile.digest if self.profile else ""]  # fmt: skip
+        if self.centroid is not None:
+            content += [part.numpy().tobytes().hex() for part in (self.centroid.mean, self.centroid.variance)]
+        return hashlib.sha256("\n".join(content).encode()).hexdigest()
+
+    @property
     def nbytes(self) -> int:
         """Bytes of both adapters in memory."""
         return self.compressor.nbytes + self.host.nbytes

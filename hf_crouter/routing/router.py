@@ -71,7 +71,8 @@ class Router:
         fewest: chunks of fewer tokens are not judged.
         known: quantile of an expert's own texts, by their distance from its profile, beyond which a chunk is none of
             its own. Without a profile, or where a shortlist left experts out: by their residual.
-        clear: quantile of an expert's own margins below which a second expert is called an overlap.
+        clear: quantile of an expert's own margins below which a second expert is called an overlap; none is where the
+            expert's own texts are as often rebuilt better by another.
         rows: chunks at once.
 
     Raises:
@@ -97,7 +98,8 @@ class Router:
         if shortlist and without:
             raise InputError(f"router: expected a centroid of every expert for a shortlist, got none of {without[0]}")
         self.crouter, self.experts = crouter, experts
-        self.shortlist, self.stay, self.fewest = shortlist, stay, fewest
+        self.shortlist = shortlist if shortlist < len(experts) else 0
+        self.stay, self.fewest = float(stay), fewest
         self.known, self.clear, self.rows = known, clear, rows
         self._stacks = []
         try:
@@ -156,7 +158,7 @@ class Router:
     def shortlisted(self, pieces: Sequence[torch.Tensor]) -> torch.Tensor:
         """Which experts are scored for which chunk, `[N, n]`, bool."""
         wanted = torch.ones(len(pieces), len(self.experts), dtype=torch.bool)
-        if not 0 < self.shortlist < len(self.experts):
+        if not self.shortlist:
             return wanted
         for start in range(0, len(pieces), self.rows):
             batch = list(pieces[start : start + self.rows])

@@ -113,7 +113,17 @@ def route_spans(router: Router, ids: torch.Tensor | Sequence[int], spans: Sequen
     Args:
         router: decides.
         ids: the document's crouter token ids.
-        spans: one longer than a chunk is judged by its first chunk.
+        spans: one longer than a chunk is judged by the mean over its chunks (with a shortlist: of those experts that
+            are on the list of all of them).
     """
     ids, length = torch.as_tensor(ids, dtype=torch.long), router.crouter.config.chunk_length
-    return [router([ids[span.start : min(span.end, span.start + length)]], span.number)[0] for span in spans]
+    routes = []
+    for span in spans:
+        pieces = ids[span.start : span.end].split(length)
+        if len(span) < router.fewest:
+            routes += router(pieces, span.number)
+            continue
+        shares = torch.tensor([len(piece) / len(span) for piece in pieces])
+        residuals = (router.residuals(pieces) * shares[:, None, None]).sum(0)
+        routes.append(router.decide(residuals, min(len(span), length), span.number))
+    return routes

@@ -97,6 +97,7 @@ def test_trains_measures_and_reports(world, monkeypatch):
         "host",
         "probe",
         "shortlist",
+        "shortlisted",
         "arrow",
         "latency",
         "compared",
@@ -110,7 +111,8 @@ def test_trains_measures_and_reports(world, monkeypatch):
               "border.own.docstrings.median_tokens",
               "forgetting.max_abs_delta", "forgetting.sequential.max_abs_delta", "oracle.loss_ratio", "cost.switch.ms",
               "lag.stay0.1.chunks", "cost.2.all.ms", "cost.3.shortlist.flops", "expert.bytes", "joint.loss_ratio",
-              "shortlist2.recall", "host.python.oracle", "host.unseen.routed", "compared.full.accuracy",
+              "shortlist2.recall", "shortlist2.accuracy", "host.python.oracle", "host.unseen.routed",
+              "compared.full.accuracy",
               "compared.small.bytes", "compared.expert.margin", "host.python.large",
               "chunk.gain.unseen.far.auroc"]  # fmt: skip
     wanted += [f"baseline.{name}.accuracy" for name in ("ngram", "tfidf", "perplexity", "probe", "arrow")]

@@ -94,11 +94,13 @@ def test_kvpress_and_routing(tmp_path):
     assert ["SnapKV", "580", "−27.6 [−44.9, −13.8]", "–", "–", "−40.0"] in rows_of(render("kvpress", tmp_path))
     measured = {"chunk.argmin.accuracy": 0.98, "chunk.accuracy": 0.95, "chunk.unseen.far.auroc": 0.99,
                 "baseline.ngram.accuracy": 0.97, "baseline.ngram.bytes": 16e6, "expert.bytes": 1e6,
+                "baseline.perplexity.accuracy": 0.96, "expert.host.bytes": 3e6,
                 "baseline.ngram.pattern.unseen.near.auroc": 0.9, "baseline.ngram.unseen.far.auroc": 0.1}  # fmt: skip
     write(tmp_path, "routing", measured)
     rows = rows_of(render("routing", tmp_path))
     assert rows[0] == ["residual", "98.0", "–", "–", "99.0", "1,000"]
-    assert rows[1] == ["character n-grams", "97.0", "–", "90.0", "–", "2,000"] and len(rows) == 2
+    assert rows[1] == ["character n-grams", "97.0", "–", "90.0", "–", "2,000"] and len(rows) == 3
+    assert rows[2] == ["host's loss under each adapter", "96.0", "–", "–", "–", "3,000"]
 
 
 def test_routing_hosts_and_costs(tmp_path):

@@ -226,7 +226,7 @@ class TestDecision:
     def test_hysteresis(self):
         experts = made_up([1.0, 1.0])
         for previous, stay, expected in [
-            (None, 0.3, 1), (-1, 0.3, 1), (1, 0.3, 1), (0, 0.3, 0), (0, 0.1, 1), (0, 0.0, 1)
+            (None, 0.3, 1), (-1, 0.3, 1), (1, 0.3, 1), (0, 0.3, 0), (0, 0.19, 0), (0, 0.17, 1), (0, 0.0, 1)
         ]:  # fmt: skip
             assert decide(experts, [1.2, 1.0], previous=previous, stay=stay).number == expected, (previous, stay)
         assert decide(experts, [1.2, 1.0], previous=0, stay=0.3).margin == pytest.approx(lead(1.0, 1.2))
