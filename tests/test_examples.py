@@ -81,7 +81,7 @@ def test_your_own_crouter(tmp_path):
     rising = [float(s) for s in re.findall(rf"\d s ({NUMBER})%", out)]
     assert len(rising) >= 2 and rising[-1] > 2 * rising[0]
     held_out = float(re.search(rf"held-out files: ({NUMBER})%", out)[1])
-    assert held_out > 5  # a slow machine takes few steps in 40 seconds; the most frequent token alone gives about 4%
+    assert held_out > 80  # the most frequent token alone gives about 4%
     assert "the first of them:" in out and "rebuilt from latents:" in out
     assert (tmp_path / "own" / "crouter" / "model.safetensors.index.json").exists() or (
         tmp_path / "own" / "crouter" / "model.safetensors"
