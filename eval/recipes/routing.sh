@@ -2,9 +2,9 @@
 # Remakes the eight experts and the routing measurement.
 #   eval/recipes/routing.sh STEP WORK [HOST]
 # STEP: data | text | train | compare | measure | costs | decide | report | ship, in this order; train to costs want an
-# accelerator (name it in DEVICE for the report), which PROCESSES share (2 by default) except in `costs`. WORK: folder for
-# data and runs. `data` needs PROSE, the folder of the text domains. BOX: seconds of training of an expert's two parts,
-# as each process has them to itself or not.
+# accelerator (name it in DEVICE for the report), which PROCESSES share (2 by default) except in `costs`. WORK: folder
+# for data and runs. `data` needs PROSE, the folder of the text domains. BOX: seconds of training of an expert's two
+# parts, as each process has them to itself or not.
 set -euo pipefail
 step=$1 work=$2 host=${3:-smollm2-135m} processes=${PROCESSES:-2}
 common=(--data "$work/routing-data" --save "$work/routing")
