@@ -11,7 +11,7 @@ from eval import routing_measure as measuring
 from eval import run as command
 from eval.routing_data import Record, TestWindows, excerpts
 from eval.routing_mixed import mixed_documents
-from eval.routing_report import draw_confusion
+from eval.routing_report import Figures, compared_figures, draw_confusion, shortlist_figures
 from hf_crouter.data.documents import Document
 from hf_crouter.data.tokens import encode_documents, plain_tokenizer
 from hf_crouter.errors import InputError
@@ -159,3 +159,33 @@ def test_excerpts_stop_at_the_limit():
     array = excerpts(list(texts("python"))[:4], tokenizer, 0, 1500, seed=0)
     assert len(array) == 1500 + len(array.names)
     assert array.starts[-1] == len(array.ids)
+
+
+def synthetic_figures():
+    """Two windows of two chunks each, of domains `a` and `b`."""
+    records = [Record(name, f"{name}{n}", 0, 0.0) for name in "ab" for n in range(2)]
+    return Figures(TestWindows(np.zeros((4, 8), np.uint16), records), ("a", "b", "c"), seed=0, draws=5)
+
+
+def test_a_shortlist_holds_the_nearest():
+    figures = synthetic_figures()
+    distance = np.array([[0, 1, 2]] * 4 + [[0, 1, 2]] * 2 + [[0, 2, 1]] * 2, float)  # b: second twice, third twice
+    routes = np.array([0, 0, 0, -1, 1, 1, 0, 0])
+    shortlist_figures(figures, distance, {"2.route": routes, "2.choice": np.maximum(routes, 0)})
+    assert figures.found["shortlist2.recall"] == pytest.approx((1 + 0.5) / 2)
+    assert figures.found["shortlist2.accuracy"] == pytest.approx((0.75 + 0.5) / 2)
+    assert figures.found["shortlist2.argmin.accuracy"] == pytest.approx((1 + 0.5) / 2)
+
+
+def test_compared_compressors_are_told_by_their_logarithms():
+    figures, one = synthetic_figures(), np.ones(8)
+    part = {f"{kind}.{name}.{what}": np.array([4.0]) for kind in ("full", "small") for name in "ab" for what in
+            ("bytes", "ms")}  # fmt: skip
+    for kind in ("full", "small"):
+        part |= {f"{kind}.a.chunk": np.stack([one, -one], 1), f"{kind}.b.chunk": np.stack([0.5 * one, 0 * one], 1)}
+    ours = {"chunk.nats": np.stack([3 * one, one, one], 1), "chunk.logs": np.stack([one, 0 * one, one], 1)}
+    compared_figures(figures, part, ours)
+    found = figures.found
+    assert found["compared.full.accuracy"] == found["compared.expert.accuracy"] == 0.5  # all to a, all to b
+    assert found["compared.full.margin"] == pytest.approx(0) and found["compared.expert.residual"] == pytest.approx(2)
+    assert found["compared.small.bytes"] == 4
