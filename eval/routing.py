@@ -54,12 +54,11 @@ NOTES = (
     "chunk under the route of its first, over that under the domain's own adapter. border: "
     "spliced chunks; docstrings, descriptions, notebooks: real ones, code against prose, with the switch chosen on "
     "spliced calibration chunks (.own: on calibration files with docstrings). lag: chunks from the one that holds the "
-    "change to the first on the new route; base: share of "
-    "those that hold it which the base model serves. shortlistN: asked are the N nearest by centroids; recall: the "
-    "right one is among them. forgetting: change of a domain's routed host loss, nats/token, since it "
-    "was mounted; sequential: of one adapter trained on the domains in turn. Times (.ms) of "
-    "baselines, compared, switch and recompute are of a GPU that another process shared: upper bounds; those of "
-    "cost.COUNT are not. Intervals: clustered by document."
+    "change to the first on the new route; base: share of those that hold it which the base model serves. shortlistN: "
+    "asked are the N nearest by centroids; recall: the right one is among them. forgetting: change of a domain's "
+    "routed host loss, nats/token, since it was mounted; sequential: of one adapter trained on the domains in turn. "
+    "Times (.ms) of baselines, compared, switch and recompute are of a GPU that another process shared: upper bounds; "
+    "those of cost.COUNT are not. Intervals: clustered by document."
 )
 
 

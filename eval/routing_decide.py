@@ -89,14 +89,14 @@ def decide_shortlist(crouter: Any, experts: ExpertSet, nats: Arrays, distance: n
     """
     rows, found = summary(torch.from_numpy(nats["chunk"].astype(np.float32))), {}
     experts = experts.mounted(len(experts), evidence_of(nats, experts))
+    router = Router(crouter, experts, fewest=min(64, setting.span))
     for size in SHORTLISTS:
         far = torch.from_numpy(distance.argsort(1).argsort(1) >= size)
         asked = rows.clone()
         asked[torch.cat([far, torch.ones(len(far), 1, dtype=torch.bool)], dim=1)] = torch.nan
-        router = Router(crouter, experts, fewest=min(64, setting.span))
         found[f"{size}.route"] = np.array([router.decide(row, setting.chunk).number for row in asked], np.int64)
         found[f"{size}.choice"] = asked[:, :-1, LOGS].nan_to_num(nan=torch.inf).argmin(1).numpy()
-        router.remove()
+    router.remove()
     return found
 
 

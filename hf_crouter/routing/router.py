@@ -21,6 +21,12 @@ from .experts import ExpertSet
 from .profile import LOGS, NATS, summary
 
 
+def padded(pieces: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Texts of any lengths as one batch: ids and mask, `[N, T]`, on the CPU."""
+    ids = torch.nn.utils.rnn.pad_sequence(list(pieces), batch_first=True)
+    return ids, torch.arange(ids.shape[1]) < torch.tensor([[len(piece)] for piece in pieces])
+
+
 @torch.no_grad()
 def rebuilding_nats(
     crouter: CRouterModel, pieces: Sequence[torch.Tensor], stack: AdapterStack | None = None, *, rows: int = 4
@@ -42,10 +48,8 @@ def rebuilding_nats(
             raise InputError(f"expected texts of 1 to {length} tokens, got one of shape {list(piece.shape)}")
     found = []
     for start in range(0, len(pieces), rows):
-        batch = list(pieces[start : start + rows])
-        ids = torch.nn.utils.rnn.pad_sequence(batch, batch_first=True).to(crouter.device)
-        lengths = torch.tensor([len(piece) for piece in batch])
-        mask = (torch.arange(ids.shape[1]) < lengths[:, None]).to(crouter.device)
+        batch = pieces[start : start + rows]
+        ids, mask = (part.to(crouter.device) for part in padded(batch))
         if stack is None:
             nats = crouter(ids, mask).token_residual
         else:
@@ -161,10 +165,8 @@ class Router:
         if not self.shortlist:
             return wanted
         for start in range(0, len(pieces), self.rows):
-            batch = list(pieces[start : start + self.rows])
-            ids = torch.nn.utils.rnn.pad_sequence(batch, batch_first=True).to(self.crouter.device)
-            lengths = torch.tensor([len(piece) for piece in batch])
-            latents = self.crouter.encode(ids, (torch.arange(ids.shape[1]) < lengths[:, None]).to(ids.device))
+            batch = pieces[start : start + self.rows]
+            latents = self.crouter.encode(*(part.to(self.crouter.device) for part in padded(batch)))
             far = torch.stack([e.centroid.distance(latents) for e in self.experts if e.centroid is not None], dim=1)
             nearest = far.topk(self.shortlist, dim=1, largest=False).indices
             wanted[start : start + len(batch)] = False

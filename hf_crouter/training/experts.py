@@ -49,7 +49,7 @@ from ..routing.experts import (
     mounted_names,
 )
 from ..routing.measure import measure_evidence
-from ..routing.router import Router, rebuilding_nats
+from ..routing.router import Router, padded, rebuilding_nats
 from .evaluate import reconstruction_score
 from .flops import matrix_flops_per_token, measured_matrix_rate
 from .loop import Batch, LoopArguments, compiled_layers, device_name, make_accelerator, progress_bar, run_loop
@@ -636,8 +636,7 @@ def _latents(crouter: CRouterModel, tokens: TokenArray, limit: int, rows: int) -
     pieces, _ = cut(tokens, length, limit, length)
     if len(pieces) < 2:
         pieces, _ = cut(tokens, length, limit, 1)
-    ids = torch.nn.utils.rnn.pad_sequence(pieces, batch_first=True)
-    mask = torch.arange(ids.shape[1]) < torch.tensor([[len(piece)] for piece in pieces])
+    ids, mask = padded(pieces)
     batches = zip(ids.split(rows), mask.split(rows), strict=True)
     return torch.cat([crouter.encode(i.to(crouter.device), m.to(crouter.device)).cpu() for i, m in batches])
 
