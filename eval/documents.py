@@ -36,7 +36,7 @@ from hf_crouter.data.shingles import gram_hashes, sorted_unique
 from hf_crouter.data.split import Split
 from hf_crouter.data.tokens import plain_tokenizer
 from hf_crouter.errors import InputError
-from hf_crouter.storage import replaced_file, write_json
+from hf_crouter.utils.io import replaced_file, write_json
 
 PREFIX, CHUNK, CHUNKS, WINDOW, SCORED = 4, 512, 8, 512, 512
 LENGTH = PREFIX + CHUNKS * CHUNK + WINDOW + SCORED

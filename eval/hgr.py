@@ -41,12 +41,14 @@ from eval.hgr_passes import (
 )
 from eval.hgr_report import losses_of, metrics, table
 from eval.results import write_result
-from hf_crouter.archive.copying import Gate, GateConfig
-from hf_crouter.archive.recall import LearnedScorer
+from hf_crouter.compressors.projector import find_projector
+from hf_crouter.crouter.loading import load_crouter
 from hf_crouter.errors import InputError
-from hf_crouter.host.fingerprint import host_fingerprint
-from hf_crouter.host.projector import display_name, find_projector
-from hf_crouter.loading import load_crouter, load_host
+from hf_crouter.hosts.fingerprint import host_fingerprint
+from hf_crouter.hosts.loading import load_host
+from hf_crouter.hosts.unwrap import display_name
+from hf_crouter.ngram.gate import Gate, GateConfig
+from hf_crouter.ngram.scorers import LearnedScorer
 from hf_crouter.training.gate import fit_gate, fit_weights
 from hf_crouter.training.loop import compiled_layers
 

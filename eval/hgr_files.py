@@ -16,7 +16,7 @@ from safetensors.numpy import save_file
 from eval.documents import Record, place
 from eval.hgr_passes import Block, Reader
 from hf_crouter.errors import InputError
-from hf_crouter.storage import replaced_file
+from hf_crouter.utils.io import replaced_file
 
 
 class Progress:

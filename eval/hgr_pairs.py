@@ -22,10 +22,10 @@ from eval.documents import Windows
 from eval.hgr_files import Progress, about, about_of, blocks, chosen, save_arrays
 from eval.hgr_passes import Block, Layout, Reader, single_losses
 from eval.statistics import clustered_interval
-from hf_crouter.archive.postings import ChunkIndex
-from hf_crouter.archive.recall import FEATURES, QUERY, LearnedScorer, features
-from hf_crouter.archive.store import Archive
 from hf_crouter.errors import InputError
+from hf_crouter.ngram.archive import Archive
+from hf_crouter.ngram.postings import ChunkIndex
+from hf_crouter.ngram.scorers import FEATURES, QUERY, LearnedScorer, features
 from hf_crouter.training.scorer import fit
 
 GATE_SETS = ("gate_code", "gate_prose")

@@ -17,19 +17,11 @@ import torch
 from torch import nn
 
 from eval.documents import CHUNK, CHUNKS, PREFIX, SCORED, WINDOW, Record, place
-from hf_crouter.archive.copying import Candidates, HostView, collect, gate_features
-from hf_crouter.archive.postings import ChunkIndex
-from hf_crouter.archive.recall import (
-    QUERY,
-    Bm25Scorer,
-    OverlapScorer,
-    RandomScorer,
-    RecencyScorer,
-    Scorer,
-    choose,
-)
-from hf_crouter.archive.store import ORDERS, Archive
-from hf_crouter.host.projector import Projector
+from hf_crouter.compressors.projector import Projector
+from hf_crouter.ngram.archive import ORDERS, Archive
+from hf_crouter.ngram.mixture import Candidates, HostView, collect, gate_features
+from hf_crouter.ngram.postings import ChunkIndex
+from hf_crouter.ngram.scorers import QUERY, Bm25Scorer, OverlapScorer, RandomScorer, RecencyScorer, Scorer, choose
 from hf_crouter.training.align import compressed_logits
 from hf_crouter.training.gate import mixture_log_likelihood
 

@@ -24,7 +24,7 @@ import torch
 
 from eval.results import write_result
 from hf_crouter.errors import InputError
-from hf_crouter.host.fetch import resolve_host
+from hf_crouter.hosts.fetch import resolve_host
 
 TASKS = ("niah_single_1", "niah_multikey_2", "niah_multikey_3", "ruler_vt", "ruler_cwe", "ruler_fwe")
 LENGTHS = (4096, 8192)
@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> None:
         from lm_eval.tasks import TaskManager
         from lm_eval.utils import simple_parse_args_string
 
-        from hf_crouter.harness import CompressedHFLM
+        from hf_crouter.integrations.lm_eval import CompressedHFLM
     except ModuleNotFoundError as error:
         raise InputError(f'{error.name} is not installed; it comes with: pip install -e ".[lm-eval]"') from error
     host = resolve_host(args.host)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from eval.results import FOLDER
 from hf_crouter.errors import InputError
-from hf_crouter.storage import replaced_file
+from hf_crouter.utils.io import replaced_file
 
 FIGURE = "hgr.svg"
 SET = "young"

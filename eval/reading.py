@@ -17,7 +17,8 @@ from eval import reading_code, reading_manners, reading_retrieval
 from eval.documents import Windows
 from eval.reading_arms import ARMS, Bench
 from eval.results import FOLDER, commit, write_result
-from hf_crouter.loading import load_crouter, load_host
+from hf_crouter.crouter.loading import load_crouter
+from hf_crouter.hosts.loading import load_host
 
 PARTS = (
     "passkey",

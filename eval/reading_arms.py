@@ -19,7 +19,7 @@ import torch
 from eval.documents import Record, Windows
 from eval.statistics import clustered_interval
 from hf_crouter import CompressedHistory
-from hf_crouter.host.report import HistoryReport
+from hf_crouter.generation.report import HistoryReport
 
 PREFIX = 4  # raw tokens at the start: these prompts have no system turn
 ARMS: dict[str, dict[str, Any]] = {

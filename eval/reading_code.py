@@ -12,8 +12,8 @@ import torch
 from eval.documents import CHUNK, CHUNKS, PREFIX, SCORED, WINDOW, Windows
 from eval.reading_arms import Bench, Progress, batches, group, ratio_with_interval, with_interval
 from eval.statistics import clustered_interval
-from hf_crouter.archive.store import Archive
-from hf_crouter.past import special_ids
+from hf_crouter.hosts.tokenizers import special_ids
+from hf_crouter.ngram.archive import Archive
 
 MADE = 64  # tokens generated for a line
 NAME = re.compile(r"[A-Za-z_]\w{3,}")

@@ -15,10 +15,15 @@ from transformers import DynamicCache
 
 from eval.documents import Windows
 from eval.results import write_result
+from hf_crouter.cache.kv_cache import CompressedDynamicCache
+from hf_crouter.crouter.loading import load_crouter
 from hf_crouter.errors import InputError
-from hf_crouter.host.cache import CompressedChunk, CompressedDynamicCache, Row
-from hf_crouter.loading import load_crouter, load_host
-from hf_crouter.past import Copier, Past, find_gate, special_ids
+from hf_crouter.hosts.loading import load_host
+from hf_crouter.hosts.tokenizers import special_ids
+from hf_crouter.modes.copy import Copier
+from hf_crouter.ngram.gate import find_gate
+from hf_crouter.ngram.row_archive import Past
+from hf_crouter.types import CompressedChunk, Row
 
 CHUNK, PREFIX = 512, 4
 NAMES = {10_000: "10k", 100_000: "100k", 1_000_000: "1m"}

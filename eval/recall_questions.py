@@ -23,8 +23,11 @@ from tokenizers import Tokenizer
 from eval.documents import CHUNK
 from eval.results import write_result
 from eval.statistics import clustered_interval
-from hf_crouter.archive.postings import ChunkIndex
-from hf_crouter.archive.recall import (
+from hf_crouter.crouter.loading import shipped_crouter
+from hf_crouter.data.tokens import plain_tokenizer
+from hf_crouter.errors import InputError
+from hf_crouter.ngram.postings import ChunkIndex
+from hf_crouter.ngram.scorers import (
     DECAY,
     QUERY,
     RECENCY,
@@ -36,9 +39,6 @@ from hf_crouter.archive.recall import (
     Scorer,
     choose,
 )
-from hf_crouter.data.tokens import plain_tokenizer
-from hf_crouter.errors import InputError
-from hf_crouter.loading import shipped_crouter
 
 ASKED = "\n\nQuestion: {question}?\nAnswer:"
 NOTES = (

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 from eval.results import write_result
+from hf_crouter.crouter.loading import load_crouter
 from hf_crouter.data.tokens import TokenArray
-from hf_crouter.loading import load_crouter
 from hf_crouter.training.evaluate import reconstruction_score
 
 PARTS = {"code.files": "files", "code.packages": "packages", "code.stdlib": "stdlib"}

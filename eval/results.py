@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from hf_crouter.storage import write_json
+from hf_crouter.utils.io import write_json
 
 FOLDER = Path(__file__).parent / "results"
 PACKAGES = ("torch", "transformers", "accelerate", "numpy", "hf_crouter")

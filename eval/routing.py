@@ -31,11 +31,12 @@ from eval.routing_data import KNOWN, TestWindows, load_mixed, load_mixed_fit, lo
 from eval.routing_nats import Setting, measure_nats
 from eval.routing_report import draw_confusion, metrics, table
 from eval.routing_train import merged, ship, train
-from hf_crouter.adapters import Lora
-from hf_crouter.compressor import CRouterModel
+from hf_crouter.crouter import CRouterModel
+from hf_crouter.crouter.loading import SHIPPED, load_crouter
 from hf_crouter.data.tokens import TokenArray
 from hf_crouter.errors import InputError
-from hf_crouter.loading import SHIPPED, load_crouter, load_host
+from hf_crouter.hosts.loading import load_host
+from hf_crouter.routing.adapters import Lora
 from hf_crouter.routing.experts import COMPRESSOR, HOST, SET_FILE, ExpertSet, mounted_names
 from hf_crouter.training.experts import ExpertModels, read_domain
 

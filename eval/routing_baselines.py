@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import nn
 
-from hf_crouter.adapters import AdapterStack
 from hf_crouter.errors import InputError
+from hf_crouter.routing.adapters import AdapterStack
 
 BUCKETS = 1 << 18
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)

@@ -30,6 +30,7 @@ from tokenizers import Tokenizer
 
 from eval.documents import MAXIMUM, no_copy, package_lists, packages, place, records_of
 from eval.routing_mixed import Mixed, mixed_documents
+from hf_crouter.crouter.loading import SHIPPED
 from hf_crouter.data.corpora import load_corpus
 from hf_crouter.data.dedup import deduplicate, ngram_overlap, training_grams
 from hf_crouter.data.documents import Document
@@ -38,8 +39,7 @@ from hf_crouter.data.shingles import sorted_unique
 from hf_crouter.data.split import Split
 from hf_crouter.data.tokens import TokenArray, encode_documents, plain_tokenizer
 from hf_crouter.errors import InputError
-from hf_crouter.loading import SHIPPED
-from hf_crouter.storage import replaced_file, write_json
+from hf_crouter.utils.io import replaced_file, write_json
 
 KNOWN = ("python", "wiki_en", "novels_en", "medquad", "de_law", "json_config", "latex_math", "dialogue_sgd")
 NEAR = ("shakespeare", "speeches_en", "meetings_qmsum")

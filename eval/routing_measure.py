@@ -25,8 +25,8 @@ from eval.routing_baselines import (
 )
 from eval.routing_decide import measure_borders
 from eval.routing_nats import Arrays, Setting
-from hf_crouter.adapters import AdapterStack, Lora
 from hf_crouter.errors import InputError
+from hf_crouter.routing.adapters import AdapterStack, Lora
 from hf_crouter.routing.experts import ExpertSet
 from hf_crouter.routing.profile import Profile, summary
 from hf_crouter.routing.router import Router, rebuilding_nats

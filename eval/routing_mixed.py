@@ -25,7 +25,7 @@ from eval.documents import package_lists, place
 from hf_crouter.data.documents import Document
 from hf_crouter.data.wheels import fetch_archive
 from hf_crouter.errors import InputError
-from hf_crouter.storage import replaced_file, write_json
+from hf_crouter.utils.io import replaced_file, write_json
 
 CHUNK = 512
 EDGE = 48  # tokens between a border and the piece's ends, or the next border: shorter stretches are their neighbour's

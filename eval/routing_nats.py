@@ -15,8 +15,8 @@ import torch
 
 from eval.routing_data import TestWindows
 from eval.routing_mixed import Mixed, Spliced, changing, splice
-from hf_crouter.adapters import AdapterStack
 from hf_crouter.data.tokens import TokenArray
+from hf_crouter.routing.adapters import AdapterStack
 from hf_crouter.routing.experts import ExpertSet
 from hf_crouter.routing.profile import Evidence, summary
 from hf_crouter.routing.router import rebuilding_nats

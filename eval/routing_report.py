@@ -18,7 +18,7 @@ from eval.routing_mixed import Mixed
 from eval.statistics import clustered_interval
 from hf_crouter.errors import InputError
 from hf_crouter.routing.profile import LOGS, NATS, USUAL, distances_across, gaussian, squared_distance
-from hf_crouter.storage import replaced_file
+from hf_crouter.utils.io import replaced_file
 
 BASELINES = ("ngram", "tfidf", "perplexity", "probe", "arrow")
 UNSEEN = {"near": NEAR, "far": FAR}

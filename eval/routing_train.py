@@ -26,7 +26,6 @@ from hf_crouter.routing.experts import (
     add_expert,
     mounted_names,
 )
-from hf_crouter.storage import temporary_folder_beside, write_json
 from hf_crouter.training.experts import (
     ExpertArguments,
     ExpertModels,
@@ -44,6 +43,7 @@ from hf_crouter.training.experts import (
 )
 from hf_crouter.training.loop import compiled_layers, make_accelerator, run_loop
 from hf_crouter.training.reconstruct import ReconstructionLoss, reconstruction_batch
+from hf_crouter.utils.io import temporary_folder_beside, write_json
 
 SMALL, LARGE = 4, 8  # ranks beside the experts': of the crouter's adapter, of the host's
 

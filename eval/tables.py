@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from eval.results import FOLDER
 from hf_crouter.errors import InputError
-from hf_crouter.storage import replaced_file
+from hf_crouter.utils.io import replaced_file
 
 README = Path(__file__).parent.parent / "README.md"
 MISSING = "not measured yet"

@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 
 from hf_crouter import CompressedHistory
-from hf_crouter.loading import load_crouter, load_host
+from hf_crouter.crouter.loading import load_crouter
+from hf_crouter.hosts.loading import load_host
 
 NEW = 40  # tokens
 

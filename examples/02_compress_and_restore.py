@@ -12,7 +12,7 @@ from itertools import zip_longest
 from pathlib import Path
 
 from hf_crouter.context import compress_text, restore_text
-from hf_crouter.loading import load_crouter
+from hf_crouter.crouter.loading import load_crouter
 
 
 def first_difference(left: str, right: str) -> int | None:

@@ -15,8 +15,8 @@ from pydoc_data.topics import topics
 
 import torch
 
-from hf_crouter.loading import load_calibration, load_crouter
-from hf_crouter.routing.calibration import verdict
+from hf_crouter.crouter.loading import load_crouter
+from hf_crouter.routing.calibration import load_calibration, verdict
 from hf_crouter.training.evaluate import reconstruction_score
 
 CHUNKS = 4  # of each domain

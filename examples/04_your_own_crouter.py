@@ -17,9 +17,9 @@ from pathlib import Path
 import torch
 from transformers import AutoModel
 
+from hf_crouter.crouter.loading import load_crouter
 from hf_crouter.data.prepare import prepare
 from hf_crouter.data.tokens import TokenArray
-from hf_crouter.loading import load_crouter
 from hf_crouter.training.evaluate import reconstruction_score
 from hf_crouter.training.reconstruct import ReconstructArguments, train_reconstruction
 

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 
-from hf_crouter.loading import shipped_crouter
+from hf_crouter.crouter.loading import shipped_crouter
 
 WITHOUT_THE_PACKAGE = """
 import sys

@@ -17,8 +17,8 @@ import torch
 from rich.console import Console
 from rich.text import Text
 
-from hf_crouter.loading import expert_folder, load_crouter
-from hf_crouter.routing.experts import ExpertSet
+from hf_crouter.crouter.loading import load_crouter
+from hf_crouter.routing.experts import ExpertSet, expert_folder
 from hf_crouter.routing.profile import Evidence
 from hf_crouter.routing.router import Router
 from hf_crouter.routing.spans import route_spans, split_document

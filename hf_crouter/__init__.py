@@ -2,7 +2,7 @@
 
 from transformers import AutoConfig, AutoModel
 
-from .compressor import CRouterConfig, CRouterModel
+from .crouter import CRouterConfig, CRouterModel
 from .errors import CapacityError, InputError, MismatchError
 from .history import CompressedHistory, attach
 

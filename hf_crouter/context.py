@@ -20,10 +20,10 @@ from safetensors.torch import save
 from transformers import PreTrainedTokenizerBase
 
 from .chunking import tokenizer_fingerprint
-from .compressor import CRouterModel
+from .crouter import CRouterModel
+from .crouter.fingerprint import crouter_fingerprint
 from .errors import InputError, MismatchError
-from .host.fingerprint import crouter_fingerprint
-from .storage import replaced_file
+from .utils.io import replaced_file
 
 FORMAT = "crouter-context-1"
 DTYPES = {

@@ -11,23 +11,29 @@ from typing import Any, Literal, overload
 
 import torch
 
-from .adapters import AdapterStack
-from .archive.copying import Gate
-from .archive.recall import Recall, Scorer, make_scorer
+from .cache.kv_cache import CompressedCache, CompressedDynamicCache
+from .cache.policy import Reader
+from .cache.prefill import advance, mask_and_positions
+from .cache.prefix import FirstTurn
 from .chunking import SameTokenizerChunker, make_chunker, tokenizer_fingerprint
-from .compressor import CRouterModel
+from .compressors.projector import Projector, find_projector
+from .compressors.rebuild import Rebuilder
+from .crouter import CRouterModel
+from .crouter.fingerprint import crouter_fingerprint
 from .errors import InputError, MismatchError
-from .host.advance import advance, mask_and_positions
-from .host.cache import CompressedCache, CompressedDynamicCache, Row
-from .host.fingerprint import crouter_fingerprint, host_fingerprint
-from .host.generation import HistoryProcessor, active_call, always_on, mount, row_pads, unmount
-from .host.projector import Projector, find_projector
-from .host.reader import FirstTurn, Reader, local_tokenizer
-from .host.report import ChunkRecord, HistoryReport, RecallRecord, RouteRecord, RowRecord, Trace
-from .host.unwrap import unwrap
-from .past import Copier, Past, Rebuilder, find_gate, special_ids
+from .generation.mixin import HistoryProcessor, active_call, always_on, mount, row_pads, unmount
+from .generation.report import ChunkRecord, HistoryReport, RecallRecord, RouteRecord, RowRecord, Trace
+from .hosts.fingerprint import host_fingerprint
+from .hosts.tokenizers import local_tokenizer, special_ids
+from .hosts.unwrap import unwrap
+from .modes.copy import Copier
+from .ngram.gate import Gate, find_gate
+from .ngram.row_archive import Past
+from .ngram.scorers import Recall, Scorer, make_scorer
+from .routing.adapters import AdapterStack
 from .routing.experts import ExpertSet
 from .routing.router import Router
+from .types import Row
 
 CHUNK_LENGTH = 512  # where no crouter says otherwise
 SCORE_COLUMNS = 512  # most logits a row at once

@@ -3,7 +3,7 @@
 import pytest
 
 from hf_crouter.errors import InputError
-from hf_crouter.host.fetch import cached_host
+from hf_crouter.hosts.fetch import cached_host
 
 HOST = "smollm2-135m"
 

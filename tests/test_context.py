@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hf_crouter.context import CompressedContext, _digest, compress_text, restore_text
+from hf_crouter.crouter.loading import load_crouter, shipped_crouter
 from hf_crouter.errors import InputError, MismatchError
-from hf_crouter.loading import load_crouter, shipped_crouter
 
 from .trained_crouter import LENGTH, TEXT, make_tokenizer, trained_crouter
 
@@ -235,6 +235,6 @@ def test_load_crouter_refuses_what_is_no_crouter(folder, tmp_path):
 
 
 def test_the_shipped_crouter_is_named_when_missing(monkeypatch, tmp_path):
-    monkeypatch.setattr("hf_crouter.loading.SHIPPED", tmp_path / "crouter-code-mini")
+    monkeypatch.setattr("hf_crouter.hosts.loading.SHIPPED", tmp_path / "crouter-code-mini")
     with pytest.raises(InputError, match="shipped crouter is missing"):
         shipped_crouter()

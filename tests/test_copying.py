@@ -6,16 +6,18 @@ import torch
 from tokenizers import AddedToken
 from transformers import LogitsProcessorList
 
-from hf_crouter.archive.copying import Gate, GateConfig, collect, gate_features, mix, view_host
-from hf_crouter.archive.store import ORDERS, Archive, Matches
 from hf_crouter.errors import InputError, MismatchError
 from hf_crouter.history import CompressedHistory, attach
-from hf_crouter.host.cache import CompressedChunk, Row
-from hf_crouter.host.fingerprint import host_fingerprint
-from hf_crouter.past import Past, find_gate, special_ids
+from hf_crouter.hosts.fingerprint import host_fingerprint
+from hf_crouter.hosts.tokenizers import special_ids
+from hf_crouter.ngram.archive import ORDERS, Archive, Matches
+from hf_crouter.ngram.gate import Gate, GateConfig, find_gate
+from hf_crouter.ngram.mixture import collect, gate_features, mix, view_host
+from hf_crouter.ngram.row_archive import Past
+from hf_crouter.types import CompressedChunk, Row
 
 from . import reference
-from .archive.reference import SlowArchive
+from .ngram.reference import SlowArchive
 from .tiny import CHUNK, VOCAB, tiny_crouter, tiny_host, tiny_projector
 
 WINDOW, PREFIX = 8, 3

@@ -15,9 +15,11 @@ from transformers import AutoModel
 import hf_crouter
 from hf_crouter import CRouterModel
 from hf_crouter.chunking import tokenizer_fingerprint
-from hf_crouter.host.fingerprint import crouter_fingerprint
-from hf_crouter.host.projector import Projector, find_projector
-from hf_crouter.loading import load_calibration, load_crouter, load_host, shipped_crouter
+from hf_crouter.compressors.projector import Projector, find_projector
+from hf_crouter.crouter.fingerprint import crouter_fingerprint
+from hf_crouter.crouter.loading import load_crouter, shipped_crouter
+from hf_crouter.hosts.loading import load_host
+from hf_crouter.routing.calibration import load_calibration
 from hf_crouter.training.evaluate import reconstruction_score
 
 PACKAGE = Path(hf_crouter.__file__).parent

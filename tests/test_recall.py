@@ -1,9 +1,9 @@
 import pytest
 import torch
 
-from hf_crouter.archive.recall import Bm25Scorer, LearnedScorer, RandomScorer, RecencyScorer, ScorerConfig
 from hf_crouter.errors import CapacityError, InputError
 from hf_crouter.history import CompressedHistory
+from hf_crouter.ngram.scorers import Bm25Scorer, LearnedScorer, RandomScorer, RecencyScorer, ScorerConfig
 
 from . import reference
 from .test_chunking import TEXT, byte_tokenizer

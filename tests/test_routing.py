@@ -11,19 +11,20 @@ import torch
 from peft import PeftModel
 from transformers.generation import CompileConfig
 
-from hf_crouter.adapters import AdapterStack, Lora
+from hf_crouter.cache.kv_cache import CompressedCache
+from hf_crouter.cache.layout import common_columns
+from hf_crouter.cache.policy import Reader
 from hf_crouter.chunking import make_chunker
 from hf_crouter.errors import InputError, MismatchError
+from hf_crouter.generation.mixin import mount, unmount
 from hf_crouter.history import CompressedHistory
-from hf_crouter.host.cache import CompressedCache, common_columns
-from hf_crouter.host.generation import mount, unmount
-from hf_crouter.host.reader import Reader
+from hf_crouter.routing.adapters import AdapterStack, Lora
 from hf_crouter.routing.experts import ExpertSet
 from hf_crouter.types import Route
 
 from . import reference
 from .routing.trained_experts import DOMAINS, FOREIGN, texts, trained_set
-from .test_adapters import save_adapter
+from .routing.test_adapters import save_adapter
 from .test_chunking import TEXT, byte_tokenizer
 from .test_history import PREFIX, WINDOW, make, run
 from .tiny import VOCAB, tiny_crouter, tiny_host
@@ -141,7 +142,7 @@ class TestExactness:
         def stale(reader, experts):
             return reader.adapters.using(torch.full_like(experts, 0))
 
-        monkeypatch.setattr("hf_crouter.host.reader.Reader.serving", stale)
+        monkeypatch.setattr("hf_crouter.cache.policy.Reader.serving", stale)
         out = run(host, *mixed(70), logits_processor=[history])
         monkeypatch.undo()
         with pytest.raises(AssertionError, match="not close"):
@@ -153,7 +154,7 @@ class TestExactness:
         low, high = mixed(20)[0][0], mixed(40)[0][0, 20:]
         ids = torch.cat([low[:18], high[:8]])[None]
         if forgets:
-            monkeypatch.setattr("hf_crouter.host.advance.common_columns", lambda a, b: common_columns(a[:1], b[:1]))
+            monkeypatch.setattr("hf_crouter.cache.prefill.common_columns", lambda a, b: common_columns(a[:1], b[:1]))
         history = routed(host, crouter, folders)
         out = run(host, ids, new=6, logits_processor=[history])
         report = history.report()

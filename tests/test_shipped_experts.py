@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from hf_crouter.cli.main import main
+from hf_crouter.crouter.fingerprint import crouter_fingerprint
+from hf_crouter.crouter.loading import SHIPPED, load_crouter
 from hf_crouter.errors import InputError, MismatchError
-from hf_crouter.host.fingerprint import crouter_fingerprint
-from hf_crouter.loading import SHIPPED, SHIPPED_EXPERTS, expert_folder, load_crouter
-from hf_crouter.routing.experts import ExpertSet, Texts
+from hf_crouter.routing.experts import SHIPPED_EXPERTS, ExpertSet, Texts, expert_folder
 from hf_crouter.routing.router import Router
 
 from .tiny import tiny_crouter
@@ -55,6 +55,6 @@ def test_the_list_names_them(capsys):
 
 
 def test_an_installation_without_them(monkeypatch, tmp_path):
-    monkeypatch.setattr("hf_crouter.loading.SHIPPED_EXPERTS", tmp_path / "experts")
+    monkeypatch.setattr("hf_crouter.hosts.loading.SHIPPED_EXPERTS", tmp_path / "experts")
     with pytest.raises(InputError, match="missing from this installation"):
         expert_folder()

@@ -14,8 +14,8 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from hf_crouter.compressor import CRouterConfig, CRouterModel
-from hf_crouter.host.projector import Projector, new_projector
+from hf_crouter.compressors.projector import Projector, new_projector
+from hf_crouter.crouter import CRouterConfig, CRouterModel
 
 VOCAB = 97
 CHUNK = 16

@@ -18,8 +18,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from eval.results import write_result
-from hf_crouter.host.fetch import resolve_host
-from hf_crouter.loading import load_crouter
+from hf_crouter.crouter.loading import load_crouter
+from hf_crouter.hosts.fetch import resolve_host
 from hf_crouter.training.evaluate import reconstruction_score
 
 TRAINED = 8192  # positions that the host was trained on

@@ -15,9 +15,9 @@ from tokenizers import Tokenizer
 
 from eval.benchmarks.suffix_index import HELD_OUT
 from eval.results import write_result
-from hf_crouter.archive.postings import ChunkIndex
-from hf_crouter.archive.recall import QUERY, Bm25Scorer, LearnedScorer, OverlapScorer, Recall
-from hf_crouter.loading import shipped_crouter
+from hf_crouter.crouter.loading import shipped_crouter
+from hf_crouter.ngram.postings import ChunkIndex
+from hf_crouter.ngram.scorers import QUERY, Bm25Scorer, LearnedScorer, OverlapScorer, Recall
 
 NOTES = (
     "Source of the standard library in the shipped crouter's tokens, in chunks; where it is too short it is repeated "

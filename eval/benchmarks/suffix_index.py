@@ -16,8 +16,8 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from eval.results import write_result
-from hf_crouter.archive.store import LONGEST, ORDERS, Archive
-from hf_crouter.loading import shipped_crouter
+from hf_crouter.crouter.loading import shipped_crouter
+from hf_crouter.ngram.archive import LONGEST, ORDERS, Archive
 
 HELD_OUT = "argparse.py"
 NOTES = (

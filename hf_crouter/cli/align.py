@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 
+from ..compressors.projector import align_command
 from ..errors import InputError
-from ..host.fetch import resolve_host
-from ..host.projector import align_command
-from ..loading import load_host_tokenizer
+from ..hosts.fetch import resolve_host
+from ..hosts.loading import load_host_tokenizer
 from ..training.align import AlignArguments, train_alignment
 from ..training.copying import train_copying
 from .arguments import add_options, from_options, prepared_data

@@ -7,13 +7,13 @@ from pathlib import Path
 
 from torch import nn
 
+from ..crouter.loading import load_crouter
 from ..data.corpora import load_corpus
 from ..data.dedup import deduplicate
-from ..data.progress import Meter
 from ..data.tokens import encode_documents
 from ..errors import InputError
-from ..loading import load_crouter
 from ..training.reconstruct import calibrate
+from ..utils.progress import Meter
 from .console import Column, print_json, print_table
 from .inputs import device, positive
 

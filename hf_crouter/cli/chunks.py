@@ -7,11 +7,10 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any, TextIO
 
-from ..compressor import CRouterModel
-from ..host.fingerprint import crouter_fingerprint
-from ..host.report import HistoryReport
-from ..loading import load_calibration
-from ..routing.calibration import UNCALIBRATED, Calibration, verdict
+from ..crouter import CRouterModel
+from ..crouter.fingerprint import crouter_fingerprint
+from ..generation.report import HistoryReport
+from ..routing.calibration import UNCALIBRATED, Calibration, load_calibration, verdict
 from .console import Column, note, print_table
 
 VERDICTS = ("rebuildable", "uncertain", "foreign")

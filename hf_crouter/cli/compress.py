@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from ..context import compress_text
-from ..loading import load_crouter, load_host_tokenizer
+from ..crouter.loading import load_crouter
+from ..hosts.loading import load_host_tokenizer
 from .chunks import calibration_of, chunk_record, print_chunks, summary
 from .console import print_json, progress, size
 from .inputs import add_crouter, add_device, add_json, check_output, device, kv_bytes, positive, read_text

@@ -13,10 +13,12 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
+from ..crouter.loading import load_crouter
 from ..errors import InputError
 from ..history import CompressedHistory, HistoryReport
-from ..host.projector import display_name
-from ..loading import expert_folder, load_crouter, load_host
+from ..hosts.loading import load_host
+from ..hosts.unwrap import display_name
+from ..routing.experts import expert_folder
 from .chunks import calibration_of, chunk_records, print_chunks
 from .console import Column, note, print_json, print_table, size
 from .generate import pad_id

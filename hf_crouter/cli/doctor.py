@@ -15,15 +15,17 @@ from packaging.requirements import Requirement
 from transformers import PreTrainedTokenizerBase
 
 from ..chunking import tokenizer_fingerprint
-from ..compressor import CRouterModel
+from ..compressors.projector import align_command, find_projector
 from ..context import compress_text
+from ..crouter import CRouterModel
+from ..crouter.fingerprint import crouter_fingerprint
+from ..crouter.loading import load_crouter
 from ..errors import InputError
-from ..host.fetch import cached_host, list_hosts
-from ..host.fingerprint import crouter_fingerprint, host_fingerprint
-from ..host.projector import align_command, find_projector
-from ..loading import load_calibration, load_crouter, load_host
-from ..past import find_gate
-from ..routing.calibration import verdict
+from ..hosts.fetch import cached_host, list_hosts
+from ..hosts.fingerprint import host_fingerprint
+from ..hosts.loading import load_host
+from ..ngram.gate import find_gate
+from ..routing.calibration import load_calibration, verdict
 from .console import Column, print_json, print_table
 from .inputs import add_crouter, add_json
 

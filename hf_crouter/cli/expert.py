@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..crouter.fingerprint import crouter_fingerprint
+from ..crouter.loading import load_crouter
 from ..data.corpora import load_corpus
 from ..data.tokens import TokenArray, encode_documents
 from ..errors import InputError
-from ..host.fingerprint import crouter_fingerprint
-from ..loading import SHIPPED_EXPERTS, expert_folder, load_crouter
-from ..routing.experts import Expert, ExpertSet, remove_expert
+from ..routing.experts import SHIPPED_EXPERTS, Expert, ExpertSet, expert_folder, remove_expert
 from ..routing.router import Router
 from ..training.experts import (
     ExpertArguments,

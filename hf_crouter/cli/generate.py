@@ -11,9 +11,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase, TextStreamer
 
+from ..crouter.loading import load_crouter
 from ..errors import InputError
 from ..history import CompressedHistory
-from ..loading import SHIPPED_EXPERTS, expert_folder, load_crouter, load_host
+from ..hosts.loading import load_host
+from ..routing.experts import SHIPPED_EXPERTS, expert_folder
 from .chunks import calibration_of, chunk_records, print_chunks
 from .console import note, print_json, size
 from .inputs import add_crouter, add_device, add_json, count, device, host_dtype, positive, read_text, share

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from ..errors import InputError
-from ..host.fetch import cached_host, fetch_host, list_hosts
+from ..hosts.fetch import cached_host, fetch_host, list_hosts
 from .console import Column, print_json, print_table
 from .inputs import add_json
 

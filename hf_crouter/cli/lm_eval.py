@@ -7,7 +7,7 @@ import re
 import sys
 
 from ..errors import InputError
-from ..host.fetch import KNOWN_HOSTS, fetch_host
+from ..hosts.fetch import KNOWN_HOSTS, fetch_host
 
 NAME = "lm-eval"
 HELP = "run lm-evaluation-harness on a host, its past beyond a raw window compressed"
@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         from lm_eval.__main__ import cli_evaluate  # pyright: ignore[reportMissingImports] # an optional dependency
 
-        from .. import harness  # noqa: F401 # registers the model `crouter`
+        from ..integrations import lm_eval as harness  # noqa: F401 # registers the model `crouter`
     except ModuleNotFoundError as error:
         raise InputError(
             f'lm-eval: {error.name} is not installed; it comes with an extra: pip install "hf_crouter[lm-eval]"'

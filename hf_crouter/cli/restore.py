@@ -7,8 +7,8 @@ import hashlib
 import sys
 
 from ..context import CompressedContext, restore_text
-from ..loading import load_crouter
-from ..storage import replaced_file
+from ..crouter.loading import load_crouter
+from ..utils.io import replaced_file
 from .console import note, print_json
 from .inputs import add_crouter, add_device, add_json, check_output, device, share
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ..host.fetch import resolve_host
+from ..hosts.fetch import resolve_host
 from ..training.reconstruct import ReconstructArguments, read_config, read_tokenizer, train_reconstruction
 from .arguments import add_options, from_options, prepared_data
 from .console import print_json

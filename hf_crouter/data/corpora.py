@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from ..errors import InputError
+from ..utils.progress import Meter
 from .documents import Document
 from .installed import installed_python
-from .progress import Meter
 from .text_files import text_files
 from .wheels import wheels
 

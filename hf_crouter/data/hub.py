@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..errors import InputError
+from ..utils.progress import Meter
 from .documents import Document
-from .progress import Meter
 
 try:
     from datasets import load_dataset

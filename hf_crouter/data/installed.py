@@ -11,8 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from ..errors import InputError
+from ..utils.progress import Meter
 from .documents import MAXIMUM, MINIMUM, Document, read_source
-from .progress import Meter
 
 STDLIB = "<stdlib>"
 FAMILY_CAP = 40_000_000  # characters: generated families (clients of web services and the like) would drown the rest

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
+from ..utils.progress import Meter
 from .corpora import load_corpus
 from .dedup import deduplicate
 from .documents import Document
-from .progress import Meter
 from .split import HELD_OUT_PACKAGES, PARTS, SplitRules, make_split
 from .tokens import encode_documents
 

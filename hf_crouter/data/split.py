@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
-from ..storage import write_json
+from ..utils.io import write_json
 from .dedup import GRAM, ngram_overlap, training_grams
 from .documents import Document
 from .installed import STDLIB

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..errors import InputError
+from ..utils.progress import Meter
 from .documents import Document
-from .progress import Meter
 
 _SUFFIXES = """
 .txt .text .md .markdown .rst .adoc .tex .org .html .xml .csv .tsv .json .jsonl .yaml .yml .toml .ini .cfg .log

@@ -16,7 +16,7 @@ from safetensors.numpy import save_file
 from tokenizers import Tokenizer
 
 from ..errors import InputError
-from ..storage import replaced_file
+from ..utils.io import replaced_file
 from .documents import Document
 from .parallel import map_texts
 

@@ -12,10 +12,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..errors import InputError
-from ..pip_download import pip_download
-from ..storage import cache_home, temporary_folder_beside
+from ..utils.io import cache_home, temporary_folder_beside
+from ..utils.pip_download import pip_download
+from ..utils.progress import Meter
 from .documents import MAXIMUM, MINIMUM, Document, decode_source
-from .progress import Meter
 
 
 def wheels(argument: str, meter: Meter | None = None) -> Iterator[Document]:

@@ -10,9 +10,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+from transformers.utils.hub import cached_file
 
+from ..crouter.loading import crouter_name
 from ..errors import InputError
-from ..storage import write_json
+from ..utils.io import write_json
+from ..utils.loading import from_pretrained_options
 
 CALIBRATION_FILE = "calibration.json"
 QUANTILES = (0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99)
@@ -224,3 +227,19 @@ def quantile_at(table: Mapping[int, Mapping[float, float]], tokens: int, quantil
     """A quantile at the measured length that is nearest by ratio, interpolated between the measured quantiles."""
     row = table[nearest_length(table, tokens)]
     return float(np.interp(quantile, list(row), list(row.values())))
+
+
+def load_calibration(name_or_path: str | os.PathLike | None = None) -> Calibration | None:
+    """The calibration in a crouter's folder, or None where it has none.
+
+    Args:
+        name_or_path: local folder or hub name; the shipped crouter by default.
+
+    Raises:
+        InputError: it is damaged.
+    """
+    name = crouter_name(name_or_path)
+    path = cached_file(
+        name, CALIBRATION_FILE, _raise_exceptions_for_missing_entries=False, **from_pretrained_options(name, "crouter")
+    )
+    return Calibration.load(Path(path).parent) if path else None

@@ -31,9 +31,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 
-from ..adapters import CONFIG, WEIGHTS, Lora
+from ..crouter.loading import SHIPPED
 from ..errors import InputError, MismatchError
-from ..storage import replaced_file, replaced_folder, temporary_folder_beside, write_json
+from ..utils.io import replaced_file, replaced_folder, temporary_folder_beside, write_json
+from .adapters import CONFIG, WEIGHTS, Lora
 from .calibration import CALIBRATION_FILE, LengthCalibration
 from .profile import Evidence, Profile
 
@@ -472,6 +473,22 @@ def _check_unique(names: list[str], where: str) -> None:
 
 def _compare(expert: Expert, what: str, expected: str, got: str) -> None:
     if not isinstance(got, str):
-        raise TypeError(f"expected the {what}'s fingerprint (hf_crouter.host.fingerprint), got {type(got).__name__}")
+        raise TypeError(f"expected the {what}'s fingerprint (hf_crouter.hosts.fingerprint), got {type(got).__name__}")
     if expected and got and expected != got:
         raise MismatchError(f"expert {expert.name}: expected the {what} with fingerprint {expected}, got {got}")
+
+
+SHIPPED_EXPERTS = SHIPPED.with_name("experts-smollm2-135m")  # of that crouter and this host
+
+
+def expert_folder(name_or_path: str | os.PathLike | None = None) -> Path:
+    """Folder of an expert set; by default, and for its own name, that of the set that comes with the package.
+
+    Raises:
+        InputError: this installation has none.
+    """
+    if name_or_path is None or (str(name_or_path) == SHIPPED_EXPERTS.name and not Path(name_or_path).exists()):
+        if not (SHIPPED_EXPERTS / SET_FILE).is_file():
+            raise InputError(f"{SHIPPED_EXPERTS}: the shipped experts are missing from this installation")
+        return SHIPPED_EXPERTS
+    return Path(name_or_path)

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..adapters import AdapterStack
-from ..compressor import CRouterModel
+from ..crouter import CRouterModel
+from .adapters import AdapterStack
 from .experts import Expert, ExpertSet, Texts
 from .profile import Evidence, summary
 from .router import rebuilding_nats

@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from ..errors import InputError
-from ..storage import replaced_file
+from ..utils.io import replaced_file
 from .calibration import nearest_length, quantile_at, quantiles_by_length
 
 EVIDENCE_FILE = "evidence.safetensors"

@@ -13,18 +13,13 @@ from collections.abc import Sequence
 
 import torch
 
-from ..adapters import BASE, AdapterStack
-from ..compressor import CRouterModel
+from ..crouter import CRouterModel
 from ..errors import InputError
-from ..types import Route
+from ..types import BASE, Route
+from ..utils.batching import padded
+from .adapters import AdapterStack
 from .experts import ExpertSet
 from .profile import LOGS, NATS, summary
-
-
-def padded(pieces: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Texts of any lengths as one batch: ids and mask, `[N, T]`, on the CPU."""
-    ids = torch.nn.utils.rnn.pad_sequence(list(pieces), batch_first=True)
-    return ids, torch.arange(ids.shape[1]) < torch.tensor([[len(piece)] for piece in pieces])
 
 
 @torch.no_grad()

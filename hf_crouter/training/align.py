@@ -21,11 +21,12 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..chunking import make_chunker
-from ..compressor import CRouterModel
+from ..compressors.projector import Projector, new_projector
+from ..crouter import CRouterModel
+from ..crouter.loading import load_crouter
 from ..data.tokens import TokenArray
 from ..errors import InputError
-from ..host.projector import Projector, new_projector
-from ..loading import load_crouter, load_host
+from ..hosts.loading import load_host
 from .loop import Batch, LoopArguments, device_name, make_accelerator, run_loop
 
 

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ..errors import InputError
-from ..storage import replaced_folder
+from ..utils.io import replaced_folder
 
 _NAME = re.compile(r"checkpoint-(\d+)$")
 

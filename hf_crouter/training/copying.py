@@ -16,15 +16,18 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..archive.copying import BLOCK, Candidates, Gate, GateConfig, collect, gate_features, view_host
-from ..archive.index import LONGEST
-from ..archive.store import ORDERS, Archive
+from ..compressors.projector import Projector, find_projector
+from ..compressors.rebuild import Rebuilder
 from ..data.tokens import TokenArray
 from ..errors import InputError, MismatchError
-from ..host.cache import CompressedChunk
-from ..host.fingerprint import host_fingerprint
-from ..host.projector import Projector, display_name, find_projector
-from ..past import Rebuilder, special_ids
+from ..hosts.fingerprint import host_fingerprint
+from ..hosts.tokenizers import special_ids
+from ..hosts.unwrap import display_name
+from ..ngram.archive import ORDERS, Archive
+from ..ngram.gate import Gate, GateConfig
+from ..ngram.mixture import BLOCK, Candidates, collect, gate_features, view_host
+from ..ngram.suffix_index import LONGEST
+from ..types import CompressedChunk
 from .align import AlignArguments, Sample, compressed_logits, cut_sample, load_pair
 from .gate import fit_gate
 from .loop import device_name, make_accelerator, progress_bar

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..compressor import CRouterModel
+from ..crouter import CRouterModel
 
 
 @dataclass(frozen=True)

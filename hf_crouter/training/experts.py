@@ -24,15 +24,17 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..adapters import BASE, CONFIG, WEIGHTS, AdapterStack, Lora
 from ..chunking import tokenizer_fingerprint
-from ..compressor import CRouterModel
+from ..crouter import CRouterModel
+from ..crouter.fingerprint import crouter_fingerprint
+from ..crouter.loading import load_crouter
 from ..data.documents import Document
 from ..data.tokens import TokenArray, encode_documents
 from ..errors import InputError
-from ..host.fingerprint import crouter_fingerprint, host_fingerprint
-from ..host.projector import display_name
-from ..loading import load_crouter, load_host
+from ..hosts.fingerprint import host_fingerprint
+from ..hosts.loading import load_host
+from ..hosts.unwrap import display_name
+from ..routing.adapters import CONFIG, WEIGHTS, AdapterStack, Lora
 from ..routing.calibration import LengthCalibration
 from ..routing.experts import (
     COMPRESSOR,
@@ -49,7 +51,9 @@ from ..routing.experts import (
     mounted_names,
 )
 from ..routing.measure import measure_evidence
-from ..routing.router import Router, padded, rebuilding_nats
+from ..routing.router import Router, rebuilding_nats
+from ..types import BASE
+from ..utils.batching import padded
 from .evaluate import reconstruction_score
 from .flops import matrix_flops_per_token, measured_matrix_rate
 from .loop import Batch, LoopArguments, compiled_layers, device_name, make_accelerator, progress_bar, run_loop

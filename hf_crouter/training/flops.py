@@ -6,7 +6,7 @@ import time
 
 import torch
 
-from ..compressor import CRouterConfig
+from ..crouter import CRouterConfig
 
 
 def matrix_flops_per_token(config: CRouterConfig, backward: bool = True) -> float:

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..archive.copying import Gate, GateConfig
 from ..errors import InputError
+from ..ngram.gate import Gate, GateConfig
 
 _NEVER = 50.0  # nats by which the host outweighs every order in a gate that copies nothing
 _LEAST = 1e-30  # probability that stands for none: its logarithm is finite

@@ -24,7 +24,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import PreTrainedModel
 
 from ..errors import InputError
-from ..storage import clear_write_errors, replaced_file
+from ..utils.io import clear_write_errors, replaced_file
 from .checkpointing import latest_checkpoint, load_checkpoint, save_checkpoint
 from .optim import build_optimizers, learning_rate_factor
 

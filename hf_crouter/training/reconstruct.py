@@ -17,14 +17,15 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoTokenizer
 
-from ..compressor import CRouterConfig, CRouterModel
+from ..crouter import CRouterConfig, CRouterModel
+from ..crouter.fingerprint import crouter_fingerprint
+from ..crouter.loading import load_crouter
 from ..data.prepare import load_tokenizer
 from ..data.tokens import TokenArray
 from ..errors import InputError
-from ..host.fingerprint import crouter_fingerprint
-from ..loading import load_crouter, one_line
 from ..routing.calibration import Calibration
-from ..storage import replaced_folder
+from ..utils.io import replaced_folder
+from ..utils.loading import one_line
 from .evaluate import reconstruction_score
 from .flops import matrix_flops_per_token, measured_matrix_rate
 from .loop import Batch, LoopArguments, LoopResult, make_accelerator, run_loop

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..archive.recall import FEATURES, LearnedScorer, ScorerConfig
 from ..errors import InputError
+from ..ngram.scorers import FEATURES, LearnedScorer, ScorerConfig
 
 
 def fit(
@@ -37,7 +37,7 @@ def fit(
     """A scorer for chunks; of all steps the one whose top `k` gain most in the groups that are kept out.
 
     Args:
-        features: float32 `[N, F]` of many groups, as `hf_crouter.archive.recall.features` gives them.
+        features: float32 `[N, F]` of many groups, as `hf_crouter.ngram.scorers.features` gives them.
         gains: nats that recalling each chunk brings, `[N]`.
         groups: which chunks compete, integers `[N]`.
         sources: document or package of each chunk, integers `[N]`: kept out whole; None: each group by itself.

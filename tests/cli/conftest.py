@@ -5,8 +5,9 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from hf_crouter.host.projector import new_projector
-from hf_crouter.loading import load_crouter, load_host
+from hf_crouter.compressors.projector import new_projector
+from hf_crouter.crouter.loading import load_crouter
+from hf_crouter.hosts.loading import load_host
 
 from ..trained_crouter import make_tokenizer, trained_crouter
 

@@ -9,8 +9,8 @@ from safetensors.torch import load_file, save_file
 
 from hf_crouter.cli.main import main
 from hf_crouter.context import CompressedContext
-from hf_crouter.host.fingerprint import crouter_fingerprint
-from hf_crouter.loading import load_crouter
+from hf_crouter.crouter.fingerprint import crouter_fingerprint
+from hf_crouter.crouter.loading import load_crouter
 from hf_crouter.routing.calibration import Calibration
 
 from ..trained_crouter import TEXT, make_tokenizer

@@ -10,8 +10,9 @@ from safetensors.torch import load_file, save_file
 
 from hf_crouter.cli import demo
 from hf_crouter.cli.main import main
-from hf_crouter.host.fingerprint import crouter_fingerprint
-from hf_crouter.loading import load_crouter, load_host
+from hf_crouter.crouter.fingerprint import crouter_fingerprint
+from hf_crouter.crouter.loading import load_crouter
+from hf_crouter.hosts.loading import load_host
 from hf_crouter.routing.calibration import Calibration
 
 from ..trained_crouter import TEXT, make_tokenizer

@@ -10,7 +10,7 @@ import pytest
 
 from hf_crouter.cli import lm_eval as command
 from hf_crouter.cli.main import main
-from hf_crouter.host import fetch
+from hf_crouter.hosts import fetch
 
 from ..trained_crouter import TEXT
 

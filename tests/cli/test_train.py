@@ -5,8 +5,9 @@ import pytest
 from transformers import AutoModel
 
 from hf_crouter.cli.main import main
-from hf_crouter.host.projector import find_projector
-from hf_crouter.loading import load_crouter, load_host
+from hf_crouter.compressors.projector import find_projector
+from hf_crouter.crouter.loading import load_crouter
+from hf_crouter.hosts.loading import load_host
 
 from ..data.samples import LIBRARY, SOURCES
 from ..trained_crouter import make_tokenizer

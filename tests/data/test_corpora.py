@@ -6,7 +6,7 @@ import zipfile
 
 import pytest
 
-import hf_crouter.pip_download
+import hf_crouter.utils.pip_download
 from hf_crouter.data import installed
 from hf_crouter.data.corpora import load_corpus
 from hf_crouter.data.documents import decode_source
@@ -133,7 +133,7 @@ def pip(tmp_path, monkeypatch):
                 wheel.writestr(member, text)
         return 0, ""
 
-    monkeypatch.setattr(hf_crouter.pip_download, "run_pip", run)
+    monkeypatch.setattr(hf_crouter.utils.pip_download, "run_pip", run)
     monkeypatch.setenv("HF_CROUTER_HOME", str(tmp_path / "home"))
     return state
 

@@ -16,8 +16,9 @@ from eval.hgr_files import joined_arrays
 from eval.hgr_passes import ARMS, GATES, Layout, Reader, Searchers
 from eval.hgr_report import Bootstrap, Losses
 from eval.statistics import clustered_interval
-from hf_crouter.archive.copying import Gate, mix, view_host
-from hf_crouter.archive.store import ORDERS
+from hf_crouter.ngram.archive import ORDERS
+from hf_crouter.ngram.gate import Gate
+from hf_crouter.ngram.mixture import mix, view_host
 
 from ..tiny import CHUNK, LATENTS, VOCAB, tiny_crouter, tiny_host, tiny_projector
 

@@ -61,7 +61,7 @@ def test_every_arm_has_scores_errors_and_slots(measure, offline):
 
 
 def test_what_was_measured_is_written_though_an_arm_fails(measure, monkeypatch, capsys):
-    monkeypatch.setattr("hf_crouter.harness.CompressedHFLM.__init__", lambda *args, **options: 1 / 0)
+    monkeypatch.setattr("hf_crouter.integrations.lm_eval.CompressedHFLM.__init__", lambda *args, **options: 1 / 0)
     with pytest.raises(RuntimeError, match="window"):
         measure("--arms", "window", "full")
     assert set(measure.metrics()) == {

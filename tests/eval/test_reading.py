@@ -21,8 +21,9 @@ from eval.reading_retrieval import (
     summary,
     verdict,
 )
-from hf_crouter.archive.copying import generic_gate
-from hf_crouter.past import Copier, Past
+from hf_crouter.modes.copy import Copier
+from hf_crouter.ngram.gate import generic_gate
+from hf_crouter.ngram.row_archive import Past
 from tests.tiny import CHUNK, tiny_crouter, tiny_host, tiny_projector
 from tests.trained_crouter import TEXT, make_tokenizer
 

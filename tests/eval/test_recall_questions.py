@@ -8,9 +8,9 @@ from tokenizers import Tokenizer
 
 from eval import recall_questions
 from eval.recall_questions import ASKED, CHUNK, passages, prompts
+from hf_crouter.crouter.loading import shipped_crouter
 from hf_crouter.data.tokens import plain_tokenizer
 from hf_crouter.errors import InputError
-from hf_crouter.loading import shipped_crouter
 
 WORDS = [f"{a}{b}" for a in ("am", "ba", "ca", "do") for b in ("ber", "sket", "ndle")]
 

@@ -7,8 +7,8 @@ import torch
 
 from eval import run
 from eval.reconstruction import pick
+from hf_crouter.crouter.loading import load_crouter
 from hf_crouter.data.tokens import TokenArray
-from hf_crouter.loading import load_crouter
 from hf_crouter.training.evaluate import reconstruction_score
 
 from ..trained_crouter import LENGTH, TEXT, trained_crouter

@@ -10,22 +10,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from hf_crouter.adapters import Lora
+from hf_crouter.crouter.fingerprint import crouter_fingerprint
 from hf_crouter.errors import InputError, MismatchError
-from hf_crouter.host.fingerprint import crouter_fingerprint, host_fingerprint
+from hf_crouter.hosts.fingerprint import host_fingerprint
 from hf_crouter.routing import experts as module
-from hf_crouter.routing.experts import (
-    Centroid,
-    Expert,
-    ExpertSet,
-    Texts,
-    add_expert,
-    mounted_names,
-    remove_expert,
-)
+from hf_crouter.routing.adapters import Lora
+from hf_crouter.routing.experts import Centroid, Expert, ExpertSet, Texts, add_expert, mounted_names, remove_expert
 from hf_crouter.routing.measure import measure_evidence
 from hf_crouter.routing.profile import Evidence
-from hf_crouter.storage import write_json
+from hf_crouter.utils.io import write_json
 
 from ..tiny import tiny_crouter, tiny_host
 from .trained_experts import save_expert, trained_set

@@ -6,8 +6,8 @@ import math
 import pytest
 import torch
 
-from hf_crouter.adapters import Lora
 from hf_crouter.errors import InputError, MismatchError
+from hf_crouter.routing.adapters import Lora
 from hf_crouter.routing.calibration import LengthCalibration, quantiles_by_length
 from hf_crouter.routing.experts import Expert, ExpertConfig, ExpertSet
 from hf_crouter.routing.profile import FLOOR, LOGS, NATS, Profile, summary

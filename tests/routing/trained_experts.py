@@ -10,14 +10,15 @@ import numpy as np
 import torch
 from peft import LoraConfig, get_peft_model
 
-from hf_crouter.adapters import AdapterStack, Lora
-from hf_crouter.host.fingerprint import crouter_fingerprint, host_fingerprint
+from hf_crouter.crouter.fingerprint import crouter_fingerprint
+from hf_crouter.hosts.fingerprint import host_fingerprint
+from hf_crouter.routing.adapters import AdapterStack, Lora
 from hf_crouter.routing.calibration import LengthCalibration
 from hf_crouter.routing.experts import Centroid, Expert, ExpertConfig, Texts, add_expert
 from hf_crouter.routing.measure import measure_evidence
 from hf_crouter.routing.router import rebuilding_nats
 
-from ..test_adapters import save_adapter
+from .test_adapters import save_adapter
 from ..tiny import CHUNK, tiny_crouter, tiny_host
 
 DOMAINS = {"low": 10, "high": 50}  # by name: the first of the eight ids that its texts are made of

@@ -9,11 +9,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_crouter import CompressedHistory
 from hf_crouter.chunking import make_chunker
+from hf_crouter.compressors.projector import Projector, find_projector
+from hf_crouter.crouter.loading import load_crouter
 from hf_crouter.data.prepare import load_tokenizer
 from hf_crouter.data.tokens import TokenArray, encode_documents
 from hf_crouter.errors import InputError
-from hf_crouter.host.projector import Projector, find_projector
-from hf_crouter.loading import load_crouter, load_host
+from hf_crouter.hosts.loading import load_host
 from hf_crouter.training import align
 from hf_crouter.training.align import (
     AlignArguments,

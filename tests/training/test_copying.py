@@ -5,14 +5,16 @@ import numpy as np
 import pytest
 import torch
 
-from hf_crouter.archive.copying import Gate, collect, gate_features, mix, view_host
-from hf_crouter.archive.store import ORDERS, Archive
 from hf_crouter.chunking import make_chunker
+from hf_crouter.compressors.rebuild import Rebuilder
+from hf_crouter.crouter.loading import load_crouter
 from hf_crouter.data.tokens import TokenArray
 from hf_crouter.errors import InputError
 from hf_crouter.history import CompressedHistory
-from hf_crouter.loading import load_crouter, load_host
-from hf_crouter.past import Rebuilder, find_gate
+from hf_crouter.hosts.loading import load_host
+from hf_crouter.ngram.archive import ORDERS, Archive
+from hf_crouter.ngram.gate import Gate, find_gate
+from hf_crouter.ngram.mixture import collect, gate_features, mix, view_host
 from hf_crouter.training.align import AlignArguments, compressed_logits, cut_sample
 from hf_crouter.training.copying import (
     WAYS,

@@ -13,12 +13,13 @@ import pytest
 import torch
 from peft import PeftModel
 
-from hf_crouter.adapters import AdapterStack
+from hf_crouter.crouter.loading import load_crouter
 from hf_crouter.data.prepare import prepare
 from hf_crouter.data.split import SplitRules
 from hf_crouter.data.tokens import TokenArray
 from hf_crouter.errors import InputError, MismatchError
-from hf_crouter.loading import load_crouter, load_host
+from hf_crouter.hosts.loading import load_host
+from hf_crouter.routing.adapters import AdapterStack
 from hf_crouter.routing.experts import Expert, ExpertSet
 from hf_crouter.routing.router import Router
 from hf_crouter.training.experts import (

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from hf_crouter.archive.copying import HOST_FEATURES, INDEX_FEATURES, Gate, GateConfig
-from hf_crouter.archive.store import ORDERS
 from hf_crouter.errors import InputError
+from hf_crouter.ngram.archive import ORDERS
+from hf_crouter.ngram.gate import HOST_FEATURES, INDEX_FEATURES, Gate, GateConfig
 from hf_crouter.training.gate import fit_gate, mixture_log_likelihood
 
 FEATURES, K = INDEX_FEATURES + HOST_FEATURES, len(ORDERS)

@@ -7,10 +7,10 @@ import torch
 from transformers import AutoModel, AutoTokenizer
 
 from hf_crouter import CRouterModel
+from hf_crouter.crouter.fingerprint import crouter_fingerprint
+from hf_crouter.crouter.loading import load_crouter
 from hf_crouter.data.tokens import TokenArray
 from hf_crouter.errors import InputError
-from hf_crouter.host.fingerprint import crouter_fingerprint
-from hf_crouter.loading import load_crouter
 from hf_crouter.routing.calibration import Calibration
 from hf_crouter.training.evaluate import reconstruction_score
 from hf_crouter.training.loop import LoopArguments

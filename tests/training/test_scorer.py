@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 import torch
 
-from hf_crouter.archive.recall import FEATURES, LearnedScorer
 from hf_crouter.errors import InputError
+from hf_crouter.ngram.scorers import FEATURES, LearnedScorer
 from hf_crouter.training.scorer import fit, top_share
 
 

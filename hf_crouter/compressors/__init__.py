@@ -1,0 +1,1 @@
+"""What turns a chunk that leaves the window into entries of the cache."""

@@ -1,0 +1,39 @@
+"""Assisted decoding: drafts end before the layout changes next, so that every draft is judged as if decoded alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ..cache.policy import Reader
+from ..types import Row
+
+
+def trim_drafts(generator: Any, reader: Reader, row: Callable[[], Row]) -> Any:
+    """Makes a candidate generator of transformers hold back the drafts after a compaction or choice of recall.
+
+    Args:
+        generator: its `get_candidates` is replaced on the instance.
+        reader: how the host reads its past.
+        row: state of the one row before the drafts (assisted decoding knows no batches).
+    """
+    draft = generator.get_candidates
+
+    def get_candidates(input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, Any]:
+        ids, logits = draft(input_ids, *args, **kwargs)
+        decided, before = input_ids.shape[1], row()
+        now = reader.extend(before, ids[0, before.pad : decided])
+        allowed, most = 0, min(ids.shape[1], reader.next_choice(now, decided - before.pad) + before.pad - 1)
+        while decided + allowed < most:
+            later = reader.extend(now, ids[0, before.pad : decided + allowed + 1])
+            if len(later.chunks) > len(now.chunks):
+                break
+            allowed += 1
+        if logits is not None:
+            logits = logits[:, :allowed] if allowed else None
+        return ids[:, : decided + allowed], logits
+
+    generator.get_candidates = get_candidates
+    return generator

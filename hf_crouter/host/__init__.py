@@ -1,1 +1,0 @@
-"""The host's side: fingerprints, projector, compressed cache, generation and report."""

@@ -1,0 +1,1 @@
+"""Hosts: getting one, knowing one."""

@@ -1,0 +1,1 @@
+"""Other people's harnesses on a host that reads its past compressed."""

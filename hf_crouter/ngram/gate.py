@@ -1,0 +1,115 @@
+"""The gate: how much the archive and the host weigh at a place, from features of both."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ..crouter import CRouterModel
+from ..crouter.loading import SHIPPED, crouter_folder
+from ..errors import InputError, MismatchError
+from ..hosts.fingerprint import host_fingerprint
+from ..utils.module_io import load_weights, read_description, save_described
+from .archive import ORDERS
+
+NAME, CONFIG = "gate", "gate.json"
+FROM_INDEX, FROM_HOST = 5, 2  # features of an order
+INDEX_FEATURES = FROM_INDEX * len(ORDERS) + 3
+HOST_FEATURES = FROM_HOST * len(ORDERS) + 3
+
+
+@dataclass(frozen=True)
+class GateConfig:
+    """What a gate reads and where it comes from.
+
+    Attributes:
+        hidden_size: width of its one hidden layer.
+        orders: lengths of context that it weighs.
+        sees_host: whether it sees the host's distribution; a generic gate does not.
+        host_name: of the host that it was fitted on; empty for a generic one.
+        host_fingerprint: of that host's weights; empty for a generic one.
+        training: record of the fit.
+    """
+
+    hidden_size: int = 32
+    orders: tuple[int, ...] = ORDERS
+    sees_host: bool = True
+    host_name: str = ""
+    host_fingerprint: str = ""
+    training: dict[str, Any] = field(default_factory=dict)
+
+
+class Gate(nn.Module):
+    """Weights of the host and of every order, from the features of a place."""
+
+    def __init__(self, config: GateConfig | None = None):
+        super().__init__()
+        self.config = config or GateConfig()
+        size = INDEX_FEATURES + (HOST_FEATURES if self.config.sees_host else 0)
+        self.up = nn.Linear(size, self.config.hidden_size)
+        self.down = nn.Linear(self.config.hidden_size, 1 + len(self.config.orders))
+        nn.init.zeros_(self.down.weight)
+        with torch.no_grad():
+            self.down.bias.zero_()[0] = 4.0  # at first it hardly copies
+
+    def forward(self, features: torch.Tensor, available: torch.Tensor) -> torch.Tensor:
+        """Features `[N, F]` and available orders `[N, K]` to log-weights `[N, 1 + K]`, the host's first."""
+        hidden = F.gelu(self.up(features[:, : self.up.in_features].to(self.up.weight.dtype)), approximate="tanh")
+        logits = self.down(hidden).float()
+        return logits.masked_fill(~F.pad(available, (1, 0), value=True), -math.inf).log_softmax(-1)
+
+    def save(self, folder: str | Path) -> None:
+        """Writes `gate.safetensors` and `gate.json`, the JSON, with a checksum, last."""
+        save_described(folder, NAME, self, self.config, torch.float32)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Gate:
+        """Reads what `save` wrote.
+
+        Raises:
+            InputError: missing, truncated or altered files, or a gate of another version's orders.
+        """
+        config, checksum = read_description(folder, NAME, lambda r: GateConfig(**{**r, "orders": tuple(r["orders"])}))
+        if config.orders != ORDERS:
+            raise InputError(f"{Path(folder) / CONFIG}: expected a gate of orders {ORDERS}, got {config.orders}")
+        gate = cls(config)
+        load_weights(folder, NAME, gate, checksum)
+        return gate.eval()
+
+
+def generic_gate() -> Gate:
+    """The gate for hosts that have none of their own: it sees the archive alone."""
+    return Gate.load(Path(__file__).parent / "generic_gate")
+
+
+def find_gate(crouter: CRouterModel | None, host: Any, name: str | os.PathLike | None = None) -> Gate:
+    """The gate that fits a host: a named one, its own in the crouter's folder or the shipped one's, or a generic one.
+
+    Args:
+        crouter: loaded from a local folder or the hub; its folder holds `gates/*/`.
+        host: the decoder.
+        name: a gate's folder.
+
+    Raises:
+        InputError: damaged files.
+        MismatchError: the named gate was made for another host.
+    """
+    if name is not None:
+        gate = Gate.load(os.fspath(name))
+        wanted = gate.config.host_fingerprint
+        if wanted and wanted != host_fingerprint(host):
+            raise MismatchError(f"{name}: expected the host with fingerprint {wanted}, got {host_fingerprint(host)}")
+        return gate
+    origin = str(getattr(crouter.config, "_name_or_path", "") or "") if crouter is not None else ""
+    folders = [path.parent for place in (crouter_folder(origin, "gates") if origin else None, SHIPPED)
+               if place is not None for path in sorted(place.glob(f"gates/*/{CONFIG}"))]  # fmt: skip
+    gates = [Gate.load(folder) for folder in folders]
+    wanted = host_fingerprint(host) if gates else ""
+    return next((gate for gate in gates if gate.config.host_fingerprint == wanted), None) or generic_gate()

@@ -1,0 +1,1 @@
+"""Helpers without a subject: files, batches, progress, modules on disk."""
