@@ -35,9 +35,12 @@ def run(args: argparse.Namespace) -> None:
         if name != "full_history" and share is not None:
             metrics[f"{name}.recovered"] = share
     metrics["copied"] = found["copied"]
-    residuals = sorted(chunk["residual"] for chunk in found["chunks"])
-    metrics |= {"chunks": len(residuals), "residual.median": residuals[len(residuals) // 2]}
-    metrics["tra.mean"] = sum(chunk["accuracy"] for chunk in found["chunks"]) / len(residuals)
+    reconstruction_nlls = sorted(chunk["residual"] for chunk in found["chunks"])
+    metrics |= {
+        "chunks": len(reconstruction_nlls),
+        "residual.median": reconstruction_nlls[len(reconstruction_nlls) // 2],
+    }
+    metrics["tra.mean"] = sum(chunk["accuracy"] for chunk in found["chunks"]) / len(reconstruction_nlls)
     metrics["chunks.routed"] = sum(route["expert"] is not None for route in found["routes"])
     config = {key: found[key] for key in ("file", "host", "crouter", "dtype", "threads", "last", "window")}
     path = write_result(

@@ -30,9 +30,9 @@ from eval.hgr_passes import (
     ARMS,
     GATES,
     POOLED,
+    DocumentReader,
     Layout,
     NineWeights,
-    Reader,
     Searchers,
     archives_of,
     measure,
@@ -69,7 +69,7 @@ NOTES = (
 )
 
 
-def collect_gate_places(reader: Reader, args: argparse.Namespace, path: Path) -> None:
+def collect_gate_places(reader: DocumentReader, args: argparse.Namespace, path: Path) -> None:
     """Records this shard's part of the gate sets."""
     count, parts, groups, first = max(args.chunks), [], [], 0
     shard, shards = args.shard
@@ -135,7 +135,7 @@ def finished(folder: Path, name: str) -> Path:
     return folder / name / ("gate.safetensors" if name == "nine" else "gate.json")
 
 
-def collect_losses(reader: Reader, args: argparse.Namespace, name: str, gates: dict[str, nn.Module]) -> None:
+def collect_losses(reader: DocumentReader, args: argparse.Namespace, name: str, gates: dict[str, nn.Module]) -> None:
     """Measures this shard's part of an evaluation set; what is done so far is written after every block."""
     shard, shards = args.shard
     label = f".{'+'.join(sorted(args.arms))}" if args.arms else ""
@@ -160,7 +160,7 @@ def collect_losses(reader: Reader, args: argparse.Namespace, name: str, gates: d
         print(table(metrics(sets, args.chunks, args.seed, draws=200, slots=reader.layout)), flush=True)
 
 
-def learned_scorer(reader: Reader, args: argparse.Namespace, gate: nn.Module) -> LearnedScorer:
+def learned_scorer(reader: DocumentReader, args: argparse.Namespace, gate: nn.Module) -> LearnedScorer:
     """Fitted by the first shard on the pairs of all."""
     (shard, shards), folder = args.shard, args.save / "scorer"
     if not (folder / "scorer.json").exists():
@@ -193,7 +193,7 @@ def run_collect(args: argparse.Namespace) -> None:
         compiling.enter_context(compiled_layers(host, args.compile, dynamic=True))
         layout = layout_of(crouter)
         stop_ids = frozenset(tokenizer.all_special_ids)
-        reader = Reader(host, crouter, projector, layout, stop_ids, searchers, args.tokens, args.seed)
+        reader = DocumentReader(host, crouter, projector, layout, stop_ids, searchers, args.tokens, args.seed)
         shard, shards = args.shard
         paths = [args.save / "gate_places" / f"{i}of{shards}.safetensors" for i in range(shards)]
         if not all(finished(args.save, name).exists() for name in GATES):

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from eval.documents import Record, place
-from eval.hgr_passes import Block, Reader
+from eval.hgr_passes import Block, DocumentReader
 from hf_crouter.errors import InputError
 from hf_crouter.utils.io import replaced_file
 
@@ -22,7 +22,7 @@ from hf_crouter.utils.io import replaced_file
 class Progress:
     """A line now and then: how far, how fast, how long still."""
 
-    def __init__(self, what: str, total: int, reader: Reader):
+    def __init__(self, what: str, total: int, reader: DocumentReader):
         self.what, self.total, self.reader, self.start = what, total, reader, time.monotonic()
         self.before, self.said = reader.forwarded, 0.0
 
@@ -39,7 +39,7 @@ class Progress:
 
 
 def blocks(
-    reader: Reader, ids: np.ndarray, index: np.ndarray, size: int, partner: np.ndarray | None, archives: list
+    reader: DocumentReader, ids: np.ndarray, index: np.ndarray, size: int, partner: np.ndarray | None, archives: list
 ) -> Iterator[Block]:
     """Blocks of documents, two of them ahead so that the archives are searched meanwhile."""
     ahead: list[Block] = []

@@ -20,7 +20,7 @@ from torch import nn
 
 from eval.documents import Windows
 from eval.hgr_files import Progress, about, about_of, blocks, chosen, save_arrays
-from eval.hgr_passes import Block, Layout, Reader, single_losses
+from eval.hgr_passes import Block, DocumentReader, Layout, single_losses
 from eval.statistics import clustered_interval
 from hf_crouter.errors import InputError
 from hf_crouter.ngram.archive import Archive
@@ -35,7 +35,7 @@ DRAWN = 128  # last tokens of which it is asked where copying would have taken t
 SIGNALS = ("draws", "attention", "latents")  # beside the features of the shipped scorer
 
 
-def collect_pairs(reader: Reader, args: argparse.Namespace, gate: nn.Module) -> None:
+def collect_pairs(reader: DocumentReader, args: argparse.Namespace, gate: nn.Module) -> None:
     """The target's loss with each single chunk recalled, at several splits of a gate document.
 
     Written to `pairs.<shard>.safetensors`: `set`, `document`, `split` (by how many chunks it is earlier), `chunk` (-1:
@@ -46,7 +46,7 @@ def collect_pairs(reader: Reader, args: argparse.Namespace, gate: nn.Module) -> 
     left = -(-args.pairs // shards)
     parts: dict[str, list[np.ndarray]] = {}
     whole = reader.layout
-    for split, (number, name) in itertools.product(range(whole.chunks - whole.recalled), enumerate(GATE_SETS)):
+    for split, (number, name) in itertools.product(range(whole.chunks - whole.retrieved), enumerate(GATE_SETS)):
         windows = Windows.load(args.data, name)
         index = chosen(windows.records, None, args.seed)[shard::shards][:left]
         if not len(index):
@@ -87,7 +87,7 @@ def pairs_path(args: argparse.Namespace, shard: int) -> Path:
 
 
 @torch.inference_mode()
-def attention(reader: Reader, block: Block, queries: int = 128) -> np.ndarray:
+def attention(reader: DocumentReader, block: Block, queries: int = 128) -> np.ndarray:
     """Attention of the window's last tokens to each chunk's soft prompts, over heads and layers, `[D, chunks]`."""
     layout, host, found = reader.layout, reader.host, []
     embed = host.get_input_embeddings()
@@ -109,7 +109,7 @@ def attention(reader: Reader, block: Block, queries: int = 128) -> np.ndarray:
 
 
 @torch.inference_mode()
-def likeness(reader: Reader, block: Block) -> np.ndarray:
+def likeness(reader: DocumentReader, block: Block) -> np.ndarray:
     """Cosine between the latents of each chunk and those of the window's last chunk of tokens, `[D, chunks]`."""
     layout = reader.layout
     recent = torch.from_numpy(block.rows[:, layout.split - min(layout.chunk, layout.window) : layout.split])

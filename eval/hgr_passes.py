@@ -40,7 +40,7 @@ class Layout:
         window: raw tokens before the target.
         target: tokens that are scored.
         latents: soft prompts of a chunk.
-        recalled: chunks that a recall arm reads.
+        retrieved: chunks that a recall arm reads.
     """
 
     prefix: int = PREFIX
@@ -49,7 +49,7 @@ class Layout:
     window: int = WINDOW
     target: int = SCORED
     latents: int = 8
-    recalled: int = 2
+    retrieved: int = 2
 
     @property
     def old(self) -> int:
@@ -71,10 +71,12 @@ class Layout:
         return replace(self, chunks=self.chunks - by)
 
     def extra(self, kind: str, count: int) -> int:
-        """Tokens by which a raw window is longer: `""`, `soft`, `recall` (as many slots as those take), `full`."""
+        """Tokens by which a raw window is longer: `""`, `soft`, `retrieve` (as many slots as those take), `full`."""
         if kind == "full":
             return count * self.chunk
-        return {"": 0, "soft": count * self.latents, "recall": count * self.latents + self.recalled * self.chunk}[kind]
+        return {"": 0, "soft": count * self.latents, "recall": count * self.latents + self.retrieved * self.chunk}[
+            kind
+        ]
 
     def past(self, row: np.ndarray, count: int, extra: int = 0) -> np.ndarray:
         """What of the last `count` chunks a window that is `extra` tokens longer does not hold."""
@@ -89,8 +91,8 @@ class Layout:
             chunks: numbers of recalled chunks, 0 the oldest of the row.
         """
         starts = [self.prefix + c * self.chunk for c in sorted(chunks)]
-        recalled = [row[s : s + self.chunk] for s in starts]
-        return np.concatenate([*recalled, row[self.old - extra : self.length - 1]])
+        retrieved = [row[s : s + self.chunk] for s in starts]
+        return np.concatenate([*retrieved, row[self.old - extra : self.length - 1]])
 
 
 @dataclass(frozen=True)
@@ -101,24 +103,24 @@ class Arm:
         soft: whose soft prompts: `""` nobody's, `own`, `other` another document's, `mean` as many means of the chunks'
             token embeddings.
         longer: by what the raw window is longer, as in `Layout.extra`.
-        recall: whose choice of chunks is raw again, a name of `Reader.scorers`.
+        retrieve: whose choice of chunks is raw again, a name of `Reader.scorers`.
         readings: name of each variant with copying, and what it copies from: `past` or `rebuilt`.
     """
 
     soft: str = ""
     longer: str = ""
-    recall: str = ""
+    retrieve: str = ""
     readings: tuple[tuple[str, str, str], ...] = ()  # key, archive, gate
 
     def slots(self, layout: Layout, count: int) -> int:
         """Positions before the target."""
-        recalled = layout.recalled * layout.chunk if self.recall else 0
+        retrieved = layout.retrieved * layout.chunk if self.retrieve else 0
         soft = count * layout.latents if self.soft else 0
-        return layout.prefix + soft + recalled + layout.extra(self.longer, count) + layout.window
+        return layout.prefix + soft + retrieved + layout.extra(self.longer, count) + layout.window
 
     def exists(self, layout: Layout, count: int) -> bool:
         """Whether recalling is less than reading everything."""
-        return count > layout.recalled or not (self.recall or self.longer == "recall")
+        return count > layout.retrieved or not (self.retrieve or self.longer == "recall")
 
 
 def _own(key: str, archive: str = "past") -> tuple[str, str, str]:
@@ -136,14 +138,14 @@ ARMS = {
     "mean_pool": Arm("mean"),
     "recent_same_slots": Arm(longer="soft", readings=(_own("recent_same_slots_copy"),)),
     "recent_same_slots_recall": Arm(longer="recall", readings=(_own("recent_same_slots_recall_copy"),)),
-    "last2": Arm(recall="last2", readings=(_own("last2_copy"),)),
-    "bm25_2": Arm(recall="bm25_2", readings=(_own("recall2_copy"), ("recall2_copy_pooled", "past", "pooled"))),
-    "random2": Arm(recall="random2", readings=(_own("random2_copy"),)),
-    "learned2": Arm(recall="learned2", readings=(("learned2_copy_pooled", "past", "pooled"),)),
-    "soft_recall2": Arm("own", recall="bm25_2", readings=(_own("all"), ("all_pooled", "past", "pooled"))),
-    "soft_learned2": Arm("own", recall="learned2", readings=(("all_learned_pooled", "past", "pooled"),)),
-    "overlap2": Arm(recall="overlap2", readings=(("overlap2_copy_pooled", "past", "pooled"),)),
-    "soft_overlap2": Arm("own", recall="overlap2", readings=(("all_overlap_pooled", "past", "pooled"),)),
+    "last2": Arm(retrieve="last2", readings=(_own("last2_copy"),)),
+    "bm25_2": Arm(retrieve="bm25_2", readings=(_own("recall2_copy"), ("recall2_copy_pooled", "past", "pooled"))),
+    "random2": Arm(retrieve="random2", readings=(_own("random2_copy"),)),
+    "learned2": Arm(retrieve="learned2", readings=(("learned2_copy_pooled", "past", "pooled"),)),
+    "soft_recall2": Arm("own", retrieve="bm25_2", readings=(_own("all"), ("all_pooled", "past", "pooled"))),
+    "soft_learned2": Arm("own", retrieve="learned2", readings=(("all_learned_pooled", "past", "pooled"),)),
+    "overlap2": Arm(retrieve="overlap2", readings=(("overlap2_copy_pooled", "past", "pooled"),)),
+    "soft_overlap2": Arm("own", retrieve="overlap2", readings=(("all_overlap_pooled", "past", "pooled"),)),
     "full": Arm(longer="full", readings=(_own("full_copy"), ("full_copy_pooled", "past", "pooled"))),
 }  # fmt: skip
 SOURCES = {key: (name, archive) for name, arm in ARMS.items() for key, archive, gate in arm.readings if key == gate
@@ -176,11 +178,11 @@ class NineWeights(nn.Module):
         )
 
 
-def recalled(layout: Layout, row: np.ndarray, count: int, scorer: Scorer) -> tuple[int, ...]:
+def retrieved(layout: Layout, row: np.ndarray, count: int, scorer: Scorer) -> tuple[int, ...]:
     """Numbers of the chunks that a scorer recalls, ascending, 0 the oldest of the row."""
     index = ChunkIndex().extended(*layout.past(row, count).reshape(count, layout.chunk))
     recent = row[layout.split - min(QUERY, layout.window) : layout.split]
-    return tuple((layout.chunks - count + choose(scorer.scores(index, recent), layout.recalled)).tolist())
+    return tuple((layout.chunks - count + choose(scorer.scores(index, recent), layout.retrieved)).tolist())
 
 
 def partners(records: Sequence[Record], seed: int) -> np.ndarray:
@@ -381,7 +383,7 @@ class Block:
         return self.kept[key]
 
 
-class Reader:
+class DocumentReader:
     """A host, a crouter and the projector between them, and the passes of the measurement.
 
     Args:
@@ -501,14 +503,14 @@ class Reader:
 
     def wanted(self, block: Block, arm: Arm, count: int) -> list[tuple[int, tuple[int, ...]]]:
         """Every document of a block, with the chunks that an arm recalls."""
-        if not arm.recall:
+        if not arm.retrieve:
             return [(i, ()) for i in range(len(block.rows))]
-        scorer = self.scorers[arm.recall]
-        return [(i, recalled(self.layout, row, count, scorer)) for i, row in enumerate(block.rows)]
+        scorer = self.scorers[arm.retrieve]
+        return [(i, retrieved(self.layout, row, count, scorer)) for i, row in enumerate(block.rows)]
 
     def reads(self, arm: Arm, count: int) -> bool:
         """Whether an arm can be measured: it is less than reading everything, and what it recalls can be chosen."""
-        return arm.exists(self.layout, count) and (not arm.recall or arm.recall in self.scorers)
+        return arm.exists(self.layout, count) and (not arm.retrieve or arm.retrieve in self.scorers)
 
 
 def archive_of(arm: Arm, archive: str) -> str:
@@ -528,7 +530,7 @@ def archives_of(layout: Layout, counts: Sequence[int], arms: Sequence[str] = tup
     return sorted(kinds)
 
 
-def record_places(reader: Reader, block: Block, count: int) -> dict[str, np.ndarray]:
+def record_places(reader: DocumentReader, block: Block, count: int) -> dict[str, np.ndarray]:
     """What the gates are fitted on, `<gate>.{features,available,copied,host}`, each `[D, target, ...]`."""
     layout, out = reader.layout, {}
     for arm in ARMS.values():
@@ -548,7 +550,7 @@ def record_places(reader: Reader, block: Block, count: int) -> dict[str, np.ndar
 
 
 def measure(
-    reader: Reader,
+    reader: DocumentReader,
     block: Block,
     counts: Sequence[int],
     gates: dict[str, nn.Module],
@@ -593,22 +595,22 @@ def measure(
                         if key in GREEDY and n == max(counts):
                             token = places.greedy(candidates, gates[gate](seen[0], seen[1]))
                             put(f"n{n}.{key}.right", documents, (token == places.targets).float())
-        if arm.recall:
+        if arm.retrieve:
             out[f"n{count}.{name}.chunks"] = np.array([chunks for _, chunks in wanted], np.int16)
     for count in counts:
         if "window" in arms:  # not of arms that are measured beside the others
             out[f"n{count}.tra"] = block.tra[:, -count:].mean(1).astype(np.float32)
-        if len(oracle) and count > layout.recalled:
+        if len(oracle) and count > layout.retrieved:
             out |= best_pairs(reader, block, count, gates["recall2_copy"], oracle)
     return out
 
 
 def single_losses(
-    reader: Reader, block: Block, count: int, gate: nn.Module, wanted: Sequence[tuple[int, tuple[int, ...]]]
+    reader: DocumentReader, block: Block, count: int, gate: nn.Module, wanted: Sequence[tuple[int, tuple[int, ...]]]
 ) -> np.ndarray:
     """Losses without and with copying, `[len(wanted), 2]`, of documents that recall given chunks."""
     layout, parts = reader.layout, []
-    arm = Arm(recall="given") if wanted[0][1] else Arm()
+    arm = Arm(retrieve="given") if wanted[0][1] else Arm()
     for documents, places in reader.forward(block, arm, count, wanted):
         seen = places.beside(block.candidates(documents, count, "", layout.target, reader.device))
         both = torch.stack([-places.host, -mixture_log_likelihood(gate, *seen, places.host)], dim=1)
@@ -617,17 +619,17 @@ def single_losses(
 
 
 def best_pairs(
-    reader: Reader, block: Block, count: int, gate: nn.Module, oracle: Sequence[int]
+    reader: DocumentReader, block: Block, count: int, gate: nn.Module, oracle: Sequence[int]
 ) -> dict[str, np.ndarray]:
     """`oracle2` and `oracle2_copy`: the least loss of any pair of chunks, without and with copying, and the pair."""
     layout = reader.layout
-    pairs = list(itertools.combinations(range(layout.chunks - count, layout.chunks), layout.recalled))
+    pairs = list(itertools.combinations(range(layout.chunks - count, layout.chunks), layout.retrieved))
     wanted = [(i, pair) for pair in pairs for i in oracle]
     losses = single_losses(reader, block, count, gate, wanted).reshape(len(pairs), len(oracle), 2).swapaxes(0, 1)
     out = {}
     for column, key in enumerate(("oracle2", "oracle2_copy")):
         out[f"n{count}.{key}"] = np.full(len(block.rows), np.nan, np.float32)
         out[f"n{count}.{key}"][list(oracle)] = losses[:, :, column].min(1)
-        out[f"n{count}.{key}.chunks"] = np.full((len(block.rows), layout.recalled), -1, np.int16)
+        out[f"n{count}.{key}.chunks"] = np.full((len(block.rows), layout.retrieved), -1, np.int16)
         out[f"n{count}.{key}.chunks"][list(oracle)] = np.array(pairs)[losses[:, :, column].argmin(1)]
     return out

@@ -157,7 +157,7 @@ def set_metrics(losses: Losses, n: int, seed: int, draws: int, layout: Layout) -
             out |= interval(f"{key}.ratio", gain_ratio(part, key, "window", n, boot, []))
         if key in BESIDE_BM25:
             out |= interval(f"{key}.over_bm25", gain_ratio(part, key, BESIDE_BM25[key], n, boot, names))
-        base = "recent_same_slots_recall_copy" if arm.recall or arm.longer == "recall" else "recent_same_slots_copy"
+        base = "recent_same_slots_recall_copy" if arm.retrieve or arm.longer == "recall" else "recent_same_slots_copy"
         if key not in ("window", "full", "full_copy", "full_copy_pooled", base) and base in keys:
             out |= interval(f"{key}.diff", gain_ratio(part, key, base, n, boot, names))
     for name in ("window", "full"):

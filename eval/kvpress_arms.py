@@ -63,7 +63,7 @@ class Layout:
     window: int = WINDOW
     target: int = 512
     latents: int = 8
-    recalled: int = 2
+    retrieved: int = 2
 
     @property
     def length(self) -> int:
@@ -79,7 +79,7 @@ class Layout:
     def kept(self, count: int) -> dict[str, int]:
         """Positions of each budget by what follows a method's name: `""`, and `_recall` where that is not all."""
         soft = self.prefix + count * self.latents + self.window
-        return {"": soft} | ({"_recall": soft + self.recalled * self.chunk} if count > self.recalled else {})
+        return {"": soft} | ({"_recall": soft + self.retrieved * self.chunk} if count > self.retrieved else {})
 
 
 def ratio(length: int, kept: int) -> float:

@@ -210,7 +210,7 @@ def count_slots(lm: Any) -> list[int]:
     def counted(*args: Any, **options: Any) -> torch.Tensor:
         out = generate(*args, **options)
         history = getattr(lm, "history", None)
-        compressed = history.report(residuals=False).peak_slots if history is not None else 0
+        compressed = history.report(reconstruction_nlls=False).peak_slots if history is not None else 0
         slots.append(compressed or out.shape[1] - 1)  # the last token is not read
         return out
 

@@ -115,7 +115,7 @@ def parts(bench: Bench, args: argparse.Namespace, shape: reading_code.Shape | No
         bench, shape, arms("full", "window", "copy", "copy_half", "all"), args.documents, args.each
     )
     known["identifiers"] = lambda: reading_code.identifiers(scores, arms("full", "window", "soft", "copy", "all"))
-    known["residual"] = lambda: reading_code.residuals(scores, list(bench.sets))
+    known["residual"] = lambda: reading_code.reconstruction_nlls(scores, list(bench.sets))
     known["manners"] = manners
     known["drafts"] = lambda: reading_manners.drafts(
         bench, shape, arms("window", "copy", "all"), args.free, args.tokens

@@ -116,7 +116,7 @@ class Bench:
                 input_ids=prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=count, do_sample=False,
                 pad_token_id=pad, logits_processor=processors, **options,
             )  # fmt: skip
-            self.report = history.report(residuals=False) if history is not None else None
+            self.report = history.report(reconstruction_nlls=False) if history is not None else None
         finally:
             if history is not None:
                 history.detach()

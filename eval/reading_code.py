@@ -287,7 +287,7 @@ def sources(bench: Bench, ids: np.ndarray, shape: Shape, wanted: np.ndarray) -> 
     return found
 
 
-def residuals(scores: Scores, sets: Sequence[str]) -> dict[str, float]:
+def reconstruction_nlls(scores: Scores, sets: Sequence[str]) -> dict[str, float]:
     """Whether a chunk's residual says that what the host reads of it is wrong.
 
     Taken are the target tokens that the host gets right by copying from the true ids and wrong with the window alone,
@@ -307,13 +307,18 @@ def residuals(scores: Scores, sets: Sequence[str]) -> dict[str, float]:
                 chunk_of = sources(bench, windows.ids[row], shape, copy[d] & ~window[d])
                 old = windows.ids[row][shape.prefix : shape.old].astype(np.int64)
                 chunks = torch.from_numpy(old.reshape(shape.chunks, shape.chunk)).to(bench.crouter.device)
-                nats = bench.crouter(chunks).residual.float().tolist()
+                nats = bench.crouter(chunks).reconstruction_nll.float().tolist()
                 for i in np.flatnonzero(chunk_of >= 0):
                     key = (name, row, int(chunk_of[i]))
                     of.append(key)
                     value[key] = nats[key[2]]
                     lost.append(bool(not rebuilt[d, i]))
-                    keep(document=windows.records[row].name, chunk=key[2], residual=nats[key[2]], lost=lost[-1])
+                    keep(
+                        document=windows.records[row].name,
+                        chunk=key[2],
+                        reconstruction_nll=nats[key[2]],
+                        lost=lost[-1],
+                    )
     labels, groups = np.array(lost, bool), [group(bench.sets[name].records[row]) for name, row, _ in of]
     metrics: dict[str, float] = {"residual.tokens": len(of), "residual.chunks": len(value)}
     if of:

@@ -22,8 +22,8 @@ from hf_crouter.hosts.loading import load_host
 from hf_crouter.hosts.tokenizers import special_ids
 from hf_crouter.modes.copy import Copier
 from hf_crouter.ngram.gate import find_gate
-from hf_crouter.ngram.row_archive import Past
-from hf_crouter.types import CompressedChunk, Row
+from hf_crouter.ngram.row_archive import Archives
+from hf_crouter.types import Chunk, Row
 
 CHUNK, PREFIX = 512, 4
 NAMES = {10_000: "10k", 100_000: "100k", 1_000_000: "1m"}
@@ -54,7 +54,7 @@ def archived(ids: torch.Tensor, size: int, config: Any) -> CompressedDynamicCach
     """
     cache = CompressedDynamicCache(config=config)
     starts = range(PREFIX, PREFIX + size - CHUNK + 1, CHUNK)
-    chunks = tuple(CompressedChunk(s, s + CHUNK, ids[0, s : s + CHUNK]) for s in starts)
+    chunks = tuple(Chunk(s, s + CHUNK, ids[0, s : s + CHUNK]) for s in starts)
     cache.rows, cache.ids = (Row(0, PREFIX, chunks),), ids
     return cache
 
@@ -134,7 +134,7 @@ def measure(hosts: dict[str, Any], copier_of: Any, text: torch.Tensor, sizes: li
             scores = first(input_ids=piece, logits_to_keep=scored).logits[0].float()
         cache, copier = archived(text[:, :start], size, first.config), copier_of(start)
         begun = time.perf_counter()
-        copier.pasts(cache)
+        copier.archives(cache)
         name = NAMES.get(size, min(NAMES.items(), key=lambda item: abs(item[0] - size))[1])
         metrics[f"copy.archive_seconds.{name}"] = time.perf_counter() - begun
         copying = CopySteps(copier, cache, text, start, scores)
@@ -177,7 +177,7 @@ def run(args: argparse.Namespace) -> None:
     vocabulary = int(embedding.weight.shape[0])
 
     def copier_of(width: int) -> Copier:
-        return Copier(Past(vocabulary, stops), gate, 1.0, width, width)
+        return Copier(Archives(vocabulary, stops), gate, 1.0, width, width)
 
     metrics = measure(hosts, copier_of, text, args.sizes, args)
     config = {"host": args.host, "threads": args.threads, "window": args.window, "soft_slots": args.soft_slots,

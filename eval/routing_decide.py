@@ -51,7 +51,9 @@ def decide_residuals(crouter: Any, experts: ExpertSet, nats: Arrays, setting: Se
         found |= {f"{name}.nats": rows[..., NATS].numpy(), f"{name}.logs": rows[..., LOGS].numpy()}
         some = rows[:, :-1, NATS].numpy()
         for key, level in (("calibrated", 0.5), ("excess", router.known)):
-            found[f"{name}.{key}"] = some - np.float32([e.calibration.residual(length, level) for e in experts])
+            found[f"{name}.{key}"] = some - np.float32(
+                [e.calibration.reconstruction_nll(length, level) for e in experts]
+            )
         if not rows.isnan().any() and all(expert.profile for expert in router.experts):
             found[f"{name}.distance"] = torch.stack([router.distances(row, length) for row in rows]).float().numpy()
         if name != "within":

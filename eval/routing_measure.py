@@ -29,7 +29,7 @@ from hf_crouter.errors import InputError
 from hf_crouter.routing.adapters import AdapterStack, Lora
 from hf_crouter.routing.experts import ExpertSet
 from hf_crouter.routing.profile import Profile, summary
-from hf_crouter.routing.router import Router, rebuilding_nats
+from hf_crouter.routing.router import Router, token_reconstruction_nll
 from hf_crouter.training.flops import matrix_flops_per_token
 
 SIZES = (2, 8, 32)
@@ -201,22 +201,22 @@ def measure_latency(crouter: Any, host: Any, experts: ExpertSet, setting: Settin
         several = noisy(experts, count, setting.seed)
         lora = 2.0 * setting.chunk * sum(v.numel() for part in (several.experts[0].compressor.down,
                                          several.experts[0].compressor.up) for v in part.values())  # fmt: skip
-        for shortlist in (0, 2):
-            if shortlist >= count:
+        for top_k_experts in (0, 2):
+            if top_k_experts >= count:
                 continue
-            router = Router(crouter, several, shortlist=shortlist, rows=setting.rows)
-            router.residuals(pieces[:2])
+            router = Router(crouter, several, top_k_experts=top_k_experts, rows=setting.rows)
+            router.reconstruction_nlls(pieces[:2])
             times: dict[str, list[float]] = {"one": [], "many": []}
             for _ in range(repeats):
                 for name, some in (("one", pieces[:1]), ("many", pieces)):
                     began = _now()
-                    router.residuals(some)
+                    router.reconstruction_nlls(some)
                     times[name].append(1000 * (_now() - began) / len(some))
-            key = f"{count}.{'shortlist' if shortlist else 'all'}"
+            key = f"{count}.{'shortlist' if top_k_experts else 'all'}"
             found[f"{key}.ms"] = np.array([np.median(times["one"])])
             found[f"{key}.ms_batched"] = np.array([np.median(times["many"])])
-            scored = shortlist or count
-            besides = encoding if shortlist else flops  # the crouter alone
+            scored = top_k_experts or count
+            besides = encoding if top_k_experts else flops  # the crouter alone
             found[f"{key}.flops"] = np.array([scored * (flops + lora) + besides])
             router.remove()
     return found
@@ -264,7 +264,7 @@ def measure_compared(
             for what, pieces in (("calibration", own), ("chunk", setting.chunks)):
                 tensors = [torch.from_numpy(row.astype(np.int64)) for row in pieces]
                 began = _now()
-                nats = rebuilding_nats(model, tensors, stack, rows=setting.rows)
+                nats = token_reconstruction_nll(model, tensors, stack, rows=setting.rows)
                 found[f"{kind}.{name}.ms"] = np.array([1000 * (_now() - began) / len(pieces)])
                 found[f"{kind}.{name}.{what}"] = summary(torch.stack(nats)).numpy()
         finally:

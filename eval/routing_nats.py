@@ -19,7 +19,7 @@ from hf_crouter.data.tokens import TokenArray
 from hf_crouter.routing.adapters import AdapterStack
 from hf_crouter.routing.experts import ExpertSet
 from hf_crouter.routing.profile import Evidence, summary
-from hf_crouter.routing.router import rebuilding_nats
+from hf_crouter.routing.router import token_reconstruction_nll
 from hf_crouter.training.experts import cut, cut_by_length
 
 Arrays = dict[str, np.ndarray]
@@ -119,7 +119,7 @@ class Setting:
         return found
 
 
-def token_nats(crouter: Any, experts: ExpertSet, pieces: np.ndarray, rows: int, alone: bool = True) -> np.ndarray:
+def nll_of_pieces(crouter: Any, experts: ExpertSet, pieces: np.ndarray, rows: int, alone: bool = True) -> np.ndarray:
     """What rebuilding each token costs under each expert, `[N, n, T]` for pieces `[N, T]`, float32.
 
     Args:
@@ -134,11 +134,11 @@ def token_nats(crouter: Any, experts: ExpertSet, pieces: np.ndarray, rows: int, 
     for expert in experts:
         stack = AdapterStack(crouter, {expert.name: expert.compressor})
         try:
-            found.append(torch.stack(rebuilding_nats(crouter, tensors, stack, rows=rows)).numpy())
+            found.append(torch.stack(token_reconstruction_nll(crouter, tensors, stack, rows=rows)).numpy())
         finally:
             stack.remove()
     if alone:
-        found.append(torch.stack(rebuilding_nats(crouter, tensors, rows=rows)).numpy())
+        found.append(torch.stack(token_reconstruction_nll(crouter, tensors, rows=rows)).numpy())
     return np.stack(found, axis=1)
 
 
@@ -159,10 +159,10 @@ def measure_nats(crouter: Any, experts: ExpertSet, held_out: Mapping[str, TokenA
     found: Arrays = {}
 
     def tokens(name: str, pieces: np.ndarray) -> None:
-        found[name] = token_nats(crouter, experts, pieces, setting.rows).astype(np.float16)
+        found[name] = nll_of_pieces(crouter, experts, pieces, setting.rows).astype(np.float16)
 
     def summaries(name: str, pieces: np.ndarray) -> None:
-        found[name] = summary(torch.from_numpy(token_nats(crouter, experts, pieces, setting.rows))).numpy()
+        found[name] = summary(torch.from_numpy(nll_of_pieces(crouter, experts, pieces, setting.rows))).numpy()
 
     tokens("chunk", setting.chunks)
     summaries("span", setting.spans)
@@ -180,19 +180,19 @@ def measure_nats(crouter: Any, experts: ExpertSet, held_out: Mapping[str, TokenA
             summaries(f"held_out.{name}.{length}", pieces)
             found[f"held_out.{name}.{length}.documents"] = texts.documents[length]
     # An expert of a set of one and of a set of all computes the same bits.
-    alone = token_nats(crouter, ExpertSet(experts.experts[:1]), setting.chunks[:8], setting.rows, alone=False)
-    both = token_nats(crouter, experts, setting.chunks[:8], setting.rows)
+    alone = nll_of_pieces(crouter, ExpertSet(experts.experts[:1]), setting.chunks[:8], setting.rows, alone=False)
+    both = nll_of_pieces(crouter, experts, setting.chunks[:8], setting.rows)
     found["mounted.bit_difference"] = np.array([np.abs(alone[:, 0] - both[:, 0]).max()])
     return found
 
 
 def evidence_of(nats: Arrays, experts: ExpertSet) -> Evidence:
     """What `measure_nats` found of the experts' held-out texts, for their profiles."""
-    residuals: dict[str, dict[int, np.ndarray]] = {name: {} for name in experts.names}
+    reconstruction_nlls: dict[str, dict[int, np.ndarray]] = {name: {} for name in experts.names}
     documents: dict[str, dict[int, np.ndarray]] = {name: {} for name in experts.names}
     for key in nats:
         if key.startswith("held_out.") and not key.endswith(".documents"):
             name, _, length = key.removeprefix("held_out.").rpartition(".")
-            residuals[name][int(length)] = nats[key]
+            reconstruction_nlls[name][int(length)] = nats[key]
             documents[name][int(length)] = nats[f"{key}.documents"]
-    return Evidence({e.name: e.compressor.checksum for e in experts}, {}, residuals, documents)
+    return Evidence({e.name: e.compressor.checksum for e in experts}, {}, reconstruction_nlls, documents)

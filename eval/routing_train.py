@@ -35,8 +35,8 @@ from hf_crouter.training.experts import (
     host_batch,
     join,
     load_models,
-    look_at_each_other,
     lora,
+    measure_cross_scores,
     read_domain,
     save_adapter,
     train_expert,
@@ -200,7 +200,7 @@ def ship(args: Namespace) -> None:
             texts = cut_by_length(held_out, models.crouter.config.chunk_length, arguments.calibration_chunks)
             add_expert(temporary / "set", place)
             Expert.load(temporary / "set" / domain).save_description(temporary / "set" / domain, texts)
-        look_at_each_other(temporary / "set", models.crouter, "shipped")
+        measure_cross_scores(temporary / "set", models.crouter, "shipped")
         for domain in args.domains:
             folder = temporary / "set" / domain
             Expert.load(folder).save_description(folder)

@@ -438,12 +438,12 @@ def compress_table(metrics: dict[str, float]) -> list[str]:
 
 def demo_table(metrics: dict[str, float]) -> list[str]:
     """One file, read seven ways: loss, KV slots and KV bytes."""
-    recall = " + recall" if metrics.get("all.slots", 0) > metrics.get("soft.slots", 0) else ""
+    retrieve = " + recall" if metrics.get("all.slots", 0) > metrics.get("soft.slots", 0) else ""
     labels = {
         "window": "raw window only",
         "soft": "raw window + soft prompts of the compressed past",
         "copy": "raw window + copying",
-        "all": "raw window + soft prompts + copying" + recall,
+        "all": "raw window + soft prompts + copying" + retrieve,
         "experts": "the same under the shipped experts' adapters",
         "more_raw": "raw window + as many more raw tokens",
         "full": "full history",

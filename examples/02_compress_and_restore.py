@@ -33,9 +33,11 @@ def main() -> None:
     restored = restore_text(context, crouter, tokenizer)
 
     print("chunk  tokens  residual  rebuilt exactly")
-    measures = zip(context.tokens.tolist(), context.residual.tolist(), context.accuracy.tolist(), strict=True)
-    for chunk, (tokens, residual, accuracy) in enumerate(measures):
-        print(f"{chunk:>5}  {tokens:>6}  {residual:>8.3f}  {accuracy:>15.1%}")
+    measures = zip(
+        context.tokens.tolist(), context.reconstruction_nll.tolist(), context.accuracy.tolist(), strict=True
+    )
+    for chunk, (tokens, reconstruction_nll, accuracy) in enumerate(measures):
+        print(f"{chunk:>5}  {tokens:>6}  {reconstruction_nll:>8.3f}  {accuracy:>15.1%}")
     latents = len(context) * crouter.config.num_latents
     print(f"{path.name}: {context.num_tokens:,} tokens -> {latents} latents of {crouter.config.latent_size} numbers")
     print(f"the decoder itself is certain (confidence 0.9 or more) of {restored.certain_share:.1%} of the tokens")

@@ -41,10 +41,10 @@ def main() -> None:
     means = {}
     for name, ids in domains.items():
         score = reconstruction_score(crouter, ids)
-        measures = zip(score.residual.tolist(), score.chunk_accuracy.tolist(), strict=True)
-        for chunk, (residual, accuracy) in enumerate(measures):
-            found = verdict(calibration, residual)
-            print(f"{name:<13}  {chunk:>5}  {residual:>8.3f}  {accuracy:>15.1%}  {found}")
+        measures = zip(score.reconstruction_nll.tolist(), score.chunk_accuracy.tolist(), strict=True)
+        for chunk, (reconstruction_nll, accuracy) in enumerate(measures):
+            found = verdict(calibration, reconstruction_nll)
+            print(f"{name:<13}  {chunk:>5}  {reconstruction_nll:>8.3f}  {accuracy:>15.1%}  {found}")
         means[name] = score.nats
     print("mean residual: " + ", ".join(f"{name} {nats:.3f}" for name, nats in means.items()) + " nats/token")
 

@@ -40,11 +40,11 @@ def main() -> None:
     for name, options in WAYS.items():
         history = CompressedHistory(host, crouter, window=512, **options)
         loss = -history.score(ids, last=LAST).mean().item()
-        report = history.report(residuals=False)
+        report = history.report(reconstruction_nlls=False)
         history.detach()
         print(f"{name:34s}  loss {loss:.4f}  {report.peak_slots:5,} slots  archive {report.archive_bytes:,} bytes")
     print("\nwhat was recalled:")
-    for line in report.recalls:
+    for line in report.retrievals:
         print(f"  at {line.length:,} tokens: chunk {line.chunk} ({line.reason})")
 
 

@@ -41,7 +41,7 @@ class CompressedContext:
     Attributes:
         latents: `[N, M, latent_size]`, bfloat16.
         tokens: crouter tokens of each chunk, `[N]`, int32, 1 to T.
-        residual: nats/token of each chunk as rebuilt from these latents, `[N]`, float32.
+        reconstruction_nll: nats/token of each chunk as rebuilt from these latents, `[N]`, float32.
         accuracy: share of its tokens rebuilt exactly at their position (TRA), `[N]`, float32, 0 to 1.
         crouter: name of the crouter.
         crouter_fingerprint: of the weights that made the latents and rebuild them.
@@ -56,7 +56,7 @@ class CompressedContext:
 
     latents: torch.Tensor
     tokens: torch.Tensor
-    residual: torch.Tensor
+    reconstruction_nll: torch.Tensor
     accuracy: torch.Tensor
     crouter: str
     crouter_fingerprint: str

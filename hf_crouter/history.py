@@ -12,7 +12,7 @@ from typing import Any, Literal, overload
 import torch
 
 from .cache.kv_cache import CompressedCache, CompressedDynamicCache
-from .cache.policy import Reader
+from .cache.policy import ContextPolicy
 from .cache.prefill import advance, mask_and_positions
 from .cache.prefix import FirstTurn
 from .chunking import SameTokenizerChunker, make_chunker, tokenizer_fingerprint
@@ -22,13 +22,13 @@ from .crouter import CRouterModel
 from .crouter.fingerprint import crouter_fingerprint
 from .errors import InputError, MismatchError
 from .generation.mixin import HistoryProcessor, active_call, always_on, mount, row_pads, unmount
-from .generation.report import ChunkRecord, HistoryReport, RecallRecord, RouteRecord, RowRecord, Trace
+from .generation.report import ChunkRecord, HistoryReport, RetrievalRecord, RouteRecord, RowRecord, Trace
 from .hosts.fingerprint import host_fingerprint
 from .hosts.tokenizers import local_tokenizer, special_ids
 from .hosts.unwrap import unwrap
 from .modes.copy import Copier
 from .ngram.gate import Gate, find_gate
-from .ngram.row_archive import Past
+from .ngram.row_archive import Archives
 from .ngram.scorers import Recall, Scorer, make_scorer
 from .routing.adapters import AdapterStack
 from .routing.experts import ExpertSet
@@ -60,8 +60,8 @@ class CompressedHistory(HistoryProcessor):
             copied.
         gate: weighs copying against the host: a folder or a `Gate`; None finds the host's in the crouter's folder, or
             takes the generic one.
-        recall: compressed chunks that come back raw, in order, between soft prompts and window.
-        refresh: they are chosen at the prompt's end, whenever a chunk is compressed and at every multiple of so many
+        retrieve: compressed chunks that come back raw, in order, between soft prompts and window.
+        every: they are chosen at the prompt's end, whenever a chunk is compressed and at every multiple of so many
             tokens of a row.
         scorer: says which ones matter: a `Scorer` or the folder of a learned one; None: `OverlapScorer`, words and
             phrases shared with the last tokens.
@@ -73,7 +73,7 @@ class CompressedHistory(HistoryProcessor):
             tenth of a token's residual.
         known: share of an expert's own held-out texts that it is to know, 0 to 1; the lower it is, the more chunks are
             left to the plain host.
-        shortlist: only so many experts rebuild a chunk, those whose texts lie nearest to its latents; 0: all. Faster
+        top_k_experts: only so many experts rebuild a chunk, those whose texts lie nearest to its latents; 0: all. Faster
             with many of them; chunks are then known by the expert's own residual alone, and nearly every text of no
             domain passes for known.
         keep_first: raw tokens kept at the start; "auto": the chat template's system turn, or else 4 (attention sinks).
@@ -103,13 +103,13 @@ class CompressedHistory(HistoryProcessor):
         copy_generated: bool = False,
         copy_exclude: Sequence[tuple[int, int]] = (),
         gate: str | os.PathLike | Gate | None = None,
-        recall: int = 0,
-        refresh: int = 128,
+        retrieve: int = 0,
+        every: int = 128,
         scorer: Scorer | str | os.PathLike | None = None,
         experts: ExpertSet | str | os.PathLike | None = None,
         hysteresis: float = 0.0,
         known: float = 0.99,
-        shortlist: int = 0,
+        top_k_experts: int = 0,
         keep_first: int | Literal["auto"] = "auto",
         projector: str | os.PathLike | Projector | None = None,
         tokenizer: Any = None,
@@ -118,10 +118,10 @@ class CompressedHistory(HistoryProcessor):
         self.host = unwrap(host)
         if window < 1:
             raise InputError(f"window: expected at least 1 token, got {window}")
-        if recall < 0:
-            raise InputError(f"recall: expected a number of chunks, got {recall}")
-        if refresh < 1:
-            raise InputError(f"refresh: expected at least 1 token, got {refresh}")
+        if retrieve < 0:
+            raise InputError(f"recall: expected a number of chunks, got {retrieve}")
+        if every < 1:
+            raise InputError(f"refresh: expected at least 1 token, got {every}")
         if keep_first != "auto" and (not isinstance(keep_first, int) or keep_first < 0):
             raise InputError(f"keep_first: expected a number of tokens or 'auto', got {keep_first!r}")
         if soft and crouter is None:
@@ -138,8 +138,8 @@ class CompressedHistory(HistoryProcessor):
             raise InputError(f"hysteresis: expected 0 or more, got {hysteresis}")
         if not 0 <= known <= 1:
             raise InputError(f"known: expected a share, 0 to 1, got {known}")
-        if not isinstance(shortlist, int) or shortlist < 0:
-            raise InputError(f"shortlist: expected a number of experts, got {shortlist}")
+        if not isinstance(top_k_experts, int) or top_k_experts < 0:
+            raise InputError(f"shortlist: expected a number of experts, got {top_k_experts}")
         if any(not 0 <= start <= end for start, end in copy_exclude):
             raise InputError(f"copy_exclude: expected spans (start, end) of tokens, got {list(copy_exclude)}")
         made = None
@@ -169,22 +169,22 @@ class CompressedHistory(HistoryProcessor):
             config = experts.experts[0].config
             tokenizers = config.host_tokenizer, config.crouter_tokenizer
         chunker = self._chunker(crouter, tokenizers, tokenizer, crouter_tokenizer)
-        chooser = Recall(recall, make_scorer(scorer))
+        chooser = Recall(retrieve, make_scorer(scorer))
         self._rebuild = None
         if copy == "rebuilt" and crouter is not None:
             own = crouter_tokenizer or local_tokenizer(crouter.name_or_path)
             self._rebuild = Rebuilder(crouter, None if chunker.same_tokenizer else (own, tokenizer))
         routing: dict[str, Any] = {}
         if isinstance(experts, ExpertSet) and crouter is not None:
-            routing = self._routing(crouter, experts, stay=hysteresis, known=known, shortlist=shortlist)
-        self.reader = Reader(
+            routing = self._routing(crouter, experts, stay=hysteresis, known=known, top_k_experts=top_k_experts)
+        self.reader = ContextPolicy(
             window=window,
             chunker=chunker,
             prefix=keep,
             crouter=crouter,
             projector=made,
-            recall=recall,
-            refresh=refresh,
+            retrieve=retrieve,
+            every=every,
             chooser=chooser,
             **routing,
         )
@@ -207,7 +207,7 @@ class CompressedHistory(HistoryProcessor):
             router.remove()
             raise
         weakref.finalize(self, _leave, adapters, router)  # a history that is dropped without `detach`
-        made = (*(expert.digest for expert in experts), f"{router.stay} {router.known} {router.shortlist}")
+        made = (*(expert.digest for expert in experts), f"{router.stay} {router.known} {router.top_k_experts}")
         return {"router": router, "adapters": adapters, "experts": made}
 
     def _projector(self, crouter: CRouterModel, projector: str | os.PathLike | Projector | None) -> Projector:
@@ -257,7 +257,7 @@ class CompressedHistory(HistoryProcessor):
     ) -> Copier | None:
         if self.gate is None:
             return None
-        past = Past(vocab_size, self.stop_ids, self.copy_exclude, self._rebuild)
+        past = Archives(vocab_size, self.stop_ids, self.copy_exclude, self._rebuild)
         limits = None if self.copy_generated else archived or width
         return Copier(past, self.gate, self.copy_strength, width, limits, prompts)
 
@@ -283,19 +283,19 @@ class CompressedHistory(HistoryProcessor):
         steps: tuple[int, int] = (0, 0),
     ) -> None:
         """Keeps what the report needs of the call that just ended; `steps`: of the host, and tokens that they gave."""
-        pasts = state.pasts(cache) if state is not None else []
-        copied = state.taken(cache, pasts, sequences) if state is not None else []
-        self._trace = Trace(cache, self.reader.projector is not None, copied, pasts, steps)
+        archives = state.archives(cache) if state is not None else []
+        copied = state.taken(cache, archives, sequences) if state is not None else []
+        self._trace = Trace(cache, self.reader.projector is not None, copied, archives, steps)
 
-    def report(self, residuals: bool = True) -> HistoryReport:
+    def report(self, reconstruction_nlls: bool = True) -> HistoryReport:
         """About the latest `generate` or `score`: chunks with residuals, slots, bytes.
 
         Args:
-            residuals: rebuild the chunks at the first call, to measure them; slots and bytes alone cost nothing.
+            reconstruction_nlls: rebuild the chunks at the first call, to measure them; slots and bytes alone cost nothing.
         """
         if self._trace is None:
             return HistoryReport((), (), 0, 0, 0, 0, self.reader.projector is not None)
-        return self._trace.report(self.crouter if residuals else None)
+        return self._trace.report(self.crouter if reconstruction_nlls else None)
 
     @overload
     def score(
@@ -304,7 +304,7 @@ class CompressedHistory(HistoryProcessor):
         last: int | Sequence[int] = 512,
         attention_mask: torch.Tensor | None = None,
         *,
-        given: bool = False,
+        archive_scored: bool = False,
     ) -> torch.Tensor: ...
 
     @overload
@@ -314,7 +314,7 @@ class CompressedHistory(HistoryProcessor):
         last: int | Sequence[int] = 512,
         attention_mask: torch.Tensor | None = None,
         *,
-        given: bool = False,
+        archive_scored: bool = False,
         greedy: Literal[True],
     ) -> tuple[torch.Tensor, torch.Tensor]: ...
 
@@ -325,7 +325,7 @@ class CompressedHistory(HistoryProcessor):
         last: int | Sequence[int] = 512,
         attention_mask: torch.Tensor | None = None,
         *,
-        given: bool = False,
+        archive_scored: bool = False,
         greedy: bool = False,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """Log-probabilities of the last tokens as `generate` would have seen them, one after the other.
@@ -335,7 +335,7 @@ class CompressedHistory(HistoryProcessor):
             last: tokens scored at the end of each row, or of every row its own number; fewer than the row has. What
                 comes before them is the row's prompt.
             attention_mask: `[B, T]`.
-            given: the scored tokens are a text that is given, not what a model says: they are archived for copying
+            archive_scored: the scored tokens are a text that is given, not what a model says: they are archived for copying
                 like the prompt once they are compressed. Pass it for the perplexity of whole texts.
             greedy: also tell which tokens greedy decoding would have chosen.
 
@@ -378,7 +378,7 @@ class CompressedHistory(HistoryProcessor):
                 )
             targets = input_ids[:, first:end].to(out.logits.device)
             if copier is None and cache.compressed:
-                archived = [width] * len(ends) if given else ends
+                archived = [width] * len(ends) if archive_scored else ends
                 copier = self._copier(width - max(lasts), out.logits.shape[-1], len(pads), archived)
             scored, chosen = _scored(out.logits, targets, copier, cache, input_ids, first, greedy)
             pieces.append(scored)
@@ -475,4 +475,12 @@ def attach(host: Any, crouter: CRouterModel | None, **options: Any) -> Iterator[
         history.detach()
 
 
-__all__ = ["ChunkRecord", "CompressedHistory", "HistoryReport", "RecallRecord", "RouteRecord", "RowRecord", "attach"]
+__all__ = [
+    "ChunkRecord",
+    "CompressedHistory",
+    "HistoryReport",
+    "RetrievalRecord",
+    "RouteRecord",
+    "RowRecord",
+    "attach",
+]

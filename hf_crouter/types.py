@@ -38,12 +38,12 @@ class Residuals:
     Attributes:
         nats: mean negative log-likelihood of the rebuilt chunk, `[N]`, nats/token.
         accuracy: token reconstruction accuracy (TRA), exact token at exact position, `[N]`, 0 to 1.
-        token_nats: the same per position, `[N, T]`, nats; 0 at padding.
+        token_reconstruction_nll: the same per position, `[N, T]`, nats; 0 at padding.
     """
 
     nats: torch.Tensor
     accuracy: torch.Tensor
-    token_nats: torch.Tensor
+    token_reconstruction_nll: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -105,15 +105,15 @@ class ChunkRouter(Protocol):
         """Leaves the crouter as it was."""
         ...
 
-    def residuals(self, pieces: Sequence[torch.Tensor]) -> torch.Tensor:
+    def reconstruction_nlls(self, pieces: Sequence[torch.Tensor]) -> torch.Tensor:
         """What rebuilding chunks `[tokens]` of crouter ids costs, under every expert and alone, `[N, n + 1, 2]`."""
         ...
 
-    def decide(self, residuals: torch.Tensor, tokens: int, previous: int | None = None) -> Route:
+    def decide(self, reconstruction_nlls: torch.Tensor, tokens: int, previous: int | None = None) -> Route:
         """The route of one chunk.
 
         Args:
-            residuals: `[n + 1, 2]`; nan where it is too short to judge.
+            reconstruction_nlls: `[n + 1, 2]`; nan where it is too short to judge.
             tokens: its length.
             previous: number of the expert before it in its row, -1 the base model; None where nothing is before.
         """
@@ -121,7 +121,7 @@ class ChunkRouter(Protocol):
 
 
 @dataclass(frozen=True, eq=False)
-class CompressedChunk:
+class Chunk:
     """A compressed span of one row.
 
     Attributes:
@@ -189,8 +189,8 @@ class Row:
 
     pad: int
     prefix: int | None = None
-    chunks: tuple[CompressedChunk, ...] = ()
-    pending: CompressedChunk | None = None
+    chunks: tuple[Chunk, ...] = ()
+    pending: Chunk | None = None
     probed: int = 0
     prompt: int = 0
     index: Sized | None = None
@@ -198,7 +198,7 @@ class Row:
     routes: tuple[WindowRoute, ...] = ()
 
     @property
-    def recalled(self) -> tuple[CompressedChunk, ...]:
+    def retrieved(self) -> tuple[Chunk, ...]:
         """The chunks that stand raw before the window."""
         return tuple(self.chunks[i] for i in self.choices[-1].chunks) if self.choices else ()
 

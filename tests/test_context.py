@@ -46,14 +46,14 @@ def test_context_is_what_the_crouter_makes_chunk_by_chunk(crouter, context):
             logits = model.decode(latents.float(), length=chunk.shape[1])[0]
         nats = -logits.log_softmax(-1)[torch.arange(chunk.shape[1]), chunk[0]].mean()
         torch.testing.assert_close(context.latents[i], latents[0], atol=0.02, rtol=0.02)
-        torch.testing.assert_close(context.residual[i], nats, atol=2e-3, rtol=0.02)
+        torch.testing.assert_close(context.reconstruction_nll[i], nats, atol=2e-3, rtol=0.02)
         assert context.accuracy[i] == (logits.argmax(-1) == chunk[0]).float().mean()
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 100])
 def test_batch_size_changes_nothing(crouter, context, batch_size):
     other = compress_text(TEXT, *crouter, batch_size=batch_size)
-    torch.testing.assert_close(other.residual, context.residual, atol=1e-3, rtol=1e-2)
+    torch.testing.assert_close(other.reconstruction_nll, context.reconstruction_nll, atol=1e-3, rtol=1e-2)
     assert torch.equal(other.tokens, context.tokens)
 
 

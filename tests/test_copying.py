@@ -13,8 +13,8 @@ from hf_crouter.hosts.tokenizers import special_ids
 from hf_crouter.ngram.archive import ORDERS, Archive, Matches
 from hf_crouter.ngram.gate import Gate, GateConfig, find_gate
 from hf_crouter.ngram.mixture import collect, gate_features, mix, view_host
-from hf_crouter.ngram.row_archive import Past
-from hf_crouter.types import CompressedChunk, Row
+from hf_crouter.ngram.row_archive import Archives
+from hf_crouter.types import Chunk, Row
 
 from . import reference
 from .ngram.reference import SlowArchive
@@ -139,9 +139,9 @@ class TestMixture:
             after = history.score(changed, last=100)
             torch.testing.assert_close(before[:, : position - 20], after[:, : position - 20], atol=1e-5, rtol=0)
 
-    @pytest.mark.parametrize("recall", [0, 2])
-    def test_rows_with_prompts_of_their_own_score_as_they_do_alone(self, host, crouter, recall):
-        history = make(host, crouter, recall=recall)
+    @pytest.mark.parametrize("retrieve", [0, 2])
+    def test_rows_with_prompts_of_their_own_score_as_they_do_alone(self, host, crouter, retrieve):
+        history = make(host, crouter, retrieve=retrieve)
         ids, mask = repetitive(150, 97)
         lasts = [8, 60]
         together = history.score(ids, lasts, mask)
@@ -154,7 +154,7 @@ class TestMixture:
     def test_a_given_text_is_archived_as_it_is_read(self, host, crouter):
         history = make(host, crouter, gate=eager_gate(bias=-8.0))
         text = torch.from_numpy(np.tile(np.random.default_rng(3).permutation(np.arange(5, 90))[:70], 3))[None]
-        said, given = history.score(text, last=200), history.score(text, last=200, given=True)
+        said, given = history.score(text, last=200), history.score(text, last=200, archive_scored=True)
         assert torch.equal(said[0, :15], given[0, :15])
         assert given[0, -60:].mean() > said[0, -60:].mean() + 1  # what it repeats is copied
         again = make(host, crouter, gate=eager_gate(bias=-8.0), copy_generated=True).score(text, last=200)
@@ -221,11 +221,11 @@ class TestModes:
         history = make(host, crouter, copy_generated=generated, window=24)
         ids, _ = repetitive(90)
         plain = run(host, ids, logits_processor=[history])
-        single = history.report(residuals=False)
+        single = history.report(reconstruction_nlls=False)
         assert single.steps == single.generated == plain.sequences.shape[1] - ids.shape[1]
         drafted = run(host, ids, logits_processor=[history], prompt_lookup_num_tokens=4)
         assert torch.equal(plain.sequences, drafted.sequences)
-        report = history.report(residuals=False)
+        report = history.report(reconstruction_nlls=False)
         assert 1 <= report.steps < report.generated == single.generated
         assert f"{report.generated} tokens in {report.steps} steps of the host, " in str(report)
 
@@ -408,8 +408,8 @@ class TestSources:
             def __call__(self, chunks):
                 return [(np.arange(10, 26), np.ones(16)) for _ in chunks]
 
-        chunks = tuple(CompressedChunk(k * 16, k * 16 + 16, torch.arange(16)) for k in range(3))
-        past = Past(VOCAB, (), [(20, 22)], Rebuild())
+        chunks = tuple(Chunk(k * 16, k * 16 + 16, torch.arange(16)) for k in range(3))
+        past = Archives(VOCAB, (), [(20, 22)], Rebuild())
         (found,) = past.rows([Row(0, 0, chunks)], torch.zeros(1, 60, dtype=torch.long), [40])
         assert len(found.archive) == 32  # the third chunk reaches behind the prompt
         flags = [found.archive.match(np.arange(10, k)).length > 0 for k in (12, 14)]

@@ -143,11 +143,11 @@ class TestMemory:
         run(host, *prompt(70), new=5, logits_processor=[history])
         with monkeypatch.context() as patch:
             patch.setattr(type(crouter), "forward", None)  # any call would fail
-            quick = history.report(residuals=False)
-        assert quick.chunks and all(chunk.residual is None for chunk in quick.chunks)
+            quick = history.report(reconstruction_nlls=False)
+        assert quick.chunks and all(chunk.reconstruction_nll is None for chunk in quick.chunks)
         report = history.report()
         assert (quick.rows, quick.kv_bytes) == (report.rows, report.kv_bytes)
-        assert all(chunk.residual is not None for chunk in report.chunks)
+        assert all(chunk.reconstruction_nll is not None for chunk in report.chunks)
 
     def test_capacity(self, crouter):
         host = tiny_host(positions=40)
@@ -537,7 +537,7 @@ class TestReport:
         report = history.report()
         for chunk in report.chunks:
             out = crouter(ids[:, chunk.start : chunk.end])
-            assert chunk.residual == pytest.approx(out.residual.item(), abs=1e-4)
+            assert chunk.reconstruction_nll == pytest.approx(out.reconstruction_nll.item(), abs=1e-4)
             assert chunk.accuracy == pytest.approx(out.reconstruction_accuracy.item())
         assert report.to_dict()["chunks"][0]["end"] == PREFIX + CHUNK
         assert f"{PREFIX}-{PREFIX + CHUNK}" in str(report)

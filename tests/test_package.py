@@ -68,7 +68,7 @@ def test_no_pickle_anywhere_in_the_package():
 
 @pytest.mark.parametrize("name", ["configuration_crouter.py", "modeling_crouter.py"])
 def test_the_copied_source_is_the_package_s(name):
-    source, copy = PACKAGE / "compressor" / name, SHIPPED / name
+    source, copy = PACKAGE / "crouter" / name, SHIPPED / name
     refresh = f"cp {source.relative_to(ROOT)} {copy.relative_to(ROOT)}"
     assert copy.read_bytes() == source.read_bytes(), f"the copy beside the weights is stale; refresh it: {refresh}"
 
@@ -90,7 +90,7 @@ def test_autoload_with_and_without_the_package(tmp_path):
     assert type(model) is CRouterModel
     ids = torch.arange(100, 612)[None]
     with torch.no_grad():
-        expected = [model.encode(ids).double().sum().item(), model(ids).residual.item()]
+        expected = [model.encode(ids).double().sum().item(), model(ids).reconstruction_nll.item()]
     alone = python(LOAD, SHIPPED, "without", HF_MODULES_CACHE=str(tmp_path), HF_HUB_OFFLINE="1")
     assert [float(word) for word in alone.split()] == pytest.approx(expected, rel=1e-4)
 
@@ -138,7 +138,7 @@ def test_it_rebuilds_the_standard_library_and_not_noise(crouter):
     print(f"TRA of code {code.accuracy:.4f}, of random ids {random.accuracy:.4f}")
     assert code.accuracy >= 0.9
     assert code.accuracy >= random.accuracy + 0.5
-    assert float(code.residual.max()) < float(random.residual.min())
+    assert float(code.reconstruction_nll.max()) < float(random.reconstruction_nll.min())
 
 
 PATCHES = """

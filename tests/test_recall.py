@@ -39,8 +39,8 @@ def make(host, crouter, **options):
 
 
 def expected_logits(history, host, crouter, row, prompt_length, options):
-    k, refresh, last = options.get("recall", K), options.get("refresh", REFRESH), options.get("last", LAST)
-    raw = reference.recalled(row.tolist(), prompt_length, PREFIX, CHUNK, WINDOW, k, refresh, last)
+    k, every, last = options.get("recall", K), options.get("refresh", REFRESH), options.get("last", LAST)
+    raw = reference.retrieved(row.tolist(), prompt_length, PREFIX, CHUNK, WINDOW, k, every, last)
     return reference.next_logits(host, crouter, history.reader.projector, row, PREFIX, WINDOW, raw)
 
 
@@ -56,7 +56,7 @@ def assert_matches_reference(out, lengths, history, host, crouter, **options):
 def chosen(history, row=0):
     """Choices of a row as (length, chunks)."""
     found = {}
-    for record in history.report(residuals=False).recalls:
+    for record in history.report(reconstruction_nlls=False).retrievals:
         if record.row == row:
             found.setdefault(record.length, []).append(record.chunk)
     return sorted(found.items())
@@ -73,11 +73,11 @@ class TestExactness:
         assert_matches_reference(out, lengths, history, host, crouter)
 
     @pytest.mark.parametrize("k", [1, 3, 50])
-    @pytest.mark.parametrize("refresh", [1, 7, 1000])
-    def test_any_number_and_any_refresh(self, host, crouter, k, refresh):
-        history = make(host, crouter, recall=k, refresh=refresh)
+    @pytest.mark.parametrize("every", [1, 7, 1000])
+    def test_any_number_and_any_refresh(self, host, crouter, k, every):
+        history = make(host, crouter, retrieve=k, every=every)
         out = run(host, *prompt(60), new=25, logits_processor=[history])
-        assert_matches_reference(out, (60,), history, host, crouter, recall=k, refresh=refresh)
+        assert_matches_reference(out, (60,), history, host, crouter, retrieve=k, every=every)
 
     def test_without_soft_prompts(self, host, crouter):
         history = make(host, crouter, soft=False)
@@ -86,18 +86,18 @@ class TestExactness:
 
     def test_without_a_crouter_chunks_are_512_tokens(self):
         host = tiny_host(positions=4096)
-        history = CompressedHistory(host, None, window=20, keep_first=2, soft=False, recall=1, refresh=64, copy=False)
+        history = CompressedHistory(host, None, window=20, keep_first=2, soft=False, retrieve=1, every=64, copy=False)
         out = run(host, *prompt(1100), new=3, logits_processor=[history])
         row = history.report().rows[0]
-        assert (row.recalled, row.soft) == (512, 0)
-        raw = reference.recalled(out.sequences[0, :1100].tolist(), 1100, 2, 512, 20, 1, 64, 128)
+        assert (row.retrieved, row.soft) == (512, 0)
+        raw = reference.retrieved(out.sequences[0, :1100].tolist(), 1100, 2, 512, 20, 1, 64, 128)
         start = 2 + 512 * raw[0]
         kept = [*range(2), *range(start, start + 512), *range(2 + 1024, 1100)]
         logits = host(out.sequences[:, kept], use_cache=False).logits[0, -1]
         torch.testing.assert_close(out.logits[0][0], logits, atol=1e-4, rtol=0)
 
     def test_nothing_recalled_is_bit_for_bit_what_it_was(self, host, crouter, history):
-        none = make(host, crouter, recall=0, refresh=1)
+        none = make(host, crouter, retrieve=0, every=1)
         out = run(host, *prompt(70, 33), logits_processor=[none])
         width = out.sequences.shape[1] - len(out.logits)
         for step in (0, 7, 39):
@@ -105,15 +105,15 @@ class TestExactness:
                 row = out.sequences[i, width - length : width + step]
                 expected = reference.next_logits(host, crouter, none.reader.projector, row, PREFIX, WINDOW)
                 torch.testing.assert_close(out.logits[step][i], expected, atol=1e-4, rtol=0)
-        assert not none.report().recalls and "recalled" not in str(none.report())
-        assert all(row.recalled == 0 for row in none.report().rows)
+        assert not none.report().retrievals and "recalled" not in str(none.report())
+        assert all(row.retrieved == 0 for row in none.report().rows)
 
     def test_before_anything_is_compressed_bit_identical_to_the_plain_host(self, host, history):
         ids, mask = prompt(10)
         new = WINDOW + CHUNK - 10 + PREFIX - 1
         bare, ours = run(host, ids, mask, new=new), run(host, ids, mask, new=new, logits_processor=[history])
         assert torch.equal(torch.stack(bare.logits), torch.stack(ours.logits))
-        assert not history.report().recalls
+        assert not history.report().retrievals
 
     def test_spans_still_cover_the_input_once_and_recalled_ones_are_among_them(self, host, history):
         out = run(host, *prompt(90, 33, 5), logits_processor=[history])
@@ -123,11 +123,11 @@ class TestExactness:
             covered = list(range(row.prefix)) + [p for s in spans for p in range(*s)]
             covered += list(range(row.tokens - row.raw, row.tokens))
             assert covered == list(range(row.tokens))
-            back = [p for c in cache.rows[i].recalled for p in range(c.start, c.end)]
+            back = [p for c in cache.rows[i].retrieved for p in range(c.start, c.end)]
             codes = cache.layout[i][cache.layout[i] >= 0].tolist()
             assert codes == [*range(row.prefix), *back, *range(row.tokens - row.raw, row.tokens)]
-            assert len(back) == row.recalled and row.slots == int((cache.layout[i] != -1).sum())
-        assert report.rows[0].recalled == K * CHUNK
+            assert len(back) == row.retrieved and row.slots == int((cache.layout[i] != -1).sum())
+        assert report.rows[0].retrieved == K * CHUNK
 
     def test_cross_tokenizer_stepwise_prefill_and_score(self):
         host_tokenizer, crouter_tokenizer = byte_tokenizer(400), byte_tokenizer(300)
@@ -191,7 +191,7 @@ class TestModes:
     @pytest.mark.parametrize("lengths", [(70, 33), (20,), (43,)], ids=str)
     @pytest.mark.parametrize("k", [2, 50])
     def test_static_cache(self, host, crouter, lengths, k):
-        history = make(host, crouter, recall=k)
+        history = make(host, crouter, retrieve=k)
         ids, mask = prompt(*lengths)
         greedy = run(host, ids, mask, logits_processor=[history])
         static = run(host, ids, mask, logits_processor=[history], cache_implementation="static")
@@ -313,7 +313,7 @@ class TestLimits:
         assert history.report().peak_slots == max(seen)
 
     def test_a_choice_that_stays_is_not_computed_again(self, host, crouter):
-        history, columns = make(host, crouter, scorer=RecencyScorer(), refresh=1), []
+        history, columns = make(host, crouter, scorer=RecencyScorer(), every=1), []
         host.model.layers[0].register_forward_hook(lambda m, a, o: columns.append(a[0].shape[1]))
         run(host, *prompt(70), new=CHUNK, logits_processor=[history])
         assert sum(count > 1 for count in columns[2:]) == 1  # only at the one compaction
@@ -322,9 +322,9 @@ class TestLimits:
 class TestBadInput:
     def test_arguments(self, host, crouter, tmp_path):
         with pytest.raises(InputError, match="recall: expected"):
-            make(host, crouter, recall=-1)
+            make(host, crouter, retrieve=-1)
         with pytest.raises(InputError, match="refresh: expected"):
-            make(host, crouter, refresh=0)
+            make(host, crouter, every=0)
         with pytest.raises(InputError, match="scorer: expected"):
             make(host, crouter, scorer=3)
         with pytest.raises(InputError, match="last: expected"):
@@ -350,7 +350,7 @@ class TestReport:
         history = make(host, crouter, scorer=Bm25Scorer(LAST, recency=0.5))
         out = run(host, *prompt(70), new=20, logits_processor=[history])
         report = history.report()
-        record = report.recalls[0]
+        record = report.retrievals[0]
         assert record.length == 70 and record.reason.startswith("bm25 ") and ", recency " in record.reason
         ids = out.sequences[0, :70].tolist()
         chunks = [[ids[p] for p in c] for c in reference.pieces(70, PREFIX, CHUNK, WINDOW)[1]]

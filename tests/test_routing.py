@@ -13,7 +13,7 @@ from transformers.generation import CompileConfig
 
 from hf_crouter.cache.kv_cache import CompressedCache
 from hf_crouter.cache.layout import common_columns
-from hf_crouter.cache.policy import Reader
+from hf_crouter.cache.policy import ContextPolicy
 from hf_crouter.chunking import make_chunker
 from hf_crouter.errors import InputError, MismatchError
 from hf_crouter.generation.mixin import mount, unmount
@@ -23,8 +23,8 @@ from hf_crouter.routing.experts import ExpertSet
 from hf_crouter.types import Route
 
 from . import reference
-from .routing.trained_experts import DOMAINS, FOREIGN, texts, trained_set
 from .routing.test_adapters import save_adapter
+from .routing.trained_experts import DOMAINS, FOREIGN, texts, trained_set
 from .test_chunking import TEXT, byte_tokenizer
 from .test_history import PREFIX, WINDOW, make, run
 from .tiny import VOCAB, tiny_crouter, tiny_host
@@ -45,7 +45,7 @@ class ByMean:
     def remove(self):
         pass
 
-    def residuals(self, pieces):
+    def reconstruction_nlls(self, pieces):
         self.asked += len(pieces)
         means = torch.stack([piece.float().mean() / VOCAB for piece in pieces])
         return torch.stack([means, 1 - means], dim=1)
@@ -56,7 +56,7 @@ class ByMean:
                      dict(zip(NAMES, nats.tolist(), strict=True)), float((nats[0] - nats[1]).abs()))  # fmt: skip
 
     def __call__(self, ids):
-        return self.decide(self.residuals([torch.tensor(ids)])[0], len(ids)).number
+        return self.decide(self.reconstruction_nlls([torch.tensor(ids)])[0], len(ids)).number
 
 
 @pytest.fixture(scope="module")
@@ -176,7 +176,7 @@ class TestExactness:
         torch.testing.assert_close(scores, expected, atol=2e-4, rtol=0)
 
     def test_scores_do_not_depend_on_batchmates_prompts(self, folders, host, crouter):
-        history = routed(host, crouter, folders, recall=1, refresh=8)
+        history = routed(host, crouter, folders, retrieve=1, every=8)
         ids, mask = mixed(90, 90)
         both = history.score(ids, last=[40, 12], attention_mask=mask)
         alone = history.score(ids[1:], last=12)
@@ -192,11 +192,11 @@ class TestExactness:
             assert total.item() / 30 == pytest.approx(out.sequences_scores[i].item(), abs=1e-4)
 
     def test_recalled_chunks_are_served_by_their_own_expert(self, folders, host, crouter):
-        history = routed(host, crouter, folders, recall=1, refresh=1000)
+        history = routed(host, crouter, folders, retrieve=1, every=1000)
         out = run(host, *mixed(70), new=3, logits_processor=[history])
-        recalled = [record.chunk for record in history.report().recalls]
-        assert len(recalled) == 1
-        assert_matches(out, (70,), host, history, folders, raw=recalled)
+        retrieved = [record.chunk for record in history.report().retrievals]
+        assert len(retrieved) == 1
+        assert_matches(out, (70,), host, history, folders, raw=retrieved)
 
     def test_static_cache_one_graph(self, folders, host, crouter):
         graphs = []
@@ -331,7 +331,7 @@ class TestAround:
 
 def test_the_window_of_a_host_with_other_tokens_is_judged_by_its_rest_too():
     host_tokenizer, crouter_tokenizer = byte_tokenizer(300), byte_tokenizer(400)
-    reader = Reader(8, make_chunker(64, host_tokenizer, crouter_tokenizer), lambda ids: 0)
+    reader = ContextPolicy(8, make_chunker(64, host_tokenizer, crouter_tokenizer), lambda ids: 0)
     short, long = (torch.tensor(host_tokenizer.encode(TEXT[:size])) for size in (40, 2000))
     assert reader._evidence(short).tolist() == crouter_tokenizer.encode(TEXT[:40])
     assert len(reader._evidence(long[-128:])) > 32
@@ -376,7 +376,7 @@ class TestExperts:
 
     def test_hysteresis_keeps_what_was_before(self, host, crouter):
         history = make(host, crouter, experts=trained_set(), hysteresis=1000.0)
-        history.reader.router.own = lambda residuals, tokens: torch.tensor([True, True])
+        history.reader.router.own = lambda reconstruction_nlls, tokens: torch.tensor([True, True])
         run(host, self.ids(), new=2, logits_processor=[history])
         assert [chunk.expert for chunk in history.report().chunks][:3] == ["low", "low", "low"]
 
@@ -386,7 +386,7 @@ class TestExperts:
         assert {chunk.verdict for chunk in history.report().chunks} == {"unknown"}
 
     def test_a_shortlist_asks_fewer_experts(self, host, crouter):
-        history = make(host, crouter, experts=trained_set(), shortlist=1)
+        history = make(host, crouter, experts=trained_set(), top_k_experts=1)
         run(host, self.ids(), new=2, logits_processor=[history])
         assert [chunk.expert for chunk in history.report().chunks][:3] == ["low", "low", "high"]
         assert all(chunk.margin is None for chunk in history.report().chunks), "there was nobody to compare with"

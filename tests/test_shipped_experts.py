@@ -44,7 +44,7 @@ def test_code_and_prose_go_to_their_experts():
     prose = (ROOT / "examples" / "pendulum_clock.txt").read_text(encoding="utf-8")
     manual = topics["exceptions"] + topics["objects"]
     texts = [torch.tensor(tokenizer(text).input_ids[:512]) for text in (code, prose, manual[2500:])]
-    routes = [router.decide(row, 512) for row in router.residuals(texts)]
+    routes = [router.decide(row, 512) for row in router.reconstruction_nlls(texts)]
     assert [route.expert for route in routes] == ["python", "wiki_en", None]
     assert routes[2].verdict == "unknown"
 

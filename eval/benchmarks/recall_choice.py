@@ -60,7 +60,7 @@ def cut(text: np.ndarray, count: int, length: int) -> list[np.ndarray]:
     return chunks[:count]
 
 
-def timed_choices(recall: Recall, index: ChunkIndex, walk: np.ndarray, choices: int, turns: int) -> np.ndarray:
+def timed_choices(retrieve: Recall, index: ChunkIndex, walk: np.ndarray, choices: int, turns: int) -> np.ndarray:
     """Milliseconds of each choice along a walk."""
     ends = np.linspace(QUERY, len(walk), choices).astype(int)
     times = np.empty((turns, choices))
@@ -68,7 +68,7 @@ def timed_choices(recall: Recall, index: ChunkIndex, walk: np.ndarray, choices: 
         for n, end in enumerate(ends):
             recent = walk[end - QUERY : end]
             start = time.perf_counter()
-            recall(index, (), recent)
+            retrieve(index, (), recent)
             times[turn, n] = time.perf_counter() - start
     return times.min(0) * 1e3
 

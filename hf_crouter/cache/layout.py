@@ -19,7 +19,7 @@ def row_layout(
     prefix: int,
     spans: Sequence[tuple[int, int]],
     num_latents: int,
-    recalled: Sequence[tuple[int, int]] = (),
+    retrieved: Sequence[tuple[int, int]] = (),
 ) -> torch.Tensor:
     """Codes of one row's slots, `[slots]`.
 
@@ -28,12 +28,12 @@ def row_layout(
         prefix: tokens kept raw at the start.
         spans: compressed spans `(start, end)`, contiguous from `prefix` on.
         num_latents: slots a compressed chunk takes, M; 0 drops them.
-        recalled: those of the spans that stand raw as well, in order.
+        retrieved: those of the spans that stand raw as well, in order.
     """
     if not spans:
         return torch.arange(length)
     soft = PAD - 1 - torch.arange(len(spans) * num_latents)
-    raw = [torch.arange(start, end) for start, end in (*recalled, (spans[-1][1], length))]
+    raw = [torch.arange(start, end) for start, end in (*retrieved, (spans[-1][1], length))]
     return torch.cat([torch.arange(prefix), soft, *raw])
 
 

@@ -15,13 +15,13 @@ from ..compressors.projector import Projector
 from ..crouter import CRouterModel
 from ..errors import InputError, MismatchError
 from ..routing.adapters import AdapterStack
-from ..types import Choice, Chooser, ChunkRouter, CompressedChunk, Row, WindowRoute
+from ..types import Choice, Chooser, Chunk, ChunkRouter, Row, WindowRoute
 
 ENCODE_BATCH = 8
 
 
 @dataclass(frozen=True, eq=False)
-class Reader:
+class ContextPolicy:
     """The rule that turns a row's tokens into `[raw prefix | chunks | recalled chunks, raw | raw window]`.
 
     Attributes:
@@ -30,10 +30,10 @@ class Reader:
         prefix: tokens of a row to keep raw at its start, from its ids so far; None where that cannot be told yet.
         crouter: encodes the chunks; None where they are dropped.
         projector: makes soft prompts of the latents; None where chunks are dropped.
-        recall: compressed chunks that also stand raw before the window.
-        refresh: they are chosen anew at every multiple of so many tokens of the row, at the prompt's end and whenever
+        retrieve: compressed chunks that also stand raw before the window.
+        every: they are chosen anew at every multiple of so many tokens of the row, at the prompt's end and whenever
             a chunk is compressed.
-        chooser: chooses them; needed where `recall` is not 0.
+        chooser: chooses them; needed where `retrieve` is not 0.
         router: finds the expert of every chunk and of the raw window; None without experts.
         adapters: the experts' adapters of the host, in the router's order.
         experts: what tells the experts from others.
@@ -44,8 +44,8 @@ class Reader:
     prefix: Callable[[list[int]], int | None]
     crouter: CRouterModel | None = None
     projector: Projector | None = None
-    recall: int = 0
-    refresh: int = 128
+    retrieve: int = 0
+    every: int = 128
     chooser: Chooser | None = None
     router: ChunkRouter | None = None
     adapters: AdapterStack | None = None
@@ -95,7 +95,7 @@ class Reader:
                 # one copy to the host a call, and none in most steps
                 chunks, base = list(row.chunks), start
                 for (first, end), piece, mask in self._cut(ids[base:]):
-                    found = CompressedChunk(base + first, base + end, piece[mask.bool()])
+                    found = Chunk(base + first, base + end, piece[mask.bool()])
                     if len(ids) - found.end < self.window:
                         row = replace(row, pending=found)
                         break
@@ -123,9 +123,9 @@ class Reader:
         Raises:
             InputError: scores that do not fit the chunks.
         """
-        if not self.recall or self.chooser is None or not row.chunks:
+        if not self.retrieve or self.chooser is None or not row.chunks:
             return row
-        at = len(ids) - len(ids) % self.refresh
+        at = len(ids) - len(ids) % self.every
         last = row.choices[-1] if row.choices else None
         if last is not None and last.count == len(row.chunks) and last.at >= min(row.prompt, len(ids)):
             at = max(at, last.at)
@@ -169,20 +169,22 @@ class Reader:
         judged = {key: piece for key, piece in wanted.items() if len(piece) >= max(self.router.fewest, 1)}
         if judged:
             self._check_ids(list(judged.values()))
-            found |= dict(zip(judged, self.router.residuals(list(judged.values())), strict=True))
+            found |= dict(zip(judged, self.router.reconstruction_nlls(list(judged.values())), strict=True))
         return [self._routed(row, anchor, found) for row, anchor in zip(rows, anchors, strict=True)]
 
-    def _routed(self, row: Row, anchor: tuple[int, torch.Tensor] | None, residuals: dict[bytes, torch.Tensor]) -> Row:
+    def _routed(
+        self, row: Row, anchor: tuple[int, torch.Tensor] | None, reconstruction_nlls: dict[bytes, torch.Tensor]
+    ) -> Row:
         decide, previous, chunks = self.router.decide, None, []  # pyright: ignore[reportOptionalMemberAccess]
         for chunk in row.chunks:
             if chunk.route is None:
-                chunk = replace(chunk, route=decide(residuals[_key(chunk.ids)], len(chunk.ids), previous))
+                chunk = replace(chunk, route=decide(reconstruction_nlls[_key(chunk.ids)], len(chunk.ids), previous))
             previous = chunk.route.number  # pyright: ignore[reportOptionalMemberAccess]
             chunks.append(chunk)
         row = replace(row, chunks=tuple(chunks))
         if anchor is not None:
             at, piece = anchor
-            found = WindowRoute(at, len(chunks), decide(residuals[_key(piece)], len(piece), previous))
+            found = WindowRoute(at, len(chunks), decide(reconstruction_nlls[_key(piece)], len(piece), previous))
             row = replace(row, routes=(*row.routes, found))
         return row
 
@@ -210,9 +212,9 @@ class Reader:
 
     def next_choice(self, row: Row, length: int) -> int:
         """Tokens of the row, more than `length`, at which recall is chosen anew if no chunk is compressed before."""
-        return (length // self.refresh + 1) * self.refresh if self.recall and row.chunks else sys.maxsize
+        return (length // self.every + 1) * self.every if self.retrieve and row.chunks else sys.maxsize
 
-    def _compressed_at(self, chunk: CompressedChunk, ids: torch.Tensor) -> int:
+    def _compressed_at(self, chunk: Chunk, ids: torch.Tensor) -> int:
         """Tokens of the row at which a chunk was compressed."""
         length = chunk.end + self.window
         if self.chunker.same_tokenizer:
@@ -232,7 +234,7 @@ class Reader:
         """
         if self.num_latents == 0:
             return tuple(rows)
-        wanted: dict[bytes, tuple[CompressedChunk, str]] = {}
+        wanted: dict[bytes, tuple[Chunk, str]] = {}
         for r, row in enumerate(rows):
             for c, chunk in enumerate(row.chunks):
                 if chunk.soft is None:
@@ -250,7 +252,7 @@ class Reader:
             filled.append(replace(row, chunks=tuple(chunks)))
         return tuple(filled)
 
-    def _soft_prompts(self, items: list[tuple[CompressedChunk, str]]) -> torch.Tensor:
+    def _soft_prompts(self, items: list[tuple[Chunk, str]]) -> torch.Tensor:
         crouter: Any = self.crouter
         projector: Any = self.projector
         ids = torch.nn.utils.rnn.pad_sequence([chunk.ids for chunk, _ in items], batch_first=True)

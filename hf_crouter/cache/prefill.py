@@ -10,12 +10,12 @@ from ..types import BASE
 from .capacity import check_capacity
 from .kv_cache import CompressedCache, is_recording
 from .layout import PAD, common_columns, row_experts, row_layout, soft_index, stack_rows
-from .policy import Reader
+from .policy import ContextPolicy
 
 
 @torch.no_grad()
 def advance(
-    host: Any, reader: Reader, cache: CompressedCache, input_ids: torch.Tensor, verified: int, main: int | None
+    host: Any, reader: ContextPolicy, cache: CompressedCache, input_ids: torch.Tensor, verified: int, main: int | None
 ) -> tuple[int, int]:
     """Brings the cache to the layout that `input_ids` call for, short of the last `main` columns.
 
@@ -41,8 +41,8 @@ def advance(
     compressed = any(row.chunks for row in rows)
     codes = []
     for row in rows:
-        spans, recalled = ([(c.start, c.end) for c in chunks] for chunks in (row.chunks, row.recalled))
-        codes.append(row_layout(width - row.pad, row.prefix or 0, spans, reader.num_latents, recalled))
+        spans, retrieved = ([(c.start, c.end) for c in chunks] for chunks in (row.chunks, row.retrieved))
+        codes.append(row_layout(width - row.pad, row.prefix or 0, spans, reader.num_latents, retrieved))
     check_capacity(host, reader, max(row.prefix or 0 for row in rows), max(len(code) for code in codes))
     layout = stack_rows(codes, 0 if compressed else width)
     served = [row_experts(row, code, reader.num_latents) for row, code in zip(rows, codes, strict=True)]

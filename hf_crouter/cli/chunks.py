@@ -34,22 +34,22 @@ def chunk_record(
     chunk: int,
     tokens: int,
     accuracy: float | None,
-    residual: float | None,
+    reconstruction_nll: float | None,
     calibration: Calibration | None,
     span: tuple[int, int] | None = None,
 ) -> dict[str, Any]:
-    """One chunk for JSON: `chunk`, `start` and `end` (host tokens), `tokens`, `accuracy`, `residual`, `verdict`."""
+    """One chunk for JSON: `chunk`, `start` and `end` (host tokens), `tokens`, `accuracy`, `reconstruction_nll`, `verdict`."""
     record: dict[str, Any] = {"chunk": chunk}
     if span:
         record |= {"start": span[0], "end": span[1]}
-    found = verdict(calibration, residual) if residual is not None else None
-    return record | {"tokens": tokens, "accuracy": accuracy, "residual": residual, "verdict": found}
+    found = verdict(calibration, reconstruction_nll) if reconstruction_nll is not None else None
+    return record | {"tokens": tokens, "accuracy": accuracy, "residual": reconstruction_nll, "verdict": found}
 
 
 def chunk_records(report: HistoryReport, calibration: Calibration | None) -> list[dict[str, Any]]:
     """The chunks of a history's report, one row of the batch; with experts also `expert`, `route` and `margin`."""
     return [
-        chunk_record(c.index, c.tokens, c.accuracy, c.residual, calibration, (c.start, c.end))
+        chunk_record(c.index, c.tokens, c.accuracy, c.reconstruction_nll, calibration, (c.start, c.end))
         | ({"expert": c.expert, "route": c.verdict, "margin": c.margin} if c.verdict else {})
         for c in report.chunks
     ]

@@ -42,7 +42,9 @@ def run(args: argparse.Namespace) -> int:
     calibration = calibration_of(crouter, args.crouter)
     context.save(args.output)
 
-    measures = zip(context.tokens.tolist(), context.accuracy.tolist(), context.residual.tolist(), strict=True)
+    measures = zip(
+        context.tokens.tolist(), context.accuracy.tolist(), context.reconstruction_nll.tolist(), strict=True
+    )
     chunks = [chunk_record(i, *measure, calibration) for i, measure in enumerate(measures)]
     latents = len(context) * context.latents.shape[1]
     result: dict[str, Any] = {

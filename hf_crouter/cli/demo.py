@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
     plain: dict[str, Any] = {"soft": False, "copy": False, "recall": 0}
     everything = scored(history, ids)
     report = everything.pop("report")
-    extra = report.rows[0].soft + report.rows[0].recalled
+    extra = report.rows[0].soft + report.rows[0].retrieved
     most = args.window + crouter.config.chunk_length - 1
     arms = {
         "window": {"history": f"raw window only ({args.window} to {most} tokens)",
@@ -103,7 +103,7 @@ def run(args: argparse.Namespace) -> int:
         print("\ncontinuation, greedy, with compressed history:")
     last = history()
     continuation = continue_text(host, tokenizer, last, ids, stream=not args.json)
-    copied = last.report(residuals=False).copied
+    copied = last.report(reconstruction_nlls=False).copied
     truth = tokenizer.decode(rest)
     if args.json:
         print_json({"file": Path(path).name, "tokens": ids.shape[1], "host": display_name(host),
@@ -130,7 +130,7 @@ def ways_of(report: HistoryReport) -> str:
     row = report.rows[0]
     found = [f"{row.soft} soft prompts"] if row.soft else []
     found += ["copying"] if report.archive_tokens else []
-    found += [f"{row.recalled} recalled tokens"] if row.recalled else []
+    found += [f"{row.retrieved} recalled tokens"] if row.retrieved else []
     return "+ " + " + ".join(found or ["nothing"])
 
 
@@ -171,7 +171,10 @@ def scored(make: Callable[[], CompressedHistory], ids: torch.Tensor) -> dict[str
         loss = -history.score(ids, last=LAST).mean().item()
     finally:
         history.detach()
-    seconds, report = time.perf_counter() - began, history.report(residuals=history.reader.projector is not None)
+    seconds, report = (
+        time.perf_counter() - began,
+        history.report(reconstruction_nlls=history.reader.projector is not None),
+    )
     return {"loss": loss, "kv_slots": report.peak_slots, "kv_bytes": report.kv_bytes, "seconds": seconds,
             "report": report}  # fmt: skip
 

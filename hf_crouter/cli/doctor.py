@@ -165,7 +165,7 @@ def crouter_checks(crouter: CRouterModel, tokenizer: PreTrainedTokenizerBase, na
     sample = Path(argparse.__file__).read_text(encoding="utf-8")
     words = tokenizer(sample, add_special_tokens=False, verbose=False)["input_ids"][: config.chunk_length]
     context = compress_text(str(tokenizer.decode(words)), crouter, tokenizer)
-    found = verdict(calibration, float(context.residual[0]))
+    found = verdict(calibration, float(context.reconstruction_nll[0]))
     yield Check("compression", "warn" if found == "foreign" else "ok",
                 f"argparse.py, first chunk: TRA {100 * float(context.accuracy[0]):.1f}%, residual "
-                f"{float(context.residual[0]):.3f} nats/token, {found}")  # fmt: skip
+                f"{float(context.reconstruction_nll[0]):.3f} nats/token, {found}")  # fmt: skip

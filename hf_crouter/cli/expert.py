@@ -26,7 +26,7 @@ from ..training.experts import (
     join,
     load_models,
     load_tokens,
-    look_at_each_other,
+    measure_cross_scores,
     mounted,
     route_domains,
     train_expert,
@@ -120,11 +120,11 @@ def _list(args: argparse.Namespace) -> int:
                Column("with adapter"), Column("told by", right=False)]  # fmt: skip
     rows = []
     for record in records:
-        trained, residual, loss = (record[key] or {} for key in ("tokens", "residual", "host_loss"))
+        trained, reconstruction_nll, loss = (record[key] or {} for key in ("tokens", "residual", "host_loss"))
         rows.append((
             record["name"], size(record["bytes"]),
             *(_number(trained.get(part), ",d") for part in ("compressor", "host")),
-            *(_number(residual.get(level), ".3f") for level in ("0.5", "0.99")),
+            *(_number(reconstruction_nll.get(level), ".3f") for level in ("0.5", "0.99")),
             *(_number(loss.get(key), ".3f") for key in ("base", "adapter")),
             "pattern" if record["profile"] else "residual",
         ))  # fmt: skip
@@ -133,13 +133,13 @@ def _list(args: argparse.Namespace) -> int:
 
 
 def describe(expert: Expert, folder: Path) -> dict[str, Any]:
-    """An expert for JSON: `name`, `host`, `bytes` on disk, `tokens` trained on, `residual`, `host_loss`, `profile`.
+    """An expert for JSON: `name`, `host`, `bytes` on disk, `tokens` trained on, `reconstruction_nll`, `host_loss`, `profile`.
 
-    `residual` is that of held-out full chunks, nats/token by quantile; `tokens` and `host_loss` (nats/token) are None
+    `reconstruction_nll` is that of held-out full chunks, nats/token by quantile; `tokens` and `host_loss` (nats/token) are None
     where the record of the training does not tell. `profile`: whether the pattern of its texts was measured.
     """
     training = expert.config.training
-    length = max(expert.calibration.residuals)
+    length = max(expert.calibration.reconstruction_nlls)
     parts = {part: training.get(part, {}).get("tokens") for part in ("compressor", "host")}
     return {
         "name": expert.name,
@@ -148,7 +148,7 @@ def describe(expert: Expert, folder: Path) -> dict[str, Any]:
         "tokens": parts if any(parts.values()) else None,
         "residual": {
             "tokens": length,
-            **{f"{level:g}": expert.calibration.residual(length, level) for level in (0.5, 0.99)},
+            **{f"{level:g}": expert.calibration.reconstruction_nll(length, level) for level in (0.5, 0.99)},
         },
         "host_loss": training.get("held_out", {}).get("host_loss"),
         "profile": expert.profile is not None,
@@ -173,14 +173,14 @@ def _compare(args: argparse.Namespace) -> int:
     experts = ExpertSet.load(args.experts)
     crouter, _ = load_crouter(args.crouter, device=device(args.device))
     experts.check(crouter_fingerprint(crouter, decoder=True))
-    look_at_each_other(args.experts, crouter)
+    measure_cross_scores(args.experts, crouter)
     told = {expert.name: expert.profile is not None for expert in ExpertSet.load(args.experts)}
     if args.json:
         print_json(told)
         return 0
     for name, there in told.items():
         print(
-            f"{name}: {'told by the pattern of its texts' if there else 'told by its residual: too few texts of it'}"
+            f"{name}: {'told by the pattern of its texts' if there else 'told by its reconstruction_nll: too few texts of it'}"
         )
     return 0
 

@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
     inputs = encode(tokenizer, text, chat=args.chat)
     crouter, crouter_tokenizer = load_crouter(args.crouter, device=where)
     history = CompressedHistory(
-        host, crouter, window=args.window, soft=not args.no_soft, copy=COPY[args.copy], recall=args.recall,
+        host, crouter, window=args.window, soft=not args.no_soft, copy=COPY[args.copy], retrieve=args.retrieve,
         experts=args.experts and expert_folder(args.experts), tokenizer=tokenizer, crouter_tokenizer=crouter_tokenizer,
     )  # fmt: skip
     sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}

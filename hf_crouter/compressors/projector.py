@@ -17,7 +17,7 @@ from ..crouter.loading import crouter_folder
 from ..errors import MismatchError
 from ..hosts.fingerprint import host_fingerprint
 from ..hosts.unwrap import display_name, unwrap
-from ..utils.module_io import load_weights, read_description, save_described
+from ..utils.module_io import load_weights, read_description, save_module
 
 NAME = "projector"
 WEIGHTS, CONFIG = f"{NAME}.safetensors", f"{NAME}.json"
@@ -84,7 +84,7 @@ class Projector(nn.Module):
             InputError: the disk is full or the folder cannot be written.
         """
         config = self.config if training is None else replace(self.config, training=training)
-        save_described(folder, NAME, self, config, torch.bfloat16)
+        save_module(folder, NAME, self, config, torch.bfloat16)
 
     @classmethod
     def load(cls, folder: str | Path) -> Projector:

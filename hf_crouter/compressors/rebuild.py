@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from ..crouter import CRouterModel
-from ..types import CompressedChunk
+from ..types import Chunk
 from ..utils.batching import padded
 
 BATCH = 4  # chunks rebuilt at once
@@ -28,7 +28,7 @@ class Rebuilder:
         self.aligned = tokenizers is None  # what is rebuilt stands token for token where it stood
 
     @torch.no_grad()
-    def __call__(self, chunks: Sequence[CompressedChunk]) -> list[tuple[np.ndarray, np.ndarray]]:
+    def __call__(self, chunks: Sequence[Chunk]) -> list[tuple[np.ndarray, np.ndarray]]:
         """Ids `[tokens]` and confidence `[tokens]`, 0 to 1, for each chunk."""
         pieces = []
         for first in range(0, len(chunks), BATCH):

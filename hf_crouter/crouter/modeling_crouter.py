@@ -28,16 +28,16 @@ class CRouterOutput(ModelOutput):
         loss: mean over real tokens of the reconstruction's negative log-likelihood, scalar, nats/token.
         latents: `[B, M, latent_size]`, root-mean-square 1 over the last axis.
         logits: `[B, T, V]`, prediction of the token at each position.
-        residual: `[B]`, nats/token: the chunk's mean reconstruction loss.
-        token_residual: `[B, T]`, nats; 0 at padding.
+        reconstruction_nll: `[B]`, nats/token: the chunk's mean reconstruction loss.
+        token_reconstruction_nll: `[B, T]`, nats; 0 at padding.
         reconstruction_accuracy: `[B]`, share of tokens rebuilt exactly at their position (TRA), 0 to 1.
     """
 
     loss: torch.Tensor | None = None
     latents: torch.Tensor | None = None
     logits: torch.Tensor | None = None
-    residual: torch.Tensor | None = None
-    token_residual: torch.Tensor | None = None
+    reconstruction_nll: torch.Tensor | None = None
+    token_reconstruction_nll: torch.Tensor | None = None
     reconstruction_accuracy: torch.Tensor | None = None
 
 
@@ -325,17 +325,21 @@ class CRouterModel(CRouterPreTrainedModel):
         """
         latents = self.encode(input_ids, attention_mask, **kwargs)
         logits = self.decode(latents, length=input_ids.shape[1], **kwargs)
-        token_residual = F.cross_entropy(logits.float().flatten(0, 1), input_ids.flatten(), reduction="none")
-        token_residual = token_residual.view(input_ids.shape)
-        hit = (logits.detach().argmax(-1) == input_ids).to(token_residual.dtype)
-        mask = torch.ones_like(token_residual) if attention_mask is None else attention_mask.to(token_residual.dtype)
-        token_residual, hit, count = token_residual * mask, hit * mask, mask.sum(-1).clamp(min=1)
+        token_reconstruction_nll = F.cross_entropy(logits.float().flatten(0, 1), input_ids.flatten(), reduction="none")
+        token_reconstruction_nll = token_reconstruction_nll.view(input_ids.shape)
+        hit = (logits.detach().argmax(-1) == input_ids).to(token_reconstruction_nll.dtype)
+        mask = (
+            torch.ones_like(token_reconstruction_nll)
+            if attention_mask is None
+            else attention_mask.to(token_reconstruction_nll.dtype)
+        )
+        token_reconstruction_nll, hit, count = token_reconstruction_nll * mask, hit * mask, mask.sum(-1).clamp(min=1)
         return CRouterOutput(
-            loss=token_residual.sum() / mask.sum().clamp(min=1),
+            loss=token_reconstruction_nll.sum() / mask.sum().clamp(min=1),
             latents=latents,
             logits=logits,
-            residual=token_residual.sum(-1) / count,
-            token_residual=token_residual,
+            reconstruction_nll=token_reconstruction_nll.sum(-1) / count,
+            token_reconstruction_nll=token_reconstruction_nll,
             reconstruction_accuracy=hit.sum(-1) / count,
         )
 

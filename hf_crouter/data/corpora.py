@@ -13,7 +13,7 @@ from .wheels import wheels
 
 __all__ = ["Document", "load_corpus", "register_corpus"]
 
-Reader = Callable[[str, Meter], Iterator[Document]]
+CorpusReader = Callable[[str, Meter], Iterator[Document]]
 
 
 def load_corpus(spec: str, *, progress: Meter | None = None) -> Iterator[Document]:
@@ -33,7 +33,7 @@ def load_corpus(spec: str, *, progress: Meter | None = None) -> Iterator[Documen
     return _READERS[name](argument.strip(), progress or Meter(enabled=False))
 
 
-def register_corpus(name: str, reader: Reader) -> None:
+def register_corpus(name: str, reader: CorpusReader) -> None:
     """Makes `reader(argument, meter) -> documents` a corpus called `name`."""
     _READERS[name] = reader
 
@@ -44,7 +44,7 @@ def _hub(argument: str, meter: Meter) -> Iterator[Document]:
     return hub(argument, meter)
 
 
-_READERS: dict[str, Reader] = {}
+_READERS: dict[str, CorpusReader] = {}
 register_corpus("installed-python", installed_python)
 register_corpus("wheels", wheels)
 register_corpus("text-files", text_files)

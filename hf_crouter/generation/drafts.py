@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
-from ..cache.policy import Reader
+from ..cache.policy import ContextPolicy
 from ..types import Row
 
 
-def trim_drafts(generator: Any, reader: Reader, row: Callable[[], Row]) -> Any:
+def trim_drafts(generator: Any, reader: ContextPolicy, row: Callable[[], Row]) -> Any:
     """Makes a candidate generator of transformers hold back the drafts after a compaction or choice of recall.
 
     Args:

@@ -18,7 +18,7 @@ import torch
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, StaticCache
 
 from ..cache.kv_cache import CompressedCache, CompressedDynamicCache, CompressedStaticCache, is_recording
-from ..cache.policy import Reader
+from ..cache.policy import ContextPolicy
 from ..cache.prefill import advance, mask_and_positions
 from ..errors import InputError
 from ..types import Row
@@ -39,7 +39,7 @@ class HistoryProcessor(LogitsProcessor):
     """
 
     host: PreTrainedModel
-    reader: Reader
+    reader: ContextPolicy
     mounted: bool = False
 
     def started(self) -> None:
@@ -264,7 +264,9 @@ def row_pads(attention_mask: torch.Tensor | None, input_ids: torch.Tensor) -> li
     return (~mask).sum(1).tolist()
 
 
-def open_cache(host: Any, reader: Reader, given: Any, input_ids: torch.Tensor, pads: list[int], verified: int) -> Any:
+def open_cache(
+    host: Any, reader: ContextPolicy, given: Any, input_ids: torch.Tensor, pads: list[int], verified: int
+) -> Any:
     """The cache that a call starts on: the compressed one of an earlier turn, or a new one in place of `given`.
 
     Raises:
@@ -291,7 +293,7 @@ def open_cache(host: Any, reader: Reader, given: Any, input_ids: torch.Tensor, p
         longest = full - min(pads)
         if longest < reader.fewest and reader.router is None:
             return given
-        room = most = full + reader.recall * reader.num_latents  # recalled chunks stand beside their soft prompts
+        room = most = full + reader.retrieve * reader.num_latents  # recalled chunks stand beside their soft prompts
         if reader.chunker.same_tokenizer:
             length = reader.chunker.chunk_length
             chunks = max(0, longest - reader.window) // length
@@ -299,8 +301,8 @@ def open_cache(host: Any, reader: Reader, given: Any, input_ids: torch.Tensor, p
             prefix = max(
                 (reader.prefix(row[pad:].tolist()) or width for row, pad in zip(input_ids, pads, strict=True))
             )
-            soft, recalled = chunks * reader.num_latents, min(chunks, reader.recall) * length
-            room = min(pads) + prefix + soft + recalled + reader.window + length + DRAFTS
+            soft, retrieved = chunks * reader.num_latents, min(chunks, reader.retrieve) * length
+            room = min(pads) + prefix + soft + retrieved + reader.window + length + DRAFTS
         cache = CompressedStaticCache(config=config, max_cache_len=min(most, room))
     else:
         cache = CompressedDynamicCache(config=config)

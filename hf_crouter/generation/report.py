@@ -27,7 +27,7 @@ class ChunkRecord:
         start: first host token of the span, counted from the row's first real token.
         end: host token after the span.
         tokens: crouter tokens of the chunk.
-        residual: nats/token with which the latents rebuild it; None without a crouter.
+        reconstruction_nll: nats/token with which the latents rebuild it; None without a crouter.
         accuracy: share of its tokens rebuilt exactly at their position (TRA), 0 to 1; None without a crouter.
         copied: generated tokens that copying brought from it.
         expert: whose adapter served it; None: the plain host.
@@ -40,7 +40,7 @@ class ChunkRecord:
     start: int
     end: int
     tokens: int
-    residual: float | None = None
+    reconstruction_nll: float | None = None
     accuracy: float | None = None
     copied: int = 0
     expert: str | None = None
@@ -68,7 +68,7 @@ class RouteRecord:
 
 
 @dataclass(frozen=True)
-class RecallRecord:
+class RetrievalRecord:
     """One chunk that came back raw.
 
     Attributes:
@@ -98,19 +98,19 @@ class RowRecord:
         prefix: slots of the raw prefix.
         soft: slots of soft prompts.
         raw: slots of the raw window.
-        recalled: slots of chunks that stand raw before the window.
+        retrieved: slots of chunks that stand raw before the window.
     """
 
     tokens: int
     prefix: int
     soft: int
     raw: int
-    recalled: int = 0
+    retrieved: int = 0
 
     @property
     def slots(self) -> int:
         """All of the row's slots."""
-        return self.prefix + self.soft + self.recalled + self.raw
+        return self.prefix + self.soft + self.retrieved + self.raw
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ class HistoryReport:
         archive_tokens: tokens that can be copied, all rows.
         archive_bytes: their ids (and confidences) in main memory, indexes left out.
         index_bytes: bytes of the indexes over them, which are made again when needed.
-        recalls: every chunk of every choice of recall, row after row; the last of a row are those that stand there.
+        retrievals: every chunk of every choice of recall, row after row; the last of a row are those that stand there.
         routes: every decision on a raw window, row after row; empty without experts.
         steps: of the host in `generate`, the reading of the prompt included; 0 after `score`.
         generated: tokens a row that these steps gave; more than one a step where drafts were accepted.
@@ -146,7 +146,7 @@ class HistoryReport:
     archive_tokens: int = 0
     archive_bytes: int = 0
     index_bytes: int = 0
-    recalls: tuple[RecallRecord, ...] = ()
+    retrievals: tuple[RetrievalRecord, ...] = ()
     routes: tuple[RouteRecord, ...] = ()
     steps: int = 0
     generated: int = 0
@@ -157,7 +157,7 @@ class HistoryReport:
 
     def _recalled(self, row: int) -> list[str]:
         """One line about the chunks of a row that stand raw now."""
-        records = [record for record in self.recalls if record.row == row]
+        records = [record for record in self.retrievals if record.row == row]
         if not records:
             return []
         lengths = {record.length for record in records}
@@ -170,10 +170,10 @@ class HistoryReport:
             return "Nothing was read yet."
         lines = []
         for i, row in enumerate(self.rows):
-            recalled = f"{row.recalled} recalled, " if row.recalled else ""
+            retrieved = f"{row.retrieved} recalled, " if row.retrieved else ""
             lines.append(
                 f"row {i}: {row.tokens} tokens in {row.slots} slots "
-                f"({row.prefix} prefix, {row.soft} soft, {recalled}{row.raw} raw window)"
+                f"({row.prefix} prefix, {row.soft} soft, {retrieved}{row.raw} raw window)"
             )
             lines += self._recalled(i)
             lines += [f"       window from {r.length} tokens on: {r.expert or 'plain host'} ({r.verdict})"
@@ -181,10 +181,12 @@ class HistoryReport:
         if self.chunks:
             lines.append("row  chunk        span  tokens  residual   TRA  copied" + "  expert" * bool(self.routes))
             for c in self.chunks:
-                residual = "       -" if c.residual is None else f"{c.residual:>8.3f}"
+                reconstruction_nll = "       -" if c.reconstruction_nll is None else f"{c.reconstruction_nll:>8.3f}"
                 accuracy = "   -" if c.accuracy is None else f"{c.accuracy:>4.0%}"
                 span = f"{f'{c.start}-{c.end}':>10}"
-                line = f"{c.row:>3}  {c.index:>5}  {span}  {c.tokens:>6}  {residual}  {accuracy}  {c.copied:>6}"
+                line = (
+                    f"{c.row:>3}  {c.index:>5}  {span}  {c.tokens:>6}  {reconstruction_nll}  {accuracy}  {c.copied:>6}"
+                )
                 lines.append(line + (f"  {c.expert or 'plain host'} ({c.verdict})" if c.verdict else ""))
         else:
             lines.append("Nothing was compressed: the history is shorter than window and chunk together.")
@@ -193,7 +195,7 @@ class HistoryReport:
                 f"Copying: {self.copied} tokens came from an archive of {self.archive_tokens:,} tokens "
                 f"({self.archive_bytes:,} bytes of main memory, {self.index_bytes:,} of index)"
             )
-        elif self.chunks and not self.soft and not self.recalls:
+        elif self.chunks and not self.soft and not self.retrievals:
             lines.append("The chunks are dropped: neither soft prompts nor copying reads them.")
         if self.steps:
             rate = self.generated / self.steps
@@ -212,28 +214,28 @@ class Trace:
         cache: of the call that ended.
         soft: whether chunks were read as soft prompts.
         copied: the tokens that copying brought: `row` and `chunk`.
-        pasts: of each row, with its `archive`.
+        archives: of each row, with its `archive`.
         steps: of the host, and tokens that they gave.
     """
 
-    def __init__(self, cache: CompressedCache, soft: bool, copied: Sequence[Any] = (), pasts: Sequence[Any] = (),
+    def __init__(self, cache: CompressedCache, soft: bool, copied: Sequence[Any] = (), archives: Sequence[Any] = (),
                  steps: tuple[int, int] = (0, 0)):  # fmt: skip
         self.soft, self.steps = soft, steps
         self.copied = Counter((place.row, place.chunk) for place in copied)
-        archives = list({id(past.archive): past.archive for past in pasts}.values())  # beams share theirs
+        archives = list({id(past.archive): past.archive for past in archives}.values())  # beams share theirs
         self.archive = tuple(map(sum, ([len(a) for a in archives], [a.nbytes for a in archives],
                                        [a.index_bytes for a in archives])))  # fmt: skip
         width, batch = cache.width, len(cache.rows)
-        self.rows, self.chunks, self.recalls, self.routes = [], [], [], []
+        self.rows, self.chunks, self.retrievals, self.routes = [], [], [], []
         for i, row in enumerate(cache.rows):
             length = width - row.pad
             latents = sum(len(c.soft) for c in row.chunks if c.soft is not None)
             prefix = min(row.prefix or 0, length) if row.chunks else 0
-            recalled = sum(c.end - c.start for c in row.recalled)
+            retrieved = sum(c.end - c.start for c in row.retrieved)
             raw = length - (row.raw_start if row.chunks else 0)
-            self.rows.append(RowRecord(length, prefix, latents, raw, recalled))
-            self.recalls += [
-                RecallRecord(i, choice.at, chunk, scores)
+            self.rows.append(RowRecord(length, prefix, latents, raw, retrieved))
+            self.retrievals += [
+                RetrievalRecord(i, choice.at, chunk, scores)
                 for choice in row.choices
                 for chunk, scores in zip(choice.chunks, choice.scores, strict=True)
             ]
@@ -250,15 +252,17 @@ class Trace:
             self.measured = _measure(crouter, [chunk[4] for chunk in self.chunks])
         records = []
         for k, (row, index, start, end, ids, route) in enumerate(self.chunks):
-            residual, accuracy = self.measured[k] if self.measured else (None, None)
+            reconstruction_nll, accuracy = self.measured[k] if self.measured else (None, None)
             served = _decision(route) if route is not None else (None, "", None)
             records.append(
-                ChunkRecord(row, index, start, end, len(ids), residual, accuracy, self.copied[row, index], *served)
+                ChunkRecord(
+                    row, index, start, end, len(ids), reconstruction_nll, accuracy, self.copied[row, index], *served
+                )
             )
         steps, generated = self.steps
         return HistoryReport(
             tuple(records), tuple(self.rows), self.slots, self.peak, self.kv_bytes, self.kv_bytes_full, self.soft,
-            self.copied.total(), *self.archive, recalls=tuple(self.recalls), routes=tuple(self.routes),
+            self.copied.total(), *self.archive, retrievals=tuple(self.retrievals), routes=tuple(self.routes),
             steps=steps, generated=generated,
         )  # fmt: skip
 
@@ -278,6 +282,6 @@ def _measure(crouter: CRouterModel, pieces: list[torch.Tensor]) -> list[tuple[fl
         ids = torch.nn.utils.rnn.pad_sequence(batch, batch_first=True)
         mask = torch.arange(ids.shape[1]) < torch.tensor([len(piece) for piece in batch])[:, None]
         out = crouter(ids.to(crouter.device), mask.to(crouter.device))
-        values += zip(out.residual.tolist(), out.reconstruction_accuracy.tolist(), strict=True)
+        values += zip(out.reconstruction_nll.tolist(), out.reconstruction_accuracy.tolist(), strict=True)
     found = dict(zip(keys, values, strict=True))
     return [found[piece.numpy().tobytes()] for piece in pieces]

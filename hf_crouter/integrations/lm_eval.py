@@ -41,13 +41,13 @@ class _Row:
         index: its place among the requests.
         ids: context and continuation, cut at the left to what fits.
         last: tokens of the continuation.
-        given: a window of a rolling text, not what a model might say: it is archived as it is read.
+        archive_scored: a window of a rolling text, not what a model might say: it is archived as it is read.
     """
 
     index: int
     ids: list[int]
     last: int
-    given: bool = False
+    archive_scored: bool = False
 
 
 @register_model("crouter")
@@ -135,7 +135,7 @@ class CompressedHFLM(_HFLM):
             override_bs: the harness's own, of no use without automatic batch sizes.
         """
         rows = [
-            self._row(i, context, continuation, given=name is None)  # only rolling windows have no name
+            self._row(i, context, continuation, archive_scored=name is None)  # only rolling windows have no name
             for i, (name, context, continuation) in enumerate(requests)
         ]
         compressed = [row for row in rows if self._is_compressed(row)]
@@ -160,14 +160,14 @@ class CompressedHFLM(_HFLM):
         bar.close()
         return [answers[i] for i in range(len(requests))]
 
-    def _row(self, index: int, context: list[int], continuation: list[int], given: bool) -> _Row:
+    def _row(self, index: int, context: list[int], continuation: list[int], archive_scored: bool) -> _Row:
         ids = context + continuation
         most = self.max_length + 1  # the last token is scored, not read
         if len(continuation) >= most:
             raise InputError(f"continuation: expected at most {most - 1} tokens, got {len(continuation)}")
         if len(ids) > most:
             logger.warning("a request of %d tokens is cut at the left to the %d that fit", len(ids), most)
-        return _Row(index, ids[-most:], len(continuation), given)
+        return _Row(index, ids[-most:], len(continuation), archive_scored)
 
     def _is_compressed(self, row: _Row) -> bool:
         reader = self.history.reader  # with experts even a short request is read under one's adapter
@@ -184,8 +184,8 @@ class CompressedHFLM(_HFLM):
             dtype=self.mixed_precision_dtype,
             enabled=self.mixed_precision_dtype is not None,
         ):
-            lasts, given = [row.last for row in batch], batch[0].given
-            scores, best = self.history.score(ids, lasts, mask, given=given, greedy=True)
+            lasts, archive_scored = [row.last for row in batch], batch[0].archive_scored
+            scores, best = self.history.score(ids, lasts, mask, archive_scored=archive_scored, greedy=True)
         return [(float(scores[i, -row.last :].sum()), bool(best[i, -row.last :].all())) for i, row in enumerate(batch)]
 
 
@@ -194,7 +194,7 @@ def _batches(rows: list[_Row], size: int) -> Iterator[list[_Row]]:
     batch: list[_Row] = []
     for row in sorted(rows, key=lambda row: -len(row.ids)):
         full = len(batch) == size or max(other.last for other in [*batch, row]) >= len(row.ids)
-        if batch and (full or batch[0].given != row.given):
+        if batch and (full or batch[0].archive_scored != row.archive_scored):
             yield batch
             batch = []
         batch.append(row)

@@ -12,7 +12,7 @@ from ..cache.kv_cache import CompressedCache
 from ..ngram.archive import Matches
 from ..ngram.gate import Gate
 from ..ngram.mixture import Candidates, Mixture, collect, mix
-from ..ngram.row_archive import Past, RowPast
+from ..ngram.row_archive import Archives, RowArchive
 from ..ngram.suffix_index import LONGEST
 
 
@@ -47,7 +47,7 @@ class Copier:
 
     def __init__(
         self,
-        past: Past,
+        past: Archives,
         gate: Gate,
         strength: float,
         width: int,
@@ -61,7 +61,7 @@ class Copier:
     def look(self, cache: CompressedCache, input_ids: torch.Tensor, columns: Sequence[int]) -> list[Matches]:
         """Matches before each of some columns of `input_ids`, row after row; `rows * len(columns)` of them."""
         matches = []
-        for i, past in enumerate(self.pasts(cache)):
+        for i, past in enumerate(self.archives(cache)):
             first = max(cache.rows[i].pad, columns[0] - LONGEST)
             recent = input_ids[i, first : columns[-1]].cpu().numpy()
             for column in columns:
@@ -69,7 +69,7 @@ class Copier:
                 matches.append(past.archive.match(recent[max(0, end - LONGEST) : end]))
         return matches
 
-    def pasts(self, cache: CompressedCache) -> list[RowPast]:
+    def archives(self, cache: CompressedCache) -> list[RowArchive]:
         """The archive of each row of a cache, made of the ids that the cache stands for: a call's may be made up."""
         columns = sys.maxsize if self.archived is None else self.archived
         limits = [columns] * len(cache.rows) if isinstance(columns, int) else columns
@@ -103,14 +103,14 @@ class Copier:
                 prompt = place * self.prompts // len(input_ids)
                 self._brought.setdefault((prompt, *_step_key(input_ids[place])), {})[token] = int(where[-1])
 
-    def taken(self, cache: CompressedCache, pasts: Sequence[RowPast], sequences: torch.Tensor) -> list[Copied]:
+    def taken(self, cache: CompressedCache, archives: Sequence[RowArchive], sequences: torch.Tensor) -> list[Copied]:
         """The generated tokens that copying brought; `sequences` `[sequences, T]` are what the call gave."""
         found = []
         if not self._brought:
             return found
         for i in range(len(sequences)):
             of = i * len(cache.rows) // len(sequences)  # several sequences of a prompt share its past
-            row, past = cache.rows[of], pasts[of]
+            row, past = cache.rows[of], archives[of]
             for column in range(self.width, sequences.shape[1]):
                 prompt = i * self.prompts // len(sequences)
                 brought = self._brought.get((prompt, *_step_key(sequences[i, :column])), {})

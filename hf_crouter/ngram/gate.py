@@ -16,7 +16,7 @@ from ..crouter import CRouterModel
 from ..crouter.loading import SHIPPED, crouter_folder
 from ..errors import InputError, MismatchError
 from ..hosts.fingerprint import host_fingerprint
-from ..utils.module_io import load_weights, read_description, save_described
+from ..utils.module_io import load_weights, read_description, save_module
 from .archive import ORDERS
 
 NAME, CONFIG = "gate", "gate.json"
@@ -67,7 +67,7 @@ class Gate(nn.Module):
 
     def save(self, folder: str | Path) -> None:
         """Writes `gate.safetensors` and `gate.json`, the JSON, with a checksum, last."""
-        save_described(folder, NAME, self, self.config, torch.float32)
+        save_module(folder, NAME, self, self.config, torch.float32)
 
     @classmethod
     def load(cls, folder: str | Path) -> Gate:

@@ -9,15 +9,15 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from ..types import CompressedChunk, Row
+from ..types import Chunk, Row
 from .archive import Archive
 
-Rebuild = Callable[[Sequence[CompressedChunk]], list[tuple[np.ndarray, np.ndarray]]]
+Rebuild = Callable[[Sequence[Chunk]], list[tuple[np.ndarray, np.ndarray]]]
 BATCH = 4  # chunks rebuilt at once
 
 
 @dataclass(frozen=True, eq=False)
-class RowPast:
+class RowArchive:
     """The archive of one row's compressed tokens.
 
     Attributes:
@@ -26,7 +26,7 @@ class RowPast:
         ends: archived tokens up to the end of each chunk.
     """
 
-    last: CompressedChunk | None
+    last: Chunk | None
     archive: Archive
     ends: tuple[int, ...] = ()
 
@@ -35,7 +35,7 @@ class RowPast:
         return bisect.bisect_right(self.ends, position)
 
 
-class Past:
+class Archives:
     """Archives of the rows of one call, extended as their chunks are compressed.
 
     A row's chunks are shared by the beams that come from it, and so is its archive.
@@ -54,12 +54,12 @@ class Past:
         exclude: Sequence[tuple[int, int]] = (),
         rebuild: Rebuild | None = None,
     ):
-        self.empty = RowPast(None, Archive.empty(vocab_size, stop_ids))
+        self.empty = RowArchive(None, Archive.empty(vocab_size, stop_ids))
         self.exclude, self.rebuild = tuple(exclude), rebuild
         self.aligned = rebuild is None or getattr(rebuild, "aligned", False)
-        self._known: dict[int, RowPast] = {}
+        self._known: dict[int, RowArchive] = {}
 
-    def rows(self, rows: Sequence[Row], input_ids: torch.Tensor, limits: Sequence[int]) -> list[RowPast]:
+    def rows(self, rows: Sequence[Row], input_ids: torch.Tensor, limits: Sequence[int]) -> list[RowArchive]:
         """The archive of each row.
 
         Args:
@@ -67,12 +67,12 @@ class Past:
             input_ids: `[B, T]`.
             limits: tokens of each row that may be archived, the first ones; later ones were generated.
         """
-        made: dict[tuple[int, bytes], RowPast] = {}
+        made: dict[tuple[int, bytes], RowArchive] = {}
         found = [self._row(row, input_ids[i], limits[i], made) for i, row in enumerate(rows)]
         self._known = {id(past.last): past for past in found if past.last is not None}
         return found
 
-    def _row(self, row: Row, ids: torch.Tensor, limit: int, made: dict[tuple[int, bytes], RowPast]) -> RowPast:
+    def _row(self, row: Row, ids: torch.Tensor, limit: int, made: dict[tuple[int, bytes], RowArchive]) -> RowArchive:
         # a chunk belongs to one history alone: where its object is known, so is all before it
         done = next((n for n in range(len(row.chunks), 0, -1) if id(row.chunks[n - 1]) in self._known), 0)
         past = self._known[id(row.chunks[done - 1])] if done else self.empty
@@ -86,7 +86,7 @@ class Past:
         self._known[id(chunks[-1])] = replace(made[key], last=chunks[-1])
         return self._known[id(chunks[-1])]
 
-    def _extended(self, past: RowPast, chunks: Sequence[CompressedChunk], text: np.ndarray, limit: int) -> RowPast:
+    def _extended(self, past: RowArchive, chunks: Sequence[Chunk], text: np.ndarray, limit: int) -> RowArchive:
         """All new chunks at once: each extension of a long archive may sort it anew."""
         first, ends = chunks[0].start, []
         pieces, weights, flags = [], [], []
@@ -113,9 +113,9 @@ class Past:
                 np.concatenate(weights) if self.rebuild else None,
                 None if flag.all() else flag,
             )
-        return RowPast(chunks[-1], archive, (*past.ends, *ends))
+        return RowArchive(chunks[-1], archive, (*past.ends, *ends))
 
-    def _copyable(self, chunk: CompressedChunk, length: int) -> np.ndarray:
+    def _copyable(self, chunk: Chunk, length: int) -> np.ndarray:
         flags = np.ones(length, bool)
         for start, end in self.exclude:
             if start < chunk.end and end > chunk.start:

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..errors import InputError
-from ..utils.module_io import load_weights, read_description, save_described
+from ..utils.module_io import load_weights, read_description, save_module
 from .postings import ChunkIndex, phrases_of
 
 QUERY = 512  # last tokens of a row that a scorer is given
@@ -198,7 +198,7 @@ class LearnedScorer(nn.Module):
 
     def save(self, folder: str | Path) -> None:
         """Writes `scorer.safetensors` and `scorer.json`, the JSON, with a checksum, last."""
-        save_described(folder, NAME, self, self.config, torch.float32)
+        save_module(folder, NAME, self, self.config, torch.float32)
 
     @classmethod
     def load(cls, folder: str | Path) -> LearnedScorer:

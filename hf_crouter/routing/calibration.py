@@ -41,32 +41,32 @@ class Calibration:
     fingerprint: str
 
     @classmethod
-    def fit(cls, residuals: Sequence[float] | np.ndarray, documents: int, fingerprint: str) -> Calibration:
+    def fit(cls, reconstruction_nlls: Sequence[float] | np.ndarray, documents: int, fingerprint: str) -> Calibration:
         """Calibration from measured residuals.
 
         Args:
-            residuals: one residual a chunk, nats/token; documents kept out of training and out of every test.
+            reconstruction_nlls: one residual a chunk, nats/token; documents kept out of training and out of every test.
             documents: number of documents that the chunks come from.
             fingerprint: fingerprint of the crouter that was measured.
 
         Raises:
             InputError: no residual, or one that is not finite.
         """
-        values = np.asarray(residuals, dtype=np.float64).ravel()
+        values = np.asarray(reconstruction_nlls, dtype=np.float64).ravel()
         if not values.size or not np.isfinite(values).all():
             raise InputError(f"calibration: expected finite residuals of at least one chunk, got {values.size} values")
         quantiles = dict(zip(QUANTILES, np.quantile(values, QUANTILES).tolist(), strict=True))
         return cls(quantiles, int(values.size), int(documents), fingerprint)
 
-    def verdict(self, residual: float) -> str:
+    def verdict(self, reconstruction_nll: float) -> str:
         """`rebuildable` up to the 90% quantile, `uncertain` up to the 99% quantile, `foreign` above.
 
         Args:
-            residual: nats/token of one chunk.
+            reconstruction_nll: nats/token of one chunk.
         """
-        if residual <= self.quantiles[0.9]:
+        if reconstruction_nll <= self.quantiles[0.9]:
             return "rebuildable"
-        return "uncertain" if residual <= self.quantiles[0.99] else "foreign"
+        return "uncertain" if reconstruction_nll <= self.quantiles[0.99] else "foreign"
 
     def save(self, folder: str | os.PathLike) -> Path:
         """Writes `calibration.json` into a crouter's folder, whole or not at all; returns its path."""
@@ -96,14 +96,14 @@ class Calibration:
         return calibration
 
 
-def verdict(calibration: Calibration | None, residual: float) -> str:
+def verdict(calibration: Calibration | None, reconstruction_nll: float) -> str:
     """The verdict on a chunk, `uncalibrated` without a calibration.
 
     Args:
         calibration: of the crouter at hand, if it has one.
-        residual: nats/token of the chunk.
+        reconstruction_nll: nats/token of the chunk.
     """
-    return calibration.verdict(residual) if calibration else UNCALIBRATED
+    return calibration.verdict(reconstruction_nll) if calibration else UNCALIBRATED
 
 
 LEVELS = (0.0, *QUANTILES, 1.0)  # also the smallest and the largest value met
@@ -116,14 +116,14 @@ class LengthCalibration:
     Measured on documents kept out of its fitting and of every test.
 
     Attributes:
-        residuals: nats/token under the expert, by length in tokens and by quantile (0 to 1).
+        reconstruction_nlls: nats/token under the expert, by length in tokens and by quantile (0 to 1).
         pieces: texts measured, by length.
         documents: documents that these texts come from.
         fingerprint: of the crouter, decoder included.
         weights: checksum of the expert's compressor adapter that was measured.
     """
 
-    residuals: dict[int, dict[float, float]]
+    reconstruction_nlls: dict[int, dict[float, float]]
     pieces: dict[int, int]
     documents: int
     fingerprint: str
@@ -132,7 +132,7 @@ class LengthCalibration:
     @classmethod
     def fit(
         cls,
-        residuals: Mapping[int, Sequence[float] | np.ndarray],
+        reconstruction_nlls: Mapping[int, Sequence[float] | np.ndarray],
         documents: int,
         fingerprint: str,
         weights: str,
@@ -140,7 +140,7 @@ class LengthCalibration:
         """Calibration from measured residuals.
 
         Args:
-            residuals: by length in tokens, one residual a text, nats/token.
+            reconstruction_nlls: by length in tokens, one residual a text, nats/token.
             documents: number of documents that the texts come from.
             fingerprint: of the crouter, decoder included.
             weights: checksum of the compressor adapter.
@@ -148,19 +148,19 @@ class LengthCalibration:
         Raises:
             InputError: no length, a length without residuals, or one that is not finite.
         """
-        if not residuals:
+        if not reconstruction_nlls:
             raise InputError("calibration: expected residuals for at least one length of text, got none")
-        pieces = {int(length): int(np.size(values)) for length, values in sorted(residuals.items())}
-        return cls(quantiles_by_length(residuals, "residuals"), pieces, int(documents), fingerprint, weights)
+        pieces = {int(length): int(np.size(values)) for length, values in sorted(reconstruction_nlls.items())}
+        return cls(quantiles_by_length(reconstruction_nlls, "residuals"), pieces, int(documents), fingerprint, weights)
 
-    def residual(self, tokens: int, quantile: float) -> float:
+    def reconstruction_nll(self, tokens: int, quantile: float) -> float:
         """The residual that this share of the expert's own texts stays under, nats/token.
 
         Args:
             tokens: length of the text; the nearest measured length (by ratio) speaks for it.
             quantile: 0 to 1, interpolated between the measured ones.
         """
-        return quantile_at(self.residuals, tokens, quantile)
+        return quantile_at(self.reconstruction_nlls, tokens, quantile)
 
     def save(self, folder: str | os.PathLike) -> Path:
         """Writes `calibration.json` into an expert's folder, whole or not at all; returns its path."""
@@ -178,15 +178,15 @@ class LengthCalibration:
         path = Path(folder) / CALIBRATION_FILE
         try:
             fields = json.loads(path.read_text(encoding="utf-8"))
-            residuals = _read_table(fields["residuals"])
+            reconstruction_nlls = _read_table(fields["residuals"])
             pieces = {int(length): int(count) for length, count in fields["pieces"].items()}
             fingerprint, weights = (str(fields[name]) for name in ("fingerprint", "weights"))
-            calibration = cls(residuals, pieces, int(fields["documents"]), fingerprint, weights)
+            calibration = cls(reconstruction_nlls, pieces, int(fields["documents"]), fingerprint, weights)
         except OSError as error:
             raise InputError(f"{path}: cannot be read ({error.strerror})") from error
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise InputError(f"{path}: not an expert's calibration, or damaged ({error!r})") from error
-        if not residuals:
+        if not reconstruction_nlls:
             raise InputError(f"{path}: expected residuals for at least one length of text, got none")
         return calibration
 

@@ -188,7 +188,7 @@ class Expert:
     @property
     def digest(self) -> str:
         """Checksum of all that routes and what they lead to depend on."""
-        content = [self.name, self.host.checksum, self.compressor.checksum, repr(self.calibration.residuals),
+        content = [self.name, self.host.checksum, self.compressor.checksum, repr(self.calibration.reconstruction_nlls),
                    self.profile.digest if self.profile else ""]  # fmt: skip
         if self.centroid is not None:
             content += [part.numpy().tobytes().hex() for part in (self.centroid.mean, self.centroid.variance)]

@@ -13,7 +13,7 @@ from ..crouter import CRouterModel
 from .adapters import AdapterStack
 from .experts import Expert, ExpertSet, Texts
 from .profile import Evidence, summary
-from .router import rebuilding_nats
+from .router import token_reconstruction_nll
 
 
 def measure_evidence(
@@ -40,7 +40,7 @@ def measure_evidence(
     weights = {expert.name: expert.compressor.checksum for expert in experts}
     before = Evidence.load(set_folder)
     passes: list[tuple[np.ndarray, np.ndarray, int]] = []  # ids, where to, column
-    residuals: dict[str, dict[int, np.ndarray]] = {}
+    reconstruction_nlls: dict[str, dict[int, np.ndarray]] = {}
     documents: dict[str, dict[int, np.ndarray]] = {}
     checksums: dict[str, str] = {}
     for expert in experts:
@@ -55,7 +55,7 @@ def measure_evidence(
             )
         else:
             continue
-        residuals[expert.name] = {}
+        reconstruction_nlls[expert.name] = {}
         for length, groups in documents[expert.name].items():
             table = np.full((len(groups), len(experts) + 1, 2), np.nan, np.float32)
             for column, name in enumerate([*weights, ""]):
@@ -63,21 +63,21 @@ def measure_evidence(
                     table[:, column] = known[name][length]
                 elif texts is not None:
                     passes.append((texts.ids[length], table[:, column], column))
-            residuals[expert.name][length] = table
+            reconstruction_nlls[expert.name][length] = table
     for done, (ids, place, column) in enumerate(passes, 1):
         pieces = list(torch.from_numpy(ids))
         stack = None
         if column < len(experts):
             stack = AdapterStack(crouter, {experts[column].name: experts[column].compressor})
         try:
-            nats = rebuilding_nats(crouter, pieces, stack, rows=rows)
+            nats = token_reconstruction_nll(crouter, pieces, stack, rows=rows)
         finally:
             if stack is not None:
                 stack.remove()
         place[:] = torch.stack([summary(row) for row in nats]).numpy()
         if advance is not None:
             advance(done, len(passes), ids.size)
-    evidence = Evidence(weights, checksums, residuals, documents)
+    evidence = Evidence(weights, checksums, reconstruction_nlls, documents)
     evidence.save(set_folder)
     return evidence
 
@@ -92,6 +92,6 @@ def _known(
         return {}  # of other texts
     columns = {name: i for i, name in enumerate(before.weights) if weights.get(name) == before.weights[name]}
     columns[""] = len(before.weights)
-    tables = before.residuals.get(expert.name, {})
+    tables = before.reconstruction_nlls.get(expert.name, {})
     return {name: {length: table[:, i] for length, table in tables.items()
                    if np.isfinite(table[:, i]).all()} for name, i in columns.items()}  # fmt: skip

@@ -33,12 +33,12 @@ _SHRINK, _RIDGE = 0.03, 1e-3
 _FOLDS = 5
 
 
-def summary(token_nats: torch.Tensor) -> torch.Tensor:
+def summary(token_reconstruction_nll: torch.Tensor) -> torch.Tensor:
     """Mean and mean logarithm of what rebuilding each token costs, `[..., T]` to `[..., 2]`, nats/token and its log.
 
     The logarithm tells easy tokens apart, which the mean, ruled by the few hard ones, does not.
     """
-    return torch.stack([token_nats.mean(-1), (token_nats + FLOOR).log().mean(-1)], dim=-1)
+    return torch.stack([token_reconstruction_nll.mean(-1), (token_reconstruction_nll + FLOOR).log().mean(-1)], dim=-1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,7 +67,7 @@ class Profile:
         cls,
         among: Sequence[str],
         number: int,
-        residuals: Mapping[int, np.ndarray],
+        reconstruction_nlls: Mapping[int, np.ndarray],
         documents: Mapping[int, Sequence[int] | np.ndarray],
     ) -> Profile | None:
         """Profile of an expert's held-out texts; None where these are too few at every length to tell their pattern.
@@ -75,19 +75,19 @@ class Profile:
         Args:
             among: checksums of the n experts' compressors.
             number: the expert's place among them.
-            residuals: `[N, n + 1, 2]` by length, see `summary`; nan under experts that did not measure them.
+            reconstruction_nlls: `[N, n + 1, 2]` by length, see `summary`; nan under experts that did not measure them.
             documents: `[N]` by length, which document each text comes from.
 
         Raises:
             InputError: no length, or residuals under the expert itself or the crouter alone that are not finite.
         """
-        measured = [np.isfinite(values).all((0, 2)) for values in residuals.values()]
+        measured = [np.isfinite(values).all((0, 2)) for values in reconstruction_nlls.values()]
         axes = np.flatnonzero(np.all(measured, axis=0)) if measured else np.array([], dtype=int)
         if not {number, len(among)} <= set(axes.tolist()):
             raise InputError("profile: expected finite residuals under the expert and under the crouter alone")
         means, precisions, distances, margins = {}, {}, {}, {}
         others = [axis for axis in axes[:-1] if axis != number]
-        for length, values in residuals.items():
+        for length, values in reconstruction_nlls.items():
             logs = values[:, axes, LOGS].astype(np.float64)
             away = distances_across(logs, documents[length])
             if away is None:
@@ -165,13 +165,13 @@ class Evidence:
     Attributes:
         weights: checksum of each expert's compressor that was measured, by name; its order is that of the columns.
         texts: checksum of each expert's texts that were measured (`Texts.checksum`), by name.
-        residuals: by expert and length, `[N, n + 1, 2]` (see `summary`), float32; nan where a text was not measured.
+        reconstruction_nlls: by expert and length, `[N, n + 1, 2]` (see `summary`), float32; nan where a text was not measured.
         documents: by expert and length, `[N]`, int64: which document each text comes from.
     """
 
     weights: dict[str, str]
     texts: dict[str, str]
-    residuals: dict[str, dict[int, np.ndarray]]
+    reconstruction_nlls: dict[str, dict[int, np.ndarray]]
     documents: dict[str, dict[int, np.ndarray]]
 
     def profiles(self, weights: Mapping[str, str]) -> dict[str, Profile | None]:
@@ -184,7 +184,7 @@ class Evidence:
         found: dict[str, Profile | None] = {}
         for number, name in enumerate(weights):
             rows = {}
-            for length, values in self.residuals.get(name, {}).items() if name in places else ():
+            for length, values in self.reconstruction_nlls.get(name, {}).items() if name in places else ():
                 rows[length] = np.full((len(values), len(weights) + 1, 2), np.nan, np.float32)
                 rows[length][:, -1] = values[:, -1]
                 for column, other in enumerate(weights):
@@ -197,7 +197,7 @@ class Evidence:
     def save(self, folder: str | os.PathLike) -> Path:
         """Writes `evidence.safetensors` into a set's folder, whole or not at all; returns its path."""
         tensors = {}
-        for name, lengths in self.residuals.items():
+        for name, lengths in self.reconstruction_nlls.items():
             for length, values in lengths.items():
                 tensors[f"{name}/{length}/residuals"] = np.ascontiguousarray(values, np.float32)
                 tensors[f"{name}/{length}/documents"] = np.asarray(self.documents[name][length], np.int64)
@@ -216,7 +216,7 @@ class Evidence:
         path = Path(folder) / EVIDENCE_FILE
         if not path.exists():
             return None
-        residuals: dict[str, dict[int, np.ndarray]] = {}
+        reconstruction_nlls: dict[str, dict[int, np.ndarray]] = {}
         documents: dict[str, dict[int, np.ndarray]] = {}
         try:
             with safe_open(path, "np") as file:
@@ -225,9 +225,9 @@ class Evidence:
                                   for key in ("weights", "texts"))  # fmt: skip
                 for key in file.keys():  # noqa: SIM118 - safe_open is no mapping
                     name, length, what = key.split("/")
-                    table = {"residuals": residuals, "documents": documents}[what]
+                    table = {"residuals": reconstruction_nlls, "documents": documents}[what]
                     table.setdefault(name, {})[int(length)] = file.get_tensor(key)
-            for name, lengths in residuals.items():
+            for name, lengths in reconstruction_nlls.items():
                 for length, values in lengths.items():
                     shape = (len(documents[name][length]), len(weights) + 1, 2)
                     if values.shape != shape:
@@ -236,4 +236,4 @@ class Evidence:
             raise InputError(f"{path}: cannot be read ({error.strerror})") from error
         except (SafetensorError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise InputError(f"{path}: not a set's evidence, or damaged ({error!r})") from error
-        return cls(weights, texts, residuals, documents)
+        return cls(weights, texts, reconstruction_nlls, documents)

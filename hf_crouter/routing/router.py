@@ -23,7 +23,7 @@ from .profile import LOGS, NATS, summary
 
 
 @torch.no_grad()
-def rebuilding_nats(
+def token_reconstruction_nll(
     crouter: CRouterModel, pieces: Sequence[torch.Tensor], stack: AdapterStack | None = None, *, rows: int = 4
 ) -> list[torch.Tensor]:
     """What rebuilding each token of each text costs, `[T]` a text, nats, float32, on the CPU.
@@ -46,10 +46,10 @@ def rebuilding_nats(
         batch = pieces[start : start + rows]
         ids, mask = (part.to(crouter.device) for part in padded(batch))
         if stack is None:
-            nats = crouter(ids, mask).token_residual
+            nats = crouter(ids, mask).token_reconstruction_nll
         else:
             with stack.using([0] * len(batch)):
-                nats = crouter(ids, mask).token_residual
+                nats = crouter(ids, mask).token_reconstruction_nll
         found += [row[: len(piece)] for row, piece in zip(nats.float().cpu(), batch, strict=True)]
     return found
 
@@ -63,7 +63,7 @@ class Router:
     Args:
         crouter: the shared one; that it is the experts' own is for `ExpertSet.check` to say.
         experts: at least one.
-        shortlist: only so many experts are scored a chunk, those whose texts lie nearest to its latents without any
+        top_k_experts: only so many experts are scored a chunk, those whose texts lie nearest to its latents without any
             adapter: one pass of the encoder in place of a whole pass for each expert left out. 0: all are.
         stay: how much less than the previous expert's the least log residual must be for the route to change: 0.1 is
             a tenth of a token's residual.
@@ -84,7 +84,7 @@ class Router:
         crouter: CRouterModel,
         experts: ExpertSet,
         *,
-        shortlist: int = 0,
+        top_k_experts: int = 0,
         stay: float = 0.0,
         fewest: int = 64,
         known: float = 0.99,
@@ -94,10 +94,10 @@ class Router:
         if not len(experts):
             raise InputError("router: expected at least one expert, got an empty set")
         without = [expert.name for expert in experts if expert.centroid is None]
-        if shortlist and without:
+        if top_k_experts and without:
             raise InputError(f"router: expected a centroid of every expert for a shortlist, got none of {without[0]}")
         self.crouter, self.experts = crouter, experts
-        self.shortlist = shortlist if shortlist < len(experts) else 0
+        self.top_k_experts = top_k_experts if top_k_experts < len(experts) else 0
         self.stay, self.fewest = float(stay), fewest
         self.known, self.clear, self.rows = known, clear, rows
         self._stacks = []
@@ -118,7 +118,7 @@ class Router:
         """Whether some expert has a profile, so that the crouter alone is asked too."""
         return any(expert.profile is not None for expert in self.experts)
 
-    def residuals(self, pieces: Sequence[torch.Tensor]) -> torch.Tensor:
+    def reconstruction_nlls(self, pieces: Sequence[torch.Tensor]) -> torch.Tensor:
         """How well each expert rebuilds each chunk, and last the crouter alone, `[N, n + 1, 2]`: `profile.summary`.
 
         nan where a shortlist left an expert out; the crouter alone is left out with a shortlist and without profiles.
@@ -129,19 +129,19 @@ class Router:
         Raises:
             InputError: a chunk that is empty or too long, or the router's adapters were removed.
         """
-        wanted = self.shortlisted(pieces)
+        wanted = self.among_top_k(pieces)
         alone = torch.full((len(pieces), 1), self.profiled and bool(wanted.all()))
         wanted = torch.cat([wanted, alone], dim=1)
         found = torch.full((*wanted.shape, 2), math.nan)
         for number in range(wanted.shape[1]):
             stack = self._stack(number) if number < len(self.experts) else None
             chosen = [i for i in range(len(pieces)) if wanted[i, number]]
-            nats = rebuilding_nats(self.crouter, [pieces[i] for i in chosen], stack, rows=self.rows)
+            nats = token_reconstruction_nll(self.crouter, [pieces[i] for i in chosen], stack, rows=self.rows)
             for i, row in zip(chosen, nats, strict=True):
                 found[i, number] = summary(row)
         return found
 
-    def token_residuals(self, piece: torch.Tensor, numbers: Sequence[int] | None = None) -> torch.Tensor:
+    def token_reconstruction_nll(self, piece: torch.Tensor, numbers: Sequence[int] | None = None) -> torch.Tensor:
         """What rebuilding each token of a chunk costs under each expert, `[n, T]`, nats.
 
         Args:
@@ -150,73 +150,73 @@ class Router:
         """
         found = torch.full((len(self.experts), len(piece)), math.nan)
         for number in range(len(self.experts)) if numbers is None else numbers:
-            found[number] = rebuilding_nats(self.crouter, [piece], self._stack(number))[0]
+            found[number] = token_reconstruction_nll(self.crouter, [piece], self._stack(number))[0]
         return found
 
     @torch.no_grad()
-    def shortlisted(self, pieces: Sequence[torch.Tensor]) -> torch.Tensor:
+    def among_top_k(self, pieces: Sequence[torch.Tensor]) -> torch.Tensor:
         """Which experts are scored for which chunk, `[N, n]`, bool."""
         wanted = torch.ones(len(pieces), len(self.experts), dtype=torch.bool)
-        if not self.shortlist:
+        if not self.top_k_experts:
             return wanted
         for start in range(0, len(pieces), self.rows):
             batch = pieces[start : start + self.rows]
             latents = self.crouter.encode(*(part.to(self.crouter.device) for part in padded(batch)))
             far = torch.stack([e.centroid.distance(latents) for e in self.experts if e.centroid is not None], dim=1)
-            nearest = far.topk(self.shortlist, dim=1, largest=False).indices
+            nearest = far.topk(self.top_k_experts, dim=1, largest=False).indices
             wanted[start : start + len(batch)] = False
             wanted[start : start + len(batch)].scatter_(1, nearest, True)
         return wanted
 
-    def distances(self, residuals: torch.Tensor, tokens: int) -> torch.Tensor:
+    def distances(self, reconstruction_nlls: torch.Tensor, tokens: int) -> torch.Tensor:
         """How far a chunk lies from each expert's own texts, `[n]`, float64; up to 1 lie nine of ten of these.
 
         nan for an expert without a profile, and for all where something was not measured.
 
         Args:
-            residuals: `[n + 1, 2]`; nan for an expert that was not scored.
+            reconstruction_nlls: `[n + 1, 2]`; nan for an expert that was not scored.
             tokens: the chunk's length.
         """
-        if residuals.isnan().any():
+        if reconstruction_nlls.isnan().any():
             return torch.full((len(self.experts),), math.nan, dtype=torch.float64)
-        logs = residuals[:, LOGS].double().cpu().numpy()
+        logs = reconstruction_nlls[:, LOGS].double().cpu().numpy()
         found = [math.nan if e.profile is None else e.profile.distance(logs, tokens) for e in self.experts]
         return torch.tensor(found, dtype=torch.float64)
 
-    def own(self, residuals: torch.Tensor, tokens: int) -> torch.Tensor:
+    def own(self, reconstruction_nlls: torch.Tensor, tokens: int) -> torch.Tensor:
         """Which experts a chunk looks like the texts of, `[n]`, bool; without a distance, by the residual under each.
 
         Args:
-            residuals: `[n + 1, 2]`; nan for an expert that was not scored.
+            reconstruction_nlls: `[n + 1, 2]`; nan for an expert that was not scored.
             tokens: the chunk's length.
         """
         found = []
-        nats, distances = residuals[:-1, NATS].tolist(), self.distances(residuals, tokens).tolist()
+        nats, distances = reconstruction_nlls[:-1, NATS].tolist(), self.distances(reconstruction_nlls, tokens).tolist()
         for expert, value, distance in zip(self.experts, nats, distances, strict=True):
             if expert.profile is None or math.isnan(distance):
-                found.append(value <= expert.calibration.residual(tokens, self.known))  # false for nan
+                found.append(value <= expert.calibration.reconstruction_nll(tokens, self.known))  # false for nan
             else:
                 found.append(distance <= expert.profile.limit(tokens, self.known))
         return torch.tensor(found)
 
-    def decide(self, residuals: torch.Tensor, tokens: int, previous: int | None = None) -> Route:
+    def decide(self, reconstruction_nlls: torch.Tensor, tokens: int, previous: int | None = None) -> Route:
         """The route of a chunk, from its residuals alone.
 
         Of the experts whose own texts look like it the one with the least log residual serves, unless the previous
         one is among them and not undercut by more than `stay`.
 
         Args:
-            residuals: `[n + 1, 2]`; nan for an expert that was not scored.
+            reconstruction_nlls: `[n + 1, 2]`; nan for an expert that was not scored.
             tokens: the chunk's length.
             previous: number of the expert that served before; -1: the base model; None: nothing came before.
         """
-        residuals = residuals.detach().double().cpu()
-        nats, logs = residuals[:-1].unbind(-1)
+        reconstruction_nlls = reconstruction_nlls.detach().double().cpu()
+        nats, logs = reconstruction_nlls[:-1].unbind(-1)
         scored = {name: float(value) for name, value in zip(self.names, nats, strict=True) if not value.isnan()}
         logs = logs.nan_to_num(nan=math.inf)
         if tokens < self.fewest:
             return self._route(BASE if previous is None else previous, "short", scored, _lead(logs))
-        own = self.own(residuals, tokens)
+        own = self.own(reconstruction_nlls, tokens)
         if not own.any():
             return self._route(BASE, "unknown", scored, _lead(logs))
         best = int(torch.where(own, logs, math.inf).argmin())
@@ -236,7 +236,7 @@ class Router:
         found = torch.full((len(pieces), len(self.experts) + 1, 2), math.nan)
         judged = [i for i, piece in enumerate(pieces) if len(piece) >= self.fewest]
         if judged:
-            found[judged] = self.residuals([pieces[i] for i in judged])
+            found[judged] = self.reconstruction_nlls([pieces[i] for i in judged])
         routes = []
         for row, piece in zip(found, pieces, strict=True):
             routes.append(self.decide(row, len(piece), previous))

@@ -35,11 +35,11 @@ class Span:
         return self.end - self.start
 
 
-def find_spans(token_nats: torch.Tensor, *, switch: float, smooth: int = 1) -> list[Span]:
+def find_spans(token_reconstruction_nll: torch.Tensor, *, switch: float, smooth: int = 1) -> list[Span]:
     """The exact minimum of all tokens' nats plus `switch` for each change of expert; of equals, the fewest changes.
 
     Args:
-        token_nats: `[n, T]`, what each token costs under each expert; nan for an expert that is out of the question.
+        token_reconstruction_nll: `[n, T]`, what each token costs under each expert; nan for an expert that is out of the question.
         switch: nats that a change costs, 0 or more: how much evidence a border needs.
         smooth: no span is shorter than so many tokens; a text that is shorter is one span.
 
@@ -51,7 +51,7 @@ def find_spans(token_nats: torch.Tensor, *, switch: float, smooth: int = 1) -> l
 
     Source: dynamic programming after Viterbi, 1967; here with a fewest length.
     """
-    costs = token_nats.detach().double().cpu().numpy()
+    costs = token_reconstruction_nll.detach().double().cpu().numpy()
     if costs.ndim != 2 or not len(costs) or not switch >= 0 or smooth < 1:
         raise InputError(
             f"spans: expected costs [n, T], switch >= 0 and smooth >= 1, got {list(costs.shape)}, {switch}, {smooth}"
@@ -101,7 +101,7 @@ def split_document(router: Router, ids: torch.Tensor | Sequence[int], *, switch:
     """
     ids = torch.as_tensor(ids, dtype=torch.long)
     pieces = ids.split(router.crouter.config.chunk_length)
-    costs = [router.token_residuals(piece) for piece in pieces if len(piece)]
+    costs = [router.token_reconstruction_nll(piece) for piece in pieces if len(piece)]
     return find_spans(torch.cat(costs, dim=1), switch=switch, smooth=smooth) if costs else []
 
 
@@ -124,6 +124,6 @@ def route_spans(router: Router, ids: torch.Tensor | Sequence[int], spans: Sequen
             routes += router(pieces, span.number)
             continue
         shares = torch.tensor([len(piece) / len(span) for piece in pieces])
-        residuals = (router.residuals(pieces) * shares[:, None, None]).sum(0)
-        routes.append(router.decide(residuals, min(len(span), length), span.number))
+        reconstruction_nlls = (router.reconstruction_nlls(pieces) * shares[:, None, None]).sum(0)
+        routes.append(router.decide(reconstruction_nlls, min(len(span), length), span.number))
     return routes

@@ -27,7 +27,7 @@ from ..ngram.archive import ORDERS, Archive
 from ..ngram.gate import Gate, GateConfig
 from ..ngram.mixture import BLOCK, Candidates, collect, gate_features, view_host
 from ..ngram.suffix_index import LONGEST
-from ..types import CompressedChunk
+from ..types import Chunk
 from .align import AlignArguments, Sample, compressed_logits, cut_sample, load_pair
 from .gate import fit_gate
 from .loop import device_name, make_accelerator, progress_bar
@@ -150,7 +150,7 @@ class GateReader:
         logits = compressed_logits(self.host, soft, tensor(sample.prefix), inputs, target.shape[1])[0]
         archive = Archive.empty(logits.shape[-1], self.stop_ids)
         if rebuilt:
-            chunks = [CompressedChunk(0, 0, ids[mask.bool()])
+            chunks = [Chunk(0, 0, ids[mask.bool()])
                       for ids, mask in zip(sample.chunks, sample.chunk_mask, strict=True)]  # fmt: skip
             for ids, confidence in self.rebuild(chunks):
                 archive = archive.extended(ids, confidence)

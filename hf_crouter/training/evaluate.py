@@ -17,14 +17,14 @@ class ReconstructionScore:
         accuracy: share of tokens rebuilt exactly at their position (TRA), 0 to 1.
         nats: negative log-likelihood, nats/token.
         chunks: number of chunks.
-        residual: each chunk's own nats/token, `[N]`, float32.
+        reconstruction_nll: each chunk's own nats/token, `[N]`, float32.
         chunk_accuracy: each chunk's own TRA, `[N]`, float32.
     """
 
     accuracy: float
     nats: float
     chunks: int
-    residual: torch.Tensor
+    reconstruction_nll: torch.Tensor
     chunk_accuracy: torch.Tensor
 
 
@@ -53,18 +53,18 @@ def reconstruction_score(
         raise ValueError("expected at least one chunk, got none")
     crouter.eval()
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-    residual, accuracy = [], []
+    reconstruction_nll, accuracy = [], []
     for start in range(0, len(input_ids), batch_size):
         ids = input_ids[start : start + batch_size].to(crouter.device)
         with torch.autocast(crouter.device.type, torch.bfloat16, enabled=bf16):
             out = crouter(ids, mask[start : start + batch_size].to(crouter.device))
-        residual.append(out.residual.float().cpu())
+        reconstruction_nll.append(out.reconstruction_nll.float().cpu())
         accuracy.append(out.reconstruction_accuracy.float().cpu())
-    residual, accuracy, weight = torch.cat(residual), torch.cat(accuracy), mask.sum(-1).double()
+    reconstruction_nll, accuracy, weight = torch.cat(reconstruction_nll), torch.cat(accuracy), mask.sum(-1).double()
     return ReconstructionScore(
         accuracy=float((accuracy * weight).sum() / weight.sum()),
-        nats=float((residual * weight).sum() / weight.sum()),
-        chunks=len(residual),
-        residual=residual,
+        nats=float((reconstruction_nll * weight).sum() / weight.sum()),
+        chunks=len(reconstruction_nll),
+        reconstruction_nll=reconstruction_nll,
         chunk_accuracy=accuracy,
     )

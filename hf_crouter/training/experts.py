@@ -51,7 +51,7 @@ from ..routing.experts import (
     mounted_names,
 )
 from ..routing.measure import measure_evidence
-from ..routing.router import Router, rebuilding_nats
+from ..routing.router import Router, token_reconstruction_nll
 from ..types import BASE
 from ..utils.batching import padded
 from .evaluate import reconstruction_score
@@ -427,7 +427,7 @@ def train_expert(name: str, arguments: ExpertArguments, models: ExpertModels | N
             expert = measured_expert(folder, config, domain, texts, models, arguments, record)
             expert.save_description(folder, texts if arguments.keep_texts else None)
             add_expert(arguments.experts, folder)
-            look_at_each_other(arguments.experts, models.crouter, name)
+            measure_cross_scores(arguments.experts, models.crouter, name)
     accelerator.wait_for_everyone()  # and no more: the next expert is trained by the same processes
     return {"path": str(Path(arguments.experts) / name), **record}
 
@@ -539,7 +539,7 @@ def cut_by_length(tokens: TokenArray, length: int, limit: int) -> Texts:
     return Texts(ids, documents)
 
 
-def look_at_each_other(folder: str | Path, crouter: CRouterModel, title: str = "experts") -> None:
+def measure_cross_scores(folder: str | Path, crouter: CRouterModel, title: str = "experts") -> None:
     """Measures how the texts of a set's experts look to all of them, with progress.
 
     Args:
@@ -593,10 +593,10 @@ def measured_expert(
 
         stack = AdapterStack(crouter, {name: compressor})
         try:
-            residuals = {}
+            reconstruction_nlls = {}
             for size, ids in texts.ids.items():
-                nats = rebuilding_nats(crouter, list(torch.from_numpy(ids)), stack, rows=rows)
-                residuals[size] = [float(row.mean()) for row in nats]
+                nats = token_reconstruction_nll(crouter, list(torch.from_numpy(ids)), stack, rows=rows)
+                reconstruction_nlls[size] = [float(row.mean()) for row in nats]
                 advance(size * len(ids))
             ids, mask = map(torch.from_numpy, domain.held_out.chunks(length, limit))
             base = reconstruction_score(crouter, ids, mask, batch_size=rows)
@@ -617,7 +617,9 @@ def measured_expert(
             stack.remove()
         centroid = Centroid.fit(_latents(crouter, domain.train, limit, rows))
         documents = len(domain.held_out.names)
-        calibration = LengthCalibration.fit(residuals, documents, config.crouter_fingerprint, compressor.checksum)
+        calibration = LengthCalibration.fit(
+            reconstruction_nlls, documents, config.crouter_fingerprint, compressor.checksum
+        )
     record["held_out"] = {
         "documents": documents,
         "chunks": base.chunks,
@@ -734,7 +736,7 @@ def route_domains(
         routes = []
         for start in range(0, len(pieces), router.rows):
             block = pieces[start : start + router.rows]
-            found_here = router.residuals(block)  # each text on its own: nothing came before it
+            found_here = router.reconstruction_nlls(block)  # each text on its own: nothing came before it
             routes += [router.decide(row, len(piece)) for row, piece in zip(found_here, block, strict=True)]
             if advance is not None:
                 advance(number * limit + min(limit, len(routes)), len(domains) * limit)

@@ -221,7 +221,9 @@ def calibrate(crouter: CRouterModel, tokens: TokenArray, *, bf16: bool = False, 
     weights.load_state_dict(crouter.state_dict())  # float32 copies of what is saved
     nn.Module.to(weights, crouter.device)
     score = reconstruction_score(weights, torch.from_numpy(ids), torch.from_numpy(mask), bf16=bf16, batch_size=8)
-    return Calibration.fit(score.residual.tolist(), len(tokens.names), crouter_fingerprint(crouter, decoder=True))
+    return Calibration.fit(
+        score.reconstruction_nll.tolist(), len(tokens.names), crouter_fingerprint(crouter, decoder=True)
+    )
 
 
 def _record(

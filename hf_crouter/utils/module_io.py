@@ -21,7 +21,7 @@ from .io import replaced_file
 T = TypeVar("T")
 
 
-def save_described(folder: str | Path, name: str, module: nn.Module, config: Any, dtype: torch.dtype) -> None:
+def save_module(folder: str | Path, name: str, module: nn.Module, config: Any, dtype: torch.dtype) -> None:
     """Writes a module's weights and its description, each whole or not at all; the JSON, with a checksum, last.
 
     Args:

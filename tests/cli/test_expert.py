@@ -71,7 +71,7 @@ def test_list_shows_what_was_measured(experts, capsys):
         folder = experts / expert.name
         assert record["host"] == "tiny-host" and record["tokens"]["compressor"] > 100_000
         assert record["bytes"] == sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-        assert record["residual"]["0.5"] == expert.calibration.residual(64, 0.5) < record["residual"]["0.99"]
+        assert record["residual"]["0.5"] == expert.calibration.reconstruction_nll(64, 0.5) < record["residual"]["0.99"]
         assert record["host_loss"]["adapter"] < record["host_loss"]["base"]
 
 

@@ -36,12 +36,14 @@ def test_matches_the_slow_reference_with_ragged_chunks(model):
     with torch.no_grad():
         out = model.double()(ids, mask)
         rows = [reference(copy.deepcopy(model), ids[i, :n].tolist()) for i, n in enumerate(lengths)]
-    for i, (latents, logits, nats, token_nats, accuracy) in enumerate(rows):
+    for i, (latents, logits, nats, token_reconstruction_nll, accuracy) in enumerate(rows):
         torch.testing.assert_close(out.latents[i], latents)
         torch.testing.assert_close(out.logits[i, : lengths[i]], logits)
-        assert out.residual[i].item() == pytest.approx(nats, abs=1e-5)  # cross-entropy is taken in float32
-        assert out.token_residual[i, : lengths[i]].tolist() == pytest.approx(token_nats, abs=1e-5)
-        assert out.token_residual[i, lengths[i] :].abs().sum() == 0
+        assert out.reconstruction_nll[i].item() == pytest.approx(nats, abs=1e-5)  # cross-entropy is taken in float32
+        assert out.token_reconstruction_nll[i, : lengths[i]].tolist() == pytest.approx(
+            token_reconstruction_nll, abs=1e-5
+        )
+        assert out.token_reconstruction_nll[i, lengths[i] :].abs().sum() == 0
         assert out.reconstruction_accuracy[i].item() == pytest.approx(accuracy)
     everything = sum(sum(row[3]) for row in rows) / sum(lengths)
     assert out.loss.item() == pytest.approx(everything, abs=1e-5)
@@ -53,7 +55,7 @@ def test_what_stands_under_the_mask_cannot_matter(model):
     other = torch.where(mask, ids, (ids + 17) % 61)
     first, second = model(ids, mask), model(other, mask)
     assert torch.equal(first.latents, second.latents)
-    assert torch.equal(first.residual, second.residual)
+    assert torch.equal(first.reconstruction_nll, second.reconstruction_nll)
     torch.testing.assert_close(model(ids[:1, :9]).latents, first.latents[:1])
 
 

@@ -13,7 +13,7 @@ from eval import hgr_passes as passes
 from eval import hgr_report as report
 from eval.documents import Record
 from eval.hgr_files import joined_arrays
-from eval.hgr_passes import ARMS, GATES, Layout, Reader, Searchers
+from eval.hgr_passes import ARMS, GATES, DocumentReader, Layout, Searchers
 from eval.hgr_report import Bootstrap, Losses
 from eval.statistics import clustered_interval
 from hf_crouter.ngram.archive import ORDERS
@@ -49,7 +49,7 @@ def make_records(count=5, domain="code"):
 
 def make_reader(workers=0, tokens=500):
     host, crouter = tiny_host(), tiny_crouter()
-    return Reader(
+    return DocumentReader(
         host, crouter, tiny_projector(host, crouter), LAYOUT, frozenset({0, 1, 2}), Searchers(workers), tokens
     )
 
@@ -88,7 +88,7 @@ def test_another_choice_of_chunks_meets_the_same_candidates(tokens, monkeypatch)
     monkeypatch.setattr(passes, "joined", lambda *arguments: joins.append(1) or join(*arguments))
     whole = [(i, (chunk,)) for chunk in range(4) for i in range(5)]
     losses = passes.single_losses(reader, block, 4, make_gates()["pooled"], whole)
-    assert len(joins) == len({tuple(d) for d, _ in reader.forward(block, passes.Arm(recall="given"), 4, whole)}) <= 5
+    assert len(joins) == len({tuple(d) for d, _ in reader.forward(block, passes.Arm(retrieve="given"), 4, whole)}) <= 5
     alone = [passes.single_losses(reader, block, 4, make_gates()["pooled"], [pair]) for pair in whole]
     np.testing.assert_allclose(losses, np.concatenate(alone), atol=1e-4)
 
@@ -158,7 +158,7 @@ def test_shuffled_latents_and_random_chunks_differ(measured):
     assert (passes.partners(make_records(), 0) != np.arange(5)).all()
     assert passes.partners(make_records(), 0)[0] == 3  # of the same package
     random = make_reader().scorers["random2"]
-    assert passes.recalled(LAYOUT, make_rows()[0], 4, random) == passes.recalled(LAYOUT, make_rows()[0], 4, random)
+    assert passes.retrieved(LAYOUT, make_rows()[0], 4, random) == passes.retrieved(LAYOUT, make_rows()[0], 4, random)
 
 
 def test_no_pair_beats_the_oracle(measured):

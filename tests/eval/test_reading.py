@@ -23,7 +23,7 @@ from eval.reading_retrieval import (
 )
 from hf_crouter.modes.copy import Copier
 from hf_crouter.ngram.gate import generic_gate
-from hf_crouter.ngram.row_archive import Past
+from hf_crouter.ngram.row_archive import Archives
 from tests.tiny import CHUNK, tiny_crouter, tiny_host, tiny_projector
 from tests.trained_crouter import TEXT, make_tokenizer
 
@@ -274,7 +274,7 @@ def test_steps_are_timed(bench):
     args = argparse.Namespace(window=32, soft_slots=16, steps=10, leak_steps=20)
 
     def copier_of(width):
-        return Copier(Past(len(bench.tokenizer)), generic_gate(), 1.0, width, width)
+        return Copier(Archives(len(bench.tokenizer)), generic_gate(), 1.0, width, width)
 
     metrics = reading_step.measure({"float32": bench.host}, copier_of, text, [1024, 2048], args)
     assert metrics["copy.step_share.10k"] > 0 and "copy.leak_mib.10k" in metrics

@@ -94,7 +94,7 @@ class TestCompressed:
         answer, = ask(ours, "loglikelihood", (LONG, TEXT[400:440]))  # fmt: skip
         context, continuation = ours._encode_pair(LONG, TEXT[400:440])
         expected = ours.history.score(torch.tensor([context + continuation]), len(continuation))
-        assert ours.history.report(residuals=False).chunks
+        assert ours.history.report(reconstruction_nlls=False).chunks
         assert answer == (float(expected.sum()), False)
 
     def test_a_batch_of_unequal_ones_scores_as_one_by_one(self, ours):
@@ -125,7 +125,9 @@ class TestCompressed:
 
     def test_rolling_is_the_sum_of_its_tokens(self, ours):
         ids = ours.tok_encode(LONG)
-        expected = ours.history.score(torch.tensor([[ours.prefix_token_id, *ids]]), len(ids), given=True).sum()
+        expected = ours.history.score(
+            torch.tensor([[ours.prefix_token_id, *ids]]), len(ids), archive_scored=True
+        ).sum()
         assert ask(ours, "loglikelihood_rolling", (LONG,)) == [float(expected)]
 
     def test_rolling_in_several_windows(self, folders):
@@ -135,7 +137,8 @@ class TestCompressed:
         parts = [[lm.prefix_token_id, *ids[:70]], ids[69:140], ids[-71:]]
         lasts = [70, 70, len(ids) - 140]
         expected = sum(
-            lm.history.score(torch.tensor([p]), n, given=True).sum() for p, n in zip(parts, lasts, strict=True)
+            lm.history.score(torch.tensor([p]), n, archive_scored=True).sum()
+            for p, n in zip(parts, lasts, strict=True)
         )
         assert ask(lm, "loglikelihood_rolling", (LONG,))[0] == pytest.approx(float(expected), abs=1e-3)
 

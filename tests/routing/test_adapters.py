@@ -96,10 +96,10 @@ def test_outside_a_block_the_model_is_bit_for_bit_plain(folders):
 
 def test_a_compressor_takes_adapters_as_well(tmp_path):
     crouter = tiny_crouter()
-    plain = crouter(ids_of(2, 8)).residual
+    plain = crouter(ids_of(2, 8)).reconstruction_nll
     stack = AdapterStack(crouter, {"a": Lora.load(save_adapter(tmp_path, 3, make=tiny_crouter))})
     with torch.no_grad(), stack.using([BASE, 0]):
-        found = crouter(ids_of(2, 8)).residual
+        found = crouter(ids_of(2, 8)).reconstruction_nll
     assert torch.allclose(found[0], plain[0], atol=1e-5) and not torch.allclose(found[1], plain[1], atol=1e-3)
 
 

@@ -22,12 +22,12 @@ def test_quantiles_are_those_of_the_residuals(calibration):
 
 
 @pytest.mark.parametrize(
-    ("residual", "expected"),
+    ("reconstruction_nll", "expected"),
     [(0.0, "rebuildable"), (0.9, "rebuildable"), (0.91, "uncertain"), (0.99, "uncertain"), (0.995, "foreign"),
      (float("nan"), "foreign"), (float("inf"), "foreign")],
 )  # fmt: skip
-def test_verdict_comes_from_the_quantiles(calibration, residual, expected):
-    assert calibration.verdict(residual) == expected
+def test_verdict_comes_from_the_quantiles(calibration, reconstruction_nll, expected):
+    assert calibration.verdict(reconstruction_nll) == expected
 
 
 def test_thresholds_are_the_crouters_own():
@@ -47,10 +47,10 @@ def test_round_trip_is_exact(calibration, tmp_path):
     assert Calibration.load(tmp_path) == calibration
 
 
-@pytest.mark.parametrize("residuals", [[], [0.1, float("nan")], [float("inf")]], ids=["none", "nan", "infinite"])
-def test_fit_refuses(residuals):
+@pytest.mark.parametrize("reconstruction_nlls", [[], [0.1, float("nan")], [float("inf")]], ids=["none", "nan", "infinite"])
+def test_fit_refuses(reconstruction_nlls):
     with pytest.raises(InputError, match="finite residuals"):
-        Calibration.fit(residuals, 1, "x")
+        Calibration.fit(reconstruction_nlls, 1, "x")
 
 
 @pytest.mark.parametrize(
@@ -83,21 +83,21 @@ class TestLengths:
         ("tokens", "median"), [(1, 0.5), (64, 0.5), (90, 0.5), (91, 1.5), (255, 1.5), (257, 2.5), (9999, 2.5)]
     )
     def test_the_nearest_measured_length_speaks(self, lengths, tokens, median):
-        assert lengths.residual(tokens, 0.5) == pytest.approx(median)
+        assert lengths.reconstruction_nll(tokens, 0.5) == pytest.approx(median)
 
     def test_any_quantile(self, lengths):
         for quantile in (0.0, 0.01, 0.3, 0.97, 0.99, 1.0):
-            assert lengths.residual(64, quantile) == pytest.approx(quantile)
+            assert lengths.reconstruction_nll(64, quantile) == pytest.approx(quantile)
 
     def test_round_trip_is_exact(self, lengths, tmp_path):
         lengths.save(tmp_path)
         assert LengthCalibration.load(tmp_path) == lengths
         assert (lengths.pieces, lengths.documents) == ({64: 1001, 128: 1001, 512: 1001}, 5)
 
-    @pytest.mark.parametrize("residuals", [{}, {64: []}, {64: [float("nan")]}, {0: [1.0]}], ids=str)
-    def test_fit_refuses(self, residuals):
+    @pytest.mark.parametrize("reconstruction_nlls", [{}, {64: []}, {64: [float("nan")]}, {0: [1.0]}], ids=str)
+    def test_fit_refuses(self, reconstruction_nlls):
         with pytest.raises(InputError, match="calibration: expected"):
-            LengthCalibration.fit(residuals, 1, "a", "b")
+            LengthCalibration.fit(reconstruction_nlls, 1, "a", "b")
 
     def test_one_is_not_the_other(self, calibration, lengths, tmp_path):
         calibration.save(tmp_path)

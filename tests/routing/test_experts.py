@@ -61,7 +61,7 @@ class TestSet:
         assert found.names == ("b", "a") and len(found) == 2 and [e.name for e in found] == ["b", "a"]
         expert, lora = found["a"], Lora.load(folders["a"] / "compressor")
         assert all(torch.equal(expert.compressor.up[path], lora.up[path]) for path in lora.up)
-        assert expert.config.training == {"seed": 0} and expert.calibration.residual(16, 0.5) > 0
+        assert expert.config.training == {"seed": 0} and expert.calibration.reconstruction_nll(16, 0.5) > 0
         assert expert.centroid is not None and expert.nbytes > 0
         assert expert.calibration.weights == lora.checksum and expert.host.checksum != found["b"].host.checksum, (
             "each has its own files"
@@ -138,8 +138,8 @@ class TestSet:
         assert ExpertSet.load(folder)["a"].profile.axes == (0, 1, 3), "the third did not measure its texts"
         assert ExpertSet.load(folder)["c.v-2_x"].profile is None
         more = measure_evidence(folder, tiny_crouter(), rows=64)
-        for length, values in first.residuals["a"].items():
-            assert np.array_equal(more.residuals["a"][length][:, [0, 1, 3]], values), "kept to the bit"
+        for length, values in first.reconstruction_nlls["a"].items():
+            assert np.array_equal(more.reconstruction_nlls["a"][length][:, [0, 1, 3]], values), "kept to the bit"
         assert all(expert.profile is not None for expert in ExpertSet.load(folder))
         remove_expert(folder, "c.v-2_x")
         again = ExpertSet.load(folder)["b"].profile
@@ -164,14 +164,14 @@ class TestSet:
         fewer = Texts({8: texts.ids[8][:100]}, {8: texts.documents[8][:100]})
         Expert.load(folder / "a").save_description(folder / "a", fewer)
         second = measure_evidence(folder, tiny_crouter(), rows=64)
-        assert second.residuals["a"][8].shape == (100, 3, 2) and set(second.residuals["a"]) == {8}
-        assert np.array_equal(second.residuals["b"][16], first.residuals["b"][16])
+        assert second.reconstruction_nlls["a"][8].shape == (100, 3, 2) and set(second.reconstruction_nlls["a"]) == {8}
+        assert np.array_equal(second.reconstruction_nlls["b"][16], first.reconstruction_nlls["b"][16])
 
     def test_an_expert_without_texts_is_told_by_its_residual(self, folder, tmp_path):
         measure_evidence(folder, tiny_crouter(), rows=64)
         add_expert(folder, save_expert(tmp_path / "late", trained=False, seed=7, with_texts=False))
         evidence = measure_evidence(folder, tiny_crouter(), rows=64)
-        assert "late" not in evidence.residuals and np.isfinite(evidence.residuals["a"][16]).all()
+        assert "late" not in evidence.reconstruction_nlls and np.isfinite(evidence.reconstruction_nlls["a"][16]).all()
         found = ExpertSet.load(folder)
         assert found["late"].profile is None and found["a"].profile is not None
 
@@ -302,7 +302,7 @@ class TestRefusedSets:
 
     def test_evidence(self, folder):
         evidence = measure_evidence(folder, tiny_crouter(), rows=64)
-        Evidence({"b": "w"}, {}, evidence.residuals, evidence.documents).save(folder)
+        Evidence({"b": "w"}, {}, evidence.reconstruction_nlls, evidence.documents).save(folder)
         with pytest.raises(InputError, match="expected residuals of shape"):
             ExpertSet.load(folder)
         (folder / "evidence.safetensors").write_bytes(b"no")

@@ -10,7 +10,7 @@ from hf_crouter.routing.profile import FLOOR, LOGS, NATS, Evidence, Profile, dis
 AMONG = ("x", "y")
 
 
-def residuals(count=200, seed=0, own=0):
+def reconstruction_nlls(count=200, seed=0, own=0):
     """Texts `[N, 3, 2]` of an expert that rebuilds them better than the other one and the crouter alone."""
     generator = np.random.default_rng(seed)
     hard = generator.normal(1.0, 0.3, (count, 1))
@@ -31,9 +31,9 @@ def test_summary_of_tokens():
 
 
 def test_its_own_texts_are_near_and_others_far():
-    profile = fit(residuals())
-    near = [profile.distance(row[:, LOGS], 64) for row in residuals(seed=1)]
-    far = [profile.distance(row[:, LOGS], 64) for row in residuals(seed=1, own=1)]
+    profile = fit(reconstruction_nlls())
+    near = [profile.distance(row[:, LOGS], 64) for row in reconstruction_nlls(seed=1)]
+    far = [profile.distance(row[:, LOGS], 64) for row in reconstruction_nlls(seed=1, own=1)]
     assert np.mean(np.array(near) <= 1) == pytest.approx(0.9, abs=0.06) and min(far) > max(near)
     assert profile.limit(64, 0.9) == 1 < profile.limit(64, 0.99)
     easy = np.full(3, np.log(FLOOR))
@@ -41,12 +41,12 @@ def test_its_own_texts_are_near_and_others_far():
 
 
 def test_margins_are_those_to_the_best_other():
-    values = residuals()
+    values = reconstruction_nlls()
     assert fit(values).margin(64, 0.5) == pytest.approx(np.median(values[:, 1, LOGS] - values[:, 0, LOGS]))
 
 
 def test_what_was_not_measured_is_no_axis():
-    values = residuals()
+    values = reconstruction_nlls()
     values[:, 1] = np.nan
     profile = fit(values)
     assert profile.axes == (0, 2) and profile.margins == {} and profile.margin(64, 0.1) == -np.inf
@@ -58,10 +58,10 @@ def test_what_was_not_measured_is_no_axis():
 
 def test_few_texts_of_one_length_cost_that_length_alone():
     count = {64: 200, 512: 6}
-    rows = {length: residuals(n) for length, n in count.items()}
+    rows = {length: reconstruction_nlls(n) for length, n in count.items()}
     documents = {length: np.arange(n) // 3 for length, n in count.items()}
     assert set(Profile.fit(AMONG, 0, rows, documents).means) == {64}
-    assert fit(residuals(), documents=np.zeros(200)) is None, "one document says nothing about others"
+    assert fit(reconstruction_nlls(), documents=np.zeros(200)) is None, "one document says nothing about others"
     assert distances_across(np.zeros((6, 3)), np.arange(6) // 3) is None
 
 
@@ -74,15 +74,15 @@ def test_distances_come_from_other_documents():
 
 
 def test_evidence_belongs_to_its_weights(tmp_path):
-    rows = {"a": {64: residuals()}, "b": {64: residuals(own=1)}}
+    rows = {"a": {64: reconstruction_nlls()}, "b": {64: reconstruction_nlls(own=1)}}
     documents = {name: {64: np.arange(200) // 10} for name in rows}
     Evidence({"a": "x", "b": "y"}, {}, rows, documents).save(tmp_path)
     evidence = Evidence.load(tmp_path)
     both = evidence.profiles({"a": "x", "b": "y"})
     assert both["a"].axes == both["b"].axes == (0, 1, 2)
     turned = evidence.profiles({"b": "y", "a": "x"})
-    assert turned["a"].distance(residuals(1)[0][[1, 0, 2], LOGS], 64) == pytest.approx(
-        both["a"].distance(residuals(1)[0][:, LOGS], 64)
+    assert turned["a"].distance(reconstruction_nlls(1)[0][[1, 0, 2], LOGS], 64) == pytest.approx(
+        both["a"].distance(reconstruction_nlls(1)[0][:, LOGS], 64)
     )
     other = evidence.profiles({"a": "z", "b": "y"})
     assert other["a"] is None and other["b"].axes == (1, 2)

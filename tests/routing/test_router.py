@@ -66,49 +66,49 @@ class TestTrained:
 
     def test_rows_at_once_are_rows_alone(self, crouter, experts):
         pieces = [piece[: 4 + 3 * n] for n, piece in enumerate(pieces_of("low", "high", "?", "low", "high"))]
-        both = Router(crouter, experts, rows=16).residuals(pieces)
-        alone = Router(crouter, experts, rows=1).residuals(pieces)
+        both = Router(crouter, experts, rows=16).reconstruction_nlls(pieces)
+        alone = Router(crouter, experts, rows=1).reconstruction_nlls(pieces)
         assert both.shape == (5, 3, 2) and torch.allclose(both, alone, atol=1e-5)
 
     def test_residuals_are_those_of_the_adapter(self, router, crouter, experts):
         piece = pieces_of("low")[0]
-        assert router.token_residuals(piece).shape == (2, CHUNK)
+        assert router.token_reconstruction_nll(piece).shape == (2, CHUNK)
         with torch.no_grad():
-            alone = crouter(piece[None]).token_residual
-        every = summary(torch.cat([router.token_residuals(piece), alone]))
-        assert torch.allclose(every, router.residuals([piece])[0], atol=1e-5)
+            alone = crouter(piece[None]).token_reconstruction_nll
+        every = summary(torch.cat([router.token_reconstruction_nll(piece), alone]))
+        assert torch.allclose(every, router.reconstruction_nlls([piece])[0], atol=1e-5)
         other = tiny_crouter()
         for path, down in experts["high"].compressor.down.items():
             other.get_submodule(path).weight.data += experts["high"].compressor.up[path] @ down
         with torch.no_grad():
-            merged = other(piece[None]).token_residual[0]
-        assert torch.allclose(router.token_residuals(piece)[HIGH], merged, atol=1e-4)
-        some = router.token_residuals(piece, [HIGH])
+            merged = other(piece[None]).token_reconstruction_nll[0]
+        assert torch.allclose(router.token_reconstruction_nll(piece)[HIGH], merged, atol=1e-4)
+        some = router.token_reconstruction_nll(piece, [HIGH])
         assert some[LOW].isnan().all() and torch.allclose(some[HIGH], merged, atol=1e-4)
 
     def test_the_crouter_is_bit_for_bit_itself(self, crouter, experts):
         ids = torch.stack(pieces_of("low", "high"))
         with torch.no_grad():
-            before = crouter(ids).token_residual
+            before = crouter(ids).token_reconstruction_nll
             router = Router(crouter, experts)
-            assert torch.equal(crouter(ids).token_residual, before)
-            found = router.residuals(list(ids))
-            assert torch.equal(crouter(ids).token_residual, before)
+            assert torch.equal(crouter(ids).token_reconstruction_nll, before)
+            found = router.reconstruction_nlls(list(ids))
+            assert torch.equal(crouter(ids).token_reconstruction_nll, before)
         with pytest.raises(InputError, match="1 to 16 tokens"):
-            router.residuals([ids[0], torch.zeros(CHUNK + 1, dtype=torch.long)])
-        assert torch.equal(router.residuals(list(ids)), found)
+            router.reconstruction_nlls([ids[0], torch.zeros(CHUNK + 1, dtype=torch.long)])
+        assert torch.equal(router.reconstruction_nlls(list(ids)), found)
         with torch.no_grad():
-            assert torch.equal(crouter(ids).token_residual, before)
+            assert torch.equal(crouter(ids).token_reconstruction_nll, before)
         router.remove()
         assert not any(module._forward_hooks for module in crouter.modules())
         with pytest.raises(InputError, match="after `remove`"):
-            router.residuals(list(ids))
+            router.reconstruction_nlls(list(ids))
 
     def test_a_third_expert_changes_no_bit_of_the_others(self, crouter, experts, tmp_path):
         pieces = [piece[: 5 + 2 * n] for n, piece in enumerate(pieces_of("low", "high", "?", "high", "low"))]
-        before = Router(crouter, experts, rows=3).residuals(pieces)
+        before = Router(crouter, experts, rows=3).reconstruction_nlls(pieces)
         third = Expert.load(save_expert(tmp_path / "third", trained=False, seed=9))
-        more = Router(tiny_crouter(), ExpertSet((*experts, third)), rows=3).residuals(pieces)
+        more = Router(tiny_crouter(), ExpertSet((*experts, third)), rows=3).reconstruction_nlls(pieces)
         assert more.shape == (5, 4, 2) and torch.equal(more[:, :2], before[:, :2])
         assert more[:, 3].isnan().all(), "no expert has a profile in this set: the crouter alone is not asked"
 
@@ -116,8 +116,11 @@ class TestTrained:
         third = Expert.load(save_expert(tmp_path / "third", trained=False, seed=9))
         experts = ExpertSet((*experts, third))
         pieces = [piece for first in DOMAINS.values() for piece in texts(first, 20, seed=9)]
-        router = Router(crouter, experts, shortlist=2, rows=16)
-        found, full = router.residuals(pieces), Router(tiny_crouter(), experts, rows=16).residuals(pieces)
+        router = Router(crouter, experts, top_k_experts=2, rows=16)
+        found, full = (
+            router.reconstruction_nlls(pieces),
+            Router(tiny_crouter(), experts, rows=16).reconstruction_nlls(pieces),
+        )
         left_out = found[:, :-1, NATS].isnan()
         assert (left_out.sum(1) == 1).all()
         assert torch.allclose(found[:, :-1][~left_out], full[:, :-1][~left_out], atol=1e-5)
@@ -125,22 +128,22 @@ class TestTrained:
         assert left_out[torch.arange(40), own].float().mean() <= 0.1, "its own expert is nearly always on the list"
         route = router.decide(found[0], CHUNK)
         assert len(route.nats) == 2 and math.isfinite(route.margin)
-        assert not Router(crouter, experts, shortlist=3).residuals(pieces[:2])[:, :-1].isnan().any()
+        assert not Router(crouter, experts, top_k_experts=3).reconstruction_nlls(pieces[:2])[:, :-1].isnan().any()
 
     def test_overlap_is_below_the_experts_own_margins(self, router, experts):
         verdicts = [router([piece])[0].verdict for piece in texts(DOMAINS["low"], 60, seed=11)]
         assert verdicts.count("overlap") <= 4
         least = experts["low"].profile.margin(CHUNK, 0.01)
-        medians = [min(e.calibration.residual(CHUNK, 0.5) for e in experts)] * 2
+        medians = [min(e.calibration.reconstruction_nll(CHUNK, 0.5) for e in experts)] * 2
         for margin, verdict in ((least - 0.05, "overlap"), (least + 0.05, "known")):
-            residuals = row(*medians)
-            residuals[HIGH, LOGS] += margin
-            route = router.decide(residuals, CHUNK)
+            reconstruction_nlls = row(*medians)
+            reconstruction_nlls[HIGH, LOGS] += margin
+            route = router.decide(reconstruction_nlls, CHUNK)
             assert (route.number, route.verdict) == (LOW, verdict) and route.margin == pytest.approx(margin, abs=1e-5)
 
     def test_profiles_know_what_residuals_alone_do_not(self, crouter, experts):
         router = Router(crouter, experts, fewest=4)
-        own = router.residuals(pieces_of("low", "high"))
+        own = router.reconstruction_nlls(pieces_of("low", "high"))
         for piece, number in zip(own, (LOW, HIGH), strict=True):
             assert router.distances(piece, CHUNK).argmin() == number
             assert router.own(piece, CHUNK).tolist() == [number == LOW, number == HIGH]
@@ -200,9 +203,9 @@ class TestDecision:
     def test_one_hard_token_does_not_decide(self):
         experts, tokens = made_up([1.0, 1.0]), torch.full((2, 100), 0.1)
         tokens[0, 1:], tokens[0, 0] = 0.05, 9.0  # half as much in all tokens but one
-        residuals = summary(torch.cat([tokens, torch.full((1, 100), math.nan)]))
-        assert residuals[0, NATS] > residuals[1, NATS]
-        assert Router(tiny_crouter(), experts).decide(residuals, 100).expert == "e0"
+        reconstruction_nlls = summary(torch.cat([tokens, torch.full((1, 100), math.nan)]))
+        assert reconstruction_nlls[0, NATS] > reconstruction_nlls[1, NATS]
+        assert Router(tiny_crouter(), experts).decide(reconstruction_nlls, 100).expert == "e0"
 
     def test_the_least_residual_serves(self):
         experts = made_up([1.0, 3.0])
@@ -261,7 +264,7 @@ class TestRefused:
         with pytest.raises(InputError, match="at least one"):
             Router(crouter, ExpertSet(()))
         with pytest.raises(InputError, match="centroid of every expert"):
-            Router(crouter, ExpertSet(tuple(dataclasses.replace(e, centroid=None) for e in experts)), shortlist=1)
+            Router(crouter, ExpertSet(tuple(dataclasses.replace(e, centroid=None) for e in experts)), top_k_experts=1)
 
     def test_another_crouter(self, experts):
         crouter = tiny_crouter(hidden_size=32)
@@ -272,4 +275,4 @@ class TestRefused:
     @pytest.mark.parametrize("piece", [torch.zeros(0, dtype=torch.long), torch.zeros(2, 3, dtype=torch.long)])
     def test_texts(self, router, piece):
         with pytest.raises(InputError, match="texts of 1 to 16 tokens"):
-            router.residuals([piece])
+            router.reconstruction_nlls([piece])

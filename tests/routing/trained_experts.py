@@ -16,10 +16,10 @@ from hf_crouter.routing.adapters import AdapterStack, Lora
 from hf_crouter.routing.calibration import LengthCalibration
 from hf_crouter.routing.experts import Centroid, Expert, ExpertConfig, Texts, add_expert
 from hf_crouter.routing.measure import measure_evidence
-from hf_crouter.routing.router import rebuilding_nats
+from hf_crouter.routing.router import token_reconstruction_nll
 
-from .test_adapters import save_adapter
 from ..tiny import CHUNK, tiny_crouter, tiny_host
+from .test_adapters import save_adapter
 
 DOMAINS = {"low": 10, "high": 50}  # by name: the first of the eight ids that its texts are made of
 FOREIGN = 80
@@ -55,13 +55,13 @@ def save_expert(folder, first=FOREIGN, *, seed=0, trained=True, crouter=None, ho
     save_adapter(folder / "host", seed)
     lora, fingerprint = Lora.load(folder / "compressor"), crouter_fingerprint(crouter, decoder=True)
     stack = AdapterStack(crouter, {"a": lora})
-    nats = {n: rebuilding_nats(crouter, texts(first, 256, n, seed=1), stack, rows=256) for n in LENGTHS}
+    nats = {n: token_reconstruction_nll(crouter, texts(first, 256, n, seed=1), stack, rows=256) for n in LENGTHS}
     stack.remove()
-    residuals = {length: [row.mean().item() for row in rows] for length, rows in nats.items()}
+    reconstruction_nlls = {length: [row.mean().item() for row in rows] for length, rows in nats.items()}
     config = ExpertConfig(fingerprint, "crouter ids", "tiny", host_fingerprint(host), "host ids", {"seed": seed})
     with torch.no_grad():
         centroid = Centroid.fit(crouter.encode(torch.stack(texts(first, 64, seed=1))))
-    calibration = LengthCalibration.fit(residuals, 256, fingerprint, lora.checksum)
+    calibration = LengthCalibration.fit(reconstruction_nlls, 256, fingerprint, lora.checksum)
     held_out = Texts({n: torch.stack(texts(first, 256, n, seed=1)).numpy() for n in LENGTHS},
                      {n: np.arange(256) // 16 for n in LENGTHS})  # fmt: skip
     expert = Expert(folder.name, lora, Lora.load(folder / "host"), calibration, config, centroid)

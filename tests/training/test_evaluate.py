@@ -26,9 +26,9 @@ def test_means_are_over_real_tokens_whatever_the_batches():
     assert hits > 0
     assert score.accuracy == pytest.approx(hits / int(mask.sum()))
     assert score.nats == pytest.approx(nats / int(mask.sum()), abs=1e-5)
-    assert score.chunks == len(score.residual) == len(score.chunk_accuracy) == 7
+    assert score.chunks == len(score.reconstruction_nll) == len(score.chunk_accuracy) == 7
     whole = reconstruction_score(crouter, ids, mask)
-    torch.testing.assert_close(score.residual, whole.residual)
+    torch.testing.assert_close(score.reconstruction_nll, whole.reconstruction_nll)
 
 
 def test_without_a_mask_every_token_counts():
@@ -41,7 +41,7 @@ def test_without_a_mask_every_token_counts():
 def test_the_crouter_is_left_in_evaluation_mode_without_gradients():
     crouter = tiny_crouter().train()
     score = reconstruction_score(crouter, chunks()[0])
-    assert not crouter.training and not score.residual.requires_grad
+    assert not crouter.training and not score.reconstruction_nll.requires_grad
 
 
 def test_bfloat16_is_near():

@@ -179,7 +179,7 @@ def test_a_centroid_is_of_whole_chunks_where_there_are_any():
 def test_an_expert_on_disk_is_whole_and_names_no_path():
     expert = Expert.load(world().experts / "prose")
     assert expert.config.host_name == "tiny-host" and expert.centroid is not None
-    assert list(expert.calibration.residuals) == [8, 16, 32, 64]
+    assert list(expert.calibration.reconstruction_nlls) == [8, 16, 32, 64]
     profiles = [expert.profile for expert in ExpertSet.load(world().experts)]
     assert all(profile and set(profile.margins) == {8, 16, 32, 64} for profile in profiles)
     record = expert.config.training
