@@ -1,0 +1,46 @@
+"""Frozen values that travel between the stages of the flow, and the protocols of modes and compressors."""
+
+from .protocols import (
+    Adapters,
+    CacheView,
+    ChunkRead,
+    ChunkRouter,
+    Compressor,
+    LayerRead,
+    Mode,
+    Opening,
+    Parts,
+    Rescored,
+    Retriever,
+    ScoreMode,
+    ScoreState,
+    ScoreUse,
+    Setting,
+)
+from .values import BASE, Chunk, Chunks, Entries, Retrieval, Route, Row, WindowRoute
+
+__all__ = [
+    "BASE",
+    "Adapters",
+    "CacheView",
+    "Chunk",
+    "ChunkRead",
+    "ChunkRouter",
+    "Chunks",
+    "Compressor",
+    "Entries",
+    "LayerRead",
+    "Mode",
+    "Opening",
+    "Parts",
+    "Rescored",
+    "Retrieval",
+    "Retriever",
+    "Route",
+    "Row",
+    "ScoreMode",
+    "ScoreState",
+    "ScoreUse",
+    "Setting",
+    "WindowRoute",
+]

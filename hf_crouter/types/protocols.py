@@ -1,0 +1,335 @@
+"""What a way of reading may contribute, and when it is asked: the door that every mode comes through.
+
+A mode is a frozen dataclass that a user makes (`modes/`). When a history is made, `Mode.bind` turns it into `Parts`:
+
+- `Compressor`: entries in the cache for a chunk that leaves the window. Asked once a chunk, in batches of all rows,
+  at the prompt's end and whenever `window` tokens follow a chunk. Made of ids alone, of the host's own read of the
+  chunk, or of keys, values and the queries of what follows it (`ChunkRead`).
+- `ScoreMode`: a change of the scores. Opened once a call, asked at every step.
+- `Retriever`: chunks that stand raw again. Asked at the prompt's end, at each compaction and every so many tokens.
+- `ChunkRouter` and `Adapters`: the adapter under which slots are read. Asked once a chunk, and for the window.
+
+State. All that a mode knows of a row lives in frozen values: `Chunk.entries`, `Chunk.route`, `Row.retrievals`,
+`Row.index`, `Row.routes`. They are functions of the row's decided tokens and of where its prompt ends, so rows of a
+batch are independent, beams share values by reference, and a draft that is rolled back never made one. Only entries
+cannot be made again from ids at no cost: they are plain tensors, and what a later turn or a file needs of a mode. A
+`ScoreState` lives as long as its call and holds nothing that its arguments could not give again.
+
+Axes: `B` rows, `S` slots, `F` tokens that follow, `N` chunks, `V` vocabulary, `H` hidden size, `D` head size.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Hashable, Sequence, Sized
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+
+from .values import Chunk, Entries, Route, Row
+
+Contribution = Literal["entries", "scores", "chunks", "adapters"]
+
+
+@dataclass(frozen=True, eq=False)
+class LayerRead:
+    """What one layer held and asked in a read of one row.
+
+    Attributes:
+        keys: of all slots, as they stand in the cache (rotated where the host rotates them), `[heads, S, D]`.
+        values: likewise.
+        queries: of the tokens that follow, rotated, `[query heads, F, D]`.
+        scaling: factor on their products.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    queries: torch.Tensor
+    scaling: float
+
+
+@dataclass(frozen=True, eq=False)
+class ChunkRead:
+    """A chunk as the host read it, and how what follows attended to it.
+
+    Attributes:
+        chunk: without entries.
+        slots: the chunk's `(first, end)` among the read's slots; before it stand prefix, entries and earlier tokens.
+        layers: one a layer of the host; None for a layer that keeps nothing old (sliding window).
+    """
+
+    chunk: Chunk
+    slots: tuple[int, int]
+    layers: tuple[LayerRead | None, ...]
+
+    def visible(self) -> torch.Tensor:
+        """Which slots each token that follows attends to, `[F, S]`, bool: they are the last `F` slots, causal."""
+        layer = next(layer for layer in self.layers if layer is not None)
+        slots, following = layer.keys.shape[1], layer.queries.shape[1]
+        return torch.ones(following, slots, dtype=torch.bool, device=layer.keys.device).tril(slots - following)
+
+
+class Compressor(Protocol):
+    """Turns chunks that leave the window into entries; a pure function of what it is given.
+
+    Attributes:
+        key: entries are read on only by a history whose compressor has the same key.
+        most: most entries a chunk; the numbers may differ from chunk to chunk.
+        positions: "compact": entries, retrieved chunks and window stand at consecutive positions; "true": every token
+            keeps its own, as entries made of rotated keys need.
+        beside_raw: whether a chunk's entries stay in the cache while the chunk also stands raw.
+        ids_decide: whether equal chunks have equal entries, wherever they stand; they are then made once.
+        block: tokens of leaving chunks that are read at once in a long prompt; 0: `encode` is asked, without a read.
+    """
+
+    key: Hashable
+    most: int
+    positions: Literal["compact", "true"]
+    beside_raw: bool
+    ids_decide: bool
+    block: int
+
+    def encode(self, chunks: Sequence[Chunk]) -> list[Entries]:
+        """Entries of chunks by their ids alone, input embeddings as a rule; asked where `block` is 0.
+
+        Raises:
+            InputError: entries that are not finite.
+            MismatchError: ids that the compressor does not know.
+        """
+        ...
+
+    def compress(self, reads: Sequence[ChunkRead]) -> list[Entries]:
+        """Entries of chunks of any rows by their reads, keys and values as a rule; asked where `block` is not 0."""
+        ...
+
+
+@runtime_checkable
+class Retriever(Protocol):
+    """Chooses the chunks that stand raw again: a pure function of what it is given.
+
+    Attributes:
+        chunks: how many.
+        every: they are chosen anew at every multiple of so many tokens of a row.
+        query: last tokens that it wants to see.
+    """
+
+    chunks: int
+    every: int
+    query: int
+
+    def __call__(
+        self, index: Any, new: Sequence[np.ndarray], recent: np.ndarray
+    ) -> tuple[Sized, tuple[int, ...], tuple[dict[str, float], ...]]:
+        """The index of all chunks, the numbers of those chosen, ascending, and why: parts of each one's score by name.
+
+        Args:
+            index: of the chunks before, as it was given back; None at first.
+            new: token ids of the chunks since then, `[tokens]` each.
+            recent: last tokens of the row, at most `query`.
+        """
+        ...
+
+
+class Rescored(Protocol):
+    """A host's distribution at N positions with a mode's change."""
+
+    def log_probabilities(self, scores: torch.Tensor) -> torch.Tensor:
+        """The whole of it, `[N, V]`, float32, from the host's scores `[N, V]`."""
+        ...
+
+    def of(self, targets: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Log-probability of one token a position, `[N]`."""
+        ...
+
+    def greedy(self) -> torch.Tensor:
+        """The most probable token, `[N]`."""
+        ...
+
+
+@dataclass(frozen=True)
+class ScoreUse:
+    """What a change of the scores brought in a call.
+
+    Attributes:
+        copied: row and chunk of every generated token that the change brought rather than the host.
+        archive_tokens: tokens that could be copied, all rows.
+        archive_bytes: bytes of them in main memory, without indexes.
+        index_bytes: bytes of the indexes over them.
+    """
+
+    copied: tuple[tuple[int, int], ...] = ()
+    archive_tokens: int = 0
+    archive_bytes: int = 0
+    index_bytes: int = 0
+
+
+class CacheView(Protocol):
+    """What a change of the scores sees of the cache.
+
+    Attributes:
+        rows: one a row of the batch.
+        ids: the `input_ids` that its slots stand for, `[B, width]`.
+    """
+
+    rows: tuple[Row, ...]
+    ids: torch.Tensor
+
+
+class ScoreState(Protocol):
+    """A mode's change of the scores in one call. Asked only once something is compressed."""
+
+    def step(self, cache: CacheView, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Scores `[B, V]` of the next token; the same object where there is nothing to change.
+
+        Pure: assisted decoding also asks with made-up scores on hypothetical ids. A token at -inf stays there.
+        """
+        ...
+
+    def rescore(
+        self, cache: CacheView, input_ids: torch.Tensor, columns: Sequence[int], scores: torch.Tensor
+    ) -> Rescored | None:
+        """The same for the tokens in some columns of given ids, row after row, `[B * columns, V]`; None: no change."""
+        ...
+
+    def use(self, cache: CacheView, sequences: torch.Tensor) -> ScoreUse:
+        """What it brought, for the report; `sequences` `[sequences, T]` are what the call gave."""
+        ...
+
+
+@dataclass(frozen=True)
+class Opening:
+    """What is known of a call when its scores are changed for the first time.
+
+    Attributes:
+        vocab_size: V.
+        width: columns of the prompt.
+        prompts: rows of the prompt; beams and several sequences make more of them.
+        archived: columns of each row that are a given text; None: the prompt's.
+        same_tokenizer: whether chunks hold the host's own ids.
+    """
+
+    vocab_size: int
+    width: int
+    prompts: int
+    archived: tuple[int, ...] | None = None
+    same_tokenizer: bool = True
+
+
+ScoreMode = Callable[[Opening], ScoreState]
+
+
+class ChunkRouter(Protocol):
+    """Finds the expert of a chunk: a pure function of what it is given.
+
+    Attributes:
+        names: of the experts.
+        fewest: chunks of fewer tokens are not judged.
+    """
+
+    names: tuple[str, ...]
+    fewest: int
+
+    def remove(self) -> None:
+        """Leaves the crouter as it was."""
+        ...
+
+    def reconstruction_nlls(self, pieces: Sequence[torch.Tensor]) -> torch.Tensor:
+        """What rebuilding chunks `[tokens]` of crouter ids costs, under every expert and alone, `[N, n + 1, 2]`."""
+        ...
+
+    def decide(self, nlls: torch.Tensor, tokens: int, previous: int | None = None) -> Route:
+        """The route of one chunk.
+
+        Args:
+            nlls: `[n + 1, 2]`; nan where it is too short to judge.
+            tokens: its length.
+            previous: number of the expert before it in its row, -1 the base model; None where nothing is before.
+        """
+        ...
+
+
+class Adapters(Protocol):
+    """Adapters of the host, by number."""
+
+    def using(self, numbers: torch.Tensor | None) -> contextlib.AbstractContextManager[None]:
+        """A block in which slots are read under these adapters, `[B, slots]`; None: the plain host."""
+        ...
+
+    def activate(self, numbers: torch.Tensor | None) -> None:
+        """The same from now on."""
+        ...
+
+    def remove(self) -> None:
+        """Leaves the host as it was."""
+        ...
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a history is made of, before its modes.
+
+    Attributes:
+        host: the plain host.
+        crouter: None where there is none.
+        tokenizer: of the host; None where none is known.
+        crouter_tokenizer: likewise.
+    """
+
+    host: Any
+    crouter: Any = None
+    tokenizer: Any = None
+    crouter_tokenizer: Any = None
+
+
+@dataclass(frozen=True, eq=False)
+class Parts:
+    """What a mode contributes to one history; what it leaves out is None.
+
+    Attributes:
+        compressor: entries for chunks that leave the window.
+        scores: a change of the scores.
+        retriever: chunks that stand raw again.
+        router: finds the adapter of each chunk.
+        adapters: of the host, in the router's order.
+        adapters_key: entries made under other adapters are not read on.
+        tokenizers: fingerprints of host's and crouter's tokenizer that the mode was made for; empty ones are unknown.
+        close: undoes what `bind` did to the models.
+    """
+
+    compressor: Compressor | None = None
+    scores: ScoreMode | None = None
+    retriever: Retriever | None = None
+    router: ChunkRouter | None = None
+    adapters: Adapters | None = None
+    adapters_key: tuple[str, ...] = ()
+    tokenizers: tuple[str, str] | None = None
+    close: Callable[[], None] | None = field(default=None, repr=False)
+
+
+@runtime_checkable
+class Mode(Protocol):
+    """A way to read the past: a frozen dataclass that checks its own options.
+
+    Attributes:
+        name: for the command line and for `modes=["name"]`.
+        gives: what it contributes; of "entries", "chunks" and "adapters" a history takes one mode each.
+    """
+
+    name: ClassVar[str]
+    gives: ClassVar[tuple[Contribution, ...]]
+
+    @property
+    def needs_crouter(self) -> bool:
+        """Whether it can do nothing without a crouter."""
+        ...
+
+    def bind(self, setting: Setting) -> Parts:
+        """Its parts for one history.
+
+        Raises:
+            InputError: something that it needs cannot be read.
+            MismatchError: something that it needs was made for another host or crouter.
+        """
+        ...
