@@ -17,6 +17,7 @@ from ..crouter.loading import load_crouter
 from ..errors import InputError
 from ..history import CompressedHistory, HistoryReport
 from ..hosts.loading import load_host
+from ..hosts.positions import max_positions
 from ..hosts.unwrap import display_name
 from ..routing.experts import expert_folder
 from .chunks import calibration_of, chunk_records, print_chunks
@@ -156,7 +157,7 @@ def cut(
         InputError: the text is shorter than `least` tokens.
     """
     ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"])
-    positions = getattr(host.config.get_text_config(decoder=True), "max_position_embeddings", None) or len(ids)
+    positions = max_positions(host) or len(ids)
     read = min(positions, len(ids) - CONTINUATION)
     if read < least:
         raise InputError(f"demo: expected a text of at least {least + CONTINUATION} tokens, got {len(ids)}")

@@ -27,6 +27,7 @@ from ..crouter.loading import load_crouter
 from ..data.tokens import TokenArray
 from ..errors import InputError
 from ..hosts.loading import load_host
+from ..hosts.positions import max_positions
 from .loop import Batch, LoopArguments, device_name, make_accelerator, run_loop
 
 
@@ -190,7 +191,7 @@ class AlignmentLoss(nn.Module):
         logits = compressed_logits(self.host, self.soft_prompts(chunks, chunk_mask), prefix, raw, keep)
         student = logits.float().log_softmax(-1)
         nll = F.nll_loss(student.flatten(0, 1), target.flatten())
-        positions = getattr(self.host.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        positions = max_positions(self.host)
         if not self.kl_weight or (positions and history.shape[1] + keep > positions):
             return {"loss": nll, "nll": nll.detach(), "kl": torch.zeros_like(nll)}
         with torch.no_grad():
@@ -357,7 +358,7 @@ def train_alignment(arguments: AlignArguments) -> dict[str, Any]:
         crouter_tokenizer=pair.crouter_tokenizer,
         hidden_size=arguments.hidden_size,
     )
-    positions = getattr(host.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    positions = max_positions(host)
     latents = crouter.config.num_latents
     data = AlignmentData(tokens, chunker, arguments, tokens.separator_id, positions, latents)
     module = AlignmentLoss(host, crouter, projector, arguments.kl_weight)

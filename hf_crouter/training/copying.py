@@ -21,6 +21,7 @@ from ..compressors.rebuild import Rebuilder
 from ..data.tokens import TokenArray
 from ..errors import InputError, MismatchError
 from ..hosts.fingerprint import host_fingerprint
+from ..hosts.positions import max_positions
 from ..hosts.tokenizers import special_ids
 from ..hosts.unwrap import display_name
 from ..ngram.archive import ORDERS, Archive
@@ -104,8 +105,7 @@ class GateReader:
         self.host, self.crouter, self.projector = host, crouter, projector
         self.rebuild, self.stop_ids = rebuild, stop_ids
         self.ways = [way for way in WAYS if way != "soft" or projector is not None]
-        config = host.config.get_text_config(decoder=True)
-        self.positions = getattr(config, "max_position_embeddings", None)
+        self.positions = max_positions(host)
 
     @torch.no_grad()
     def places(self, sample: Sample, way: str, rebuilt: bool, longer: int = 512) -> Places:

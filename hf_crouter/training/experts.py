@@ -33,6 +33,7 @@ from ..data.tokens import TokenArray, encode_documents
 from ..errors import InputError
 from ..hosts.fingerprint import host_fingerprint
 from ..hosts.loading import load_host
+from ..hosts.positions import max_positions
 from ..hosts.unwrap import display_name
 from ..routing.adapters import CONFIG, WEIGHTS, AdapterStack, Lora
 from ..routing.calibration import LengthCalibration
@@ -385,7 +386,7 @@ def train_expert(name: str, arguments: ExpertArguments, models: ExpertModels | N
     mounted(arguments.experts, config)
     domain = read_domain(arguments.data, models, arguments.seed)
     length = models.crouter.config.chunk_length
-    positions = getattr(models.host.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    positions = max_positions(models.host)
     if positions and arguments.window > positions:
         raise InputError(f"--window: expected at most the host's {positions} positions, got {arguments.window}")
     texts = cut_by_length(domain.held_out, length, arguments.calibration_chunks)  # too short is said now
