@@ -2,47 +2,64 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from ..errors import CapacityError
+from ..hosts.positions import max_positions
 from .policy import ContextPolicy
 
 
-def capacity(host: Any, reader: ContextPolicy, prefix: int) -> int | None:
+def capacity(host: Any, policy: ContextPolicy, prefix: int) -> int | None:
     """Most tokens a row whose slots fit the positions that the host was trained on; None where any number does.
 
     Args:
         host: the plain host.
-        reader: its rule; where host and crouter do not share their tokens the answer is an estimate.
+        policy: its rule; where host and crouter do not share their tokens the answer is an estimate.
         prefix: raw tokens kept at the start of the row.
     """
-    positions = getattr(host.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    chunk = reader.chunker.chunk_length
-    latents, raw = reader.num_latents, prefix + reader.window + chunk - 1
-    if not positions or (raw + reader.retrieve * chunk <= positions and not latents):
+    positions = max_positions(host)
+    if positions and policy.true_positions:
+        return positions
+    chunk = policy.chunker.chunk_length
+    entries, raw = policy.most_entries, prefix + policy.window + chunk - 1
+    retrieved = policy.retriever.chunks if policy.retriever is not None else 0
+    if not positions or (raw + retrieved * chunk <= positions and not entries):
         return None
-    room = max(0, positions - raw)
-    retrieved = min(reader.retrieve, room // (latents + chunk))
-    if retrieved < reader.retrieve:  # each chunk takes more slots than it frees
-        left = room - retrieved * (latents + chunk)
-        return min(positions, raw) + retrieved * chunk + max(0, left - latents)
-    chunks = retrieved + (room - retrieved * (latents + chunk)) // latents if latents else 0
+    room, each = max(0, positions - raw), (entries if policy.beside_raw else 0) + chunk
+    fitting = min(retrieved, room // each)
+    if fitting < retrieved:  # each chunk takes more slots than it frees
+        left = room - fitting * each
+        return min(positions, raw) + fitting * chunk + max(0, left - entries)
+    chunks = fitting + (room - fitting * each) // entries if entries else 0
     return min(positions, raw) + chunks * chunk
 
 
-def check_capacity(host: Any, reader: ContextPolicy, prefix: int, slots: int) -> None:
+def check_capacity(host: Any, policy: ContextPolicy, prefix: int, codes: Sequence[torch.Tensor]) -> None:
     """Refuses more slots than the positions that the host was trained on.
+
+    Args:
+        host: the plain host.
+        policy: its rule.
+        prefix: most raw tokens kept at the start of a row.
+        codes: of each row's slots.
 
     Raises:
         CapacityError: names the capacity in host tokens.
     """
-    positions = getattr(host.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    positions = max_positions(host)
+    slots = max(len(row) for row in codes)
+    if positions and policy.true_positions:
+        slots = max(slots, *(int(row[-1]) + 1 for row in codes if len(row)))
     if not positions or slots <= positions:
         return
-    about = "" if reader.chunker.same_tokenizer else "about "
-    retrieved = f", {reader.retrieve} recalled chunks" if reader.retrieve else ""
+    about = "" if policy.chunker.same_tokenizer else "about "
+    count = policy.retriever.chunks if policy.retriever is not None else 0
+    retrieved = f", {count} retrieved chunks" if count else ""
     raise CapacityError(
-        f"history: expected at most {about}{capacity(host, reader, prefix) or positions} tokens a row (the host's "
-        f"{positions} positions, {prefix} of them raw prefix, window {reader.window}{retrieved}), "
+        f"history: expected at most {about}{capacity(host, policy, prefix) or positions} tokens a row (the host's "
+        f"{positions} positions, {prefix} of them raw prefix, window {policy.window}{retrieved}), "
         f"got a history of {slots} slots"
     )

@@ -1,14 +1,14 @@
 """A KV cache that knows what stands in each of its slots.
 
-A row reads `[padding | raw prefix | soft prompts of chunks 1..n | recalled chunks, raw | raw window]`; `layout [B, S]`
-(int64, on the CPU) holds one code a slot: `PAD`, a token's position in the row (>= 0), or a soft prompt (`< PAD`).
-`experts [B, S]` holds the adapter under which each slot's keys and values were made. What `generate` does to the cache
-(reorder beams, repeat, select, roll back drafts) is mirrored on that state, so the cache carries all of it.
+`layout [B, S]` (int64, on the CPU) holds one code a slot (`layout.py`), `experts [B, S]` the adapter under which its
+keys and values were made. What `generate` does to the cache (reorder beams, repeat, select, roll back drafts) is
+mirrored on that state, so the cache carries all of it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -16,7 +16,10 @@ from transformers import Cache, DynamicCache, StaticCache
 from transformers.cache_utils import DynamicLayer
 
 from ..types import BASE, Row
-from .layout import PAD, STALE, soft_index
+from .layout import PAD, STALE, entry_chunk, entry_place
+
+Put = tuple[int, torch.Tensor, int, torch.Tensor]
+"""Row, columns of the forward, chunk, and the places of its entries that are put there."""
 
 
 def is_recording(cache: Cache) -> bool:
@@ -33,7 +36,8 @@ class CompressedCache(Cache):
         experts: number of the adapter under which each slot was made, `[B, S]`; `BASE` for none.
         ids: the `input_ids [B, width]` that the slots were made from; the last column may not be forwarded yet.
         peak: most slots that ever stood in the cache.
-        origin: what made its soft prompts; None where nothing is known yet.
+        made_by: key of what made its entries; None where nothing is known yet.
+        true_positions: whether tokens keep their positions, see `Compressor.positions`.
     """
 
     rows: tuple[Row, ...] = ()
@@ -41,7 +45,9 @@ class CompressedCache(Cache):
     experts: torch.Tensor = torch.empty(0, 0, dtype=torch.long)
     ids: torch.Tensor = torch.empty(0, 0, dtype=torch.long)
     peak: int = 0
-    origin: Any = None
+    made_by: object = None
+    true_positions: bool = False
+    _puts: tuple[Put, ...] = ()  # what the forward in hand gets from entries
 
     @property
     def width(self) -> int:
@@ -54,9 +60,48 @@ class CompressedCache(Cache):
         return any(row.chunks for row in self.rows)
 
     @property
-    def own(self) -> bool:
+    def has_private_state(self) -> bool:
         """Whether it holds what only its own history can read on: compressed chunks, or slots made under adapters."""
         return self.compressed or bool((self.experts != BASE).any())
+
+    @property
+    def has_key_values(self) -> bool:
+        """Whether some chunk's entries are keys and values."""
+        return any(chunk.entries is not None and chunk.entries.keys is not None
+                   for row in self.rows for chunk in row.chunks)  # fmt: skip
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs):
+        """Stores a layer's keys and values `[B, heads, T, D]`; in the columns of entries, theirs instead."""
+        if self._puts:
+            key_states, value_states = self._put(key_states, value_states, layer_idx)
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def _put(self, keys: torch.Tensor, values: torch.Tensor, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        keys, values = keys.clone(), values.clone()
+        for row, columns, chunk, places in self._puts:
+            entries = self.rows[row].chunks[chunk].entries
+            if entries is not None and entries.keys is not None and entries.values is not None:
+                key, value = entries.keys[layer], entries.values[layer]
+                if key is not None and value is not None:
+                    keys[row, :, columns] = key[:, places].to(keys.device, keys.dtype)
+                    values[row, :, columns] = value[:, places].to(values.device, values.dtype)
+        return keys, values
+
+    @contextlib.contextmanager
+    def entries_put_in(self, first: int) -> Iterator[None]:
+        """A block in which a forward over the slots from column `first` on gets entries' keys and values."""
+        puts: list[Put] = []
+        if self.has_key_values:
+            for row, codes in enumerate(self.layout[:, first:]):
+                columns = (codes < PAD).nonzero()[:, 0]
+                chunks, places = entry_chunk(codes[columns]), entry_place(codes[columns])
+                for chunk in chunks.unique().tolist():
+                    puts.append((row, columns[chunks == chunk], chunk, places[chunks == chunk]))
+        self._puts = tuple(puts)
+        try:
+            yield
+        finally:
+            self._puts = ()
 
     def keep_columns(self, columns: int) -> int:
         """Drops the slots after the first `columns`, or all where that cannot be done; returns how many stay."""
@@ -73,47 +118,54 @@ class CompressedCache(Cache):
     def _cut(self, columns: int) -> None:
         self.layout, self.experts = self.layout[:, :columns], self.experts[:, :columns]
 
-    def start(self, rows: Sequence[Row], input_ids: torch.Tensor, origin: Any = None) -> None:
+    def start(
+        self, rows: Sequence[Row], input_ids: torch.Tensor, made_by: object = None, true_positions: bool = False
+    ) -> None:
         """Sets the state of an empty cache.
 
         Args:
             rows: what is known of each row.
             input_ids: `[B, T]`, of which nothing stands in the cache yet.
-            origin: what makes its soft prompts.
+            made_by: key of what makes its entries.
+            true_positions: whether tokens keep their positions.
         """
-        self.rows, self.origin, self.ids = tuple(rows), origin, input_ids[:, :0]
+        self.rows, self.made_by, self.ids = tuple(rows), made_by, input_ids[:, :0]
+        self.true_positions = true_positions
         self.layout = self.experts = torch.empty(len(self.rows), 0, dtype=torch.long)
 
     def clear(self) -> None:
         """Empties every slot."""
         raise NotImplementedError
 
-    def heal(self) -> None:
+    def discard_partial(self) -> None:
         """Empties the cache if an earlier call broke off in the middle: its layers do not hold what `layout` says."""
         layers = cast(list[Any], self.layers)
         if any(int(layer.get_seq_length()) != self.layout.shape[1] for layer in layers):
             self.clear()
             self._cut(0)
 
-    def rebase(self, input_ids: torch.Tensor, pads: Sequence[int], lengths: Sequence[int], lookahead: int) -> None:
+    def follow(self, input_ids: torch.Tensor, pads: Sequence[int], lengths: Sequence[int]) -> None:
         """Fits the state to the ids of a new call: what was cached of tokens that have changed becomes stale.
 
         Args:
             input_ids: `[B, T]`.
             pads: padding columns of each row.
             lengths: host tokens of each row in which chunks may stay compressed; later chunks are given up.
-            lookahead: tokens after a chunk that may have decided where it ends.
         """
         rows, layout = [], self.layout.clone()
         for i, (row, pad) in enumerate(zip(self.rows, pads, strict=True)):
             old, new = self.ids[i, row.pad :], input_ids[i, pad:].to(self.ids.device)
             shared = min(len(old), len(new))
             shared = int((old[:shared] == new[:shared]).cumprod(0).sum())
-            chunks = tuple(chunk for chunk in row.chunks if chunk.end <= min(shared - lookahead, lengths[i]))
-            latents = next((len(chunk.soft) for chunk in row.chunks if chunk.soft is not None), 0)
+            kept = 0
+            for chunk in row.chunks:
+                if max(chunk.end, chunk.decided_at) > shared or chunk.end > lengths[i]:
+                    break
+                kept += 1
+            chunks = row.chunks[:kept]
             layout[i, layout[i] >= shared] = STALE
-            layout[i, (layout[i] < PAD) & (soft_index(layout[i]) >= len(chunks) * latents)] = STALE
-            index = row.index if row.index is not None and len(chunks) >= len(row.index) else None
+            layout[i, (layout[i] < PAD) & (entry_chunk(layout[i]) >= kept)] = STALE
+            index = row.index if row.index is not None and kept >= len(row.index) else None
             rows.append(Row(pad, row.prefix if chunks else None, chunks, index=index))
         self.rows, self.layout = tuple(rows), layout
 

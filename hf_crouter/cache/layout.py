@@ -1,4 +1,8 @@
-"""What stands in each slot of a cache."""
+"""What stands in each slot of a cache, as codes.
+
+A code is `PAD`, a token's position in its row (0 or more), or one entry of a chunk (below `PAD`), counted by chunk and
+place within it, so that a code means the same whatever other chunks hold.
+"""
 
 from __future__ import annotations
 
@@ -9,44 +13,65 @@ import torch
 from ..types import BASE, Row
 
 PAD = -1
-
-
 STALE = torch.iinfo(torch.int64).min  # a slot whose token was edited since: equal to no code
+STRIDE = 1 << 20  # more entries than a chunk ever has
 
 
-def row_layout(
-    length: int,
-    prefix: int,
-    spans: Sequence[tuple[int, int]],
-    num_latents: int,
-    retrieved: Sequence[tuple[int, int]] = (),
-) -> torch.Tensor:
+def entry_codes(chunks: Sequence[int], counts: Sequence[int]) -> torch.Tensor:
+    """Codes of the entries of some chunks, so many of each, one after the other."""
+    sizes = torch.tensor(counts, dtype=torch.long)
+    numbers = torch.tensor(chunks, dtype=torch.long).repeat_interleave(sizes)
+    firsts = (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
+    return PAD - 1 - (numbers * STRIDE + torch.arange(len(numbers)) - firsts)
+
+
+def entry_chunk(codes: torch.Tensor) -> torch.Tensor:
+    """Number of the chunk that each entry's code names."""
+    return (PAD - 1 - codes) // STRIDE
+
+
+def entry_place(codes: torch.Tensor) -> torch.Tensor:
+    """Place of each entry's code within its chunk."""
+    return (PAD - 1 - codes) % STRIDE
+
+
+def row_layout(length: int, row: Row, *, true_positions: bool = False, beside_raw: bool = True) -> torch.Tensor:
     """Codes of one row's slots, `[slots]`.
+
+    At compact positions `[prefix | entries of all chunks | retrieved chunks, raw | window]`; at true positions all in
+    the order of the text, a retrieved chunk in the place of its entries.
 
     Args:
         length: tokens of the row.
-        prefix: tokens kept raw at the start.
-        spans: compressed spans `(start, end)`, contiguous from `prefix` on.
-        num_latents: slots a compressed chunk takes, M; 0 drops them.
-        retrieved: those of the spans that stand raw as well, in order.
+        row: its prefix, chunks and what was retrieved.
+        true_positions: every token keeps its position.
+        beside_raw: a retrieved chunk's entries stay; at true positions they never do.
     """
-    if not spans:
+    if not row.chunks:
         return torch.arange(length)
-    soft = PAD - 1 - torch.arange(len(spans) * num_latents)
-    raw = [torch.arange(start, end) for start, end in (*retrieved, (spans[-1][1], length))]
-    return torch.cat([torch.arange(prefix), soft, *raw])
+    aside = set(row.retrieved) if true_positions or not beside_raw else set()
+    numbers = [n for n, chunk in enumerate(row.chunks) if chunk.entries is not None and n not in aside]
+    entries = entry_codes(numbers, [len(row.chunks[n].entries) for n in numbers])  # pyright: ignore[reportArgumentType]
+    raw = [torch.arange(row.chunks[n].start, row.chunks[n].end) for n in row.retrieved]
+    if true_positions and raw:
+        of = entry_chunk(entries)
+        borders = [0, *torch.searchsorted(of, torch.tensor(row.retrieved)).tolist(), len(entries)]
+        pieces = [entries[a:b] for a, b in zip(borders, borders[1:], strict=False)]
+        parts = [part for pair in zip(pieces, [*raw, raw[0][:0]], strict=True) for part in pair]
+    else:
+        parts = [entries, *raw]
+    return torch.cat([torch.arange(row.prefix or 0), *parts, torch.arange(row.raw_start, length)])
 
 
-def row_experts(row: Row, codes: torch.Tensor, num_latents: int) -> torch.Tensor:
+def row_experts(row: Row, codes: torch.Tensor) -> torch.Tensor:
     """Numbers of the adapters that serve a row's slots, `[slots]`; `BASE` for none.
 
-    A chunk's soft prompts, its recalled tokens and (of the first chunk) the prefix before it are served by its own
-    expert, the rest by the window's.
+    A chunk's entries, its raw tokens and (of the first chunk) the prefix before it are served by its own expert, the
+    rest by the window's.
 
     Args:
         row: its chunks and routes.
         codes: of its slots, as `row_layout` gives them.
-        num_latents: slots a compressed chunk takes, M.
     """
     window = row.routes[-1].route.number if row.routes else BASE
     if not row.chunks or not row.routes:
@@ -54,20 +79,25 @@ def row_experts(row: Row, codes: torch.Tensor, num_latents: int) -> torch.Tensor
     numbers = [chunk.route.number if chunk.route is not None else BASE for chunk in row.chunks]
     ends = torch.tensor([chunk.end for chunk in row.chunks])
     where = torch.bucketize(codes, ends, right=True)  # chunk in which a token stands
-    soft = codes < PAD
-    where[soft] = soft_index(codes[soft]) // max(num_latents, 1)
+    entry = codes < PAD
+    where[entry] = entry_chunk(codes[entry])
     return torch.tensor([*numbers, window])[where]
-
-
-def soft_index(codes: torch.Tensor) -> torch.Tensor:
-    """Chunk times M plus latent for codes of soft prompts."""
-    return PAD - 1 - codes
 
 
 def stack_rows(rows: Sequence[torch.Tensor], width: int = 0) -> torch.Tensor:
     """Left-pads rows of codes to `[B, S]`, S the longest row or `width` if that is more."""
     width = max(width, *(len(row) for row in rows))
     return torch.stack([torch.nn.functional.pad(row, (width - len(row), 0), value=PAD) for row in rows])
+
+
+def stack_experts(rows: Sequence[torch.Tensor], width: int) -> torch.Tensor:
+    """Left-pads rows of adapters' numbers to `[B, width]`; padding goes with what comes first in its row."""
+    experts = torch.full((len(rows), width), BASE)
+    for i, numbers in enumerate(rows):  # so that rows stay uniform where they can
+        first = width - len(numbers)
+        experts[i, :first] = numbers[0] if len(numbers) else BASE
+        experts[i, first:] = numbers
+    return experts
 
 
 def common_columns(cached: Sequence[torch.Tensor], wanted: Sequence[torch.Tensor]) -> int:

@@ -1,27 +1,33 @@
-"""From one layout of a cache to the next: what is kept, what is refilled, and how much fits."""
+"""From one layout of a cache to the next: what is kept, and what is read anew."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from ..types import BASE
+from ..types import Chunk, Entries, Row
 from .capacity import check_capacity
 from .kv_cache import CompressedCache, is_recording
-from .layout import PAD, common_columns, row_experts, row_layout, soft_index, stack_rows
-from .policy import ContextPolicy
+from .layout import PAD, common_columns, entry_chunk, entry_place, row_experts, row_layout, stack_experts, stack_rows
+from .masks import mask_and_positions
+from .policy import ContextPolicy, ids_key
+from .reads import entries_by_reading
+
+ENCODE_BATCH = 8  # chunks
 
 
 @torch.no_grad()
-def advance(
-    host: Any, reader: ContextPolicy, cache: CompressedCache, input_ids: torch.Tensor, verified: int, main: int | None
+def prefill(
+    host: Any, policy: ContextPolicy, cache: CompressedCache, input_ids: torch.Tensor, verified: int, main: int | None
 ) -> tuple[int, int]:
     """Brings the cache to the layout that `input_ids` call for, short of the last `main` columns.
 
     Args:
         host: the plain host.
-        reader: its rule.
+        policy: its rule.
         cache: whose state is behind `input_ids`.
         input_ids: `[B, T]`, left-padded, the whole conversation.
         verified: columns that are decided; later ones are drafts and are compressed by no chunk.
@@ -32,24 +38,19 @@ def advance(
 
     Raises:
         CapacityError: more slots than the positions that the host was trained on.
-        InputError: latents that are not finite.
+        InputError: entries that are not finite.
     """
     width = input_ids.shape[1]
     tokens = [input_ids[i, row.pad : verified] for i, row in enumerate(cache.rows)]
-    rows = [reader.choose(reader.extend(row, ids), ids) for row, ids in zip(cache.rows, tokens, strict=True)]
-    rows = reader.route(rows, tokens)
-    compressed = any(row.chunks for row in rows)
-    codes = []
-    for row in rows:
-        spans, retrieved = ([(c.start, c.end) for c in chunks] for chunks in (row.chunks, row.retrieved))
-        codes.append(row_layout(width - row.pad, row.prefix or 0, spans, reader.num_latents, retrieved))
-    check_capacity(host, reader, max(row.prefix or 0 for row in rows), max(len(code) for code in codes))
-    layout = stack_rows(codes, 0 if compressed else width)
-    served = [row_experts(row, code, reader.num_latents) for row, code in zip(rows, codes, strict=True)]
-    experts = torch.full_like(layout, BASE)
-    for i, numbers in enumerate(served):  # padding goes with what comes first: rows stay uniform where they can
-        experts[i, : layout.shape[1] - len(numbers)] = numbers[0] if len(numbers) else BASE
-        experts[i, layout.shape[1] - len(numbers) :] = numbers
+    rows = [policy.retrieve(policy.extend(row, ids), ids) for row, ids in zip(cache.rows, tokens, strict=True)]
+    rows = policy.route(rows, tokens)
+    rows = with_entries(host, policy, rows, tokens)
+    codes = [row_layout(width - row.pad, row, true_positions=policy.true_positions, beside_raw=policy.beside_raw)
+             for row in rows]  # fmt: skip
+    check_capacity(host, policy, max(row.prefix or 0 for row in rows), codes)
+    layout = stack_rows(codes, 0 if any(row.chunks for row in rows) else width)
+    served = [row_experts(row, code) for row, code in zip(rows, codes, strict=True)]
+    experts = stack_experts(served, layout.shape[1])
     wanted, cached = (layout, experts), (cache.layout, cache.experts)
     slots = layout.shape[1]
     if main is None:
@@ -58,15 +59,13 @@ def advance(
         main = min(raw, slots - kept)
     else:
         kept = min(common_columns(cached, wanted), slots - main)
-    embedding = host.get_input_embeddings()
-    filled = reader.fill(rows, embedding.weight.device, embedding.weight.dtype)
     kept = cache.keep_columns(kept)
-    cache.rows = filled
+    cache.rows = tuple(rows)
     if kept < slots - main:
         cache.layout, cache.experts = layout[:, : slots - main], experts[:, : slots - main]
         embeddings = embed(host, cache, input_ids, kept)
-        mask, positions = mask_and_positions(cache, slots - main - kept, embeddings.device)
-        with reader.serving(cache.experts[:, kept:]):
+        mask, positions = mask_and_positions(host, cache, slots - main - kept, embeddings.device)
+        with policy.serving(cache.experts[:, kept:]), cache.entries_put_in(kept):
             host.base_model(
                 inputs_embeds=embeddings,
                 past_key_values=cache,
@@ -81,8 +80,56 @@ def advance(
     return main, kept
 
 
+def with_entries(
+    host: Any, policy: ContextPolicy, rows: Sequence[Row], tokens: Sequence[torch.Tensor]
+) -> Sequence[Row]:
+    """The rows with entries for every chunk; what is equal (chunks where ids decide, rows of beams) is made once.
+
+    Args:
+        host: the plain host.
+        policy: its rule.
+        rows: with every chunk that their tokens call for.
+        tokens: each row's decided tokens without padding, `[T]`.
+
+    Raises:
+        InputError: entries that are not finite.
+        MismatchError: ids outside the crouter's vocabulary.
+    """
+    compressor = policy.compressor
+    if compressor is None or all(chunk.entries is not None for row in rows for chunk in row.chunks):
+        return rows
+    if compressor.block:
+        return entries_by_reading(host, policy, rows, tokens)
+    wanted: dict[Any, Chunk] = {}
+    for number, row in enumerate(rows):
+        for chunk in row.chunks:
+            if chunk.entries is None:
+                wanted.setdefault(_sharing_key(chunk, number, compressor.ids_decide), chunk)
+    made: dict[Any, Entries] = {}
+    items = list(wanted.items())
+    with policy.serving(None):
+        for first in range(0, len(items), ENCODE_BATCH):
+            batch = items[first : first + ENCODE_BATCH]
+            entries = compressor.encode([chunk for _, chunk in batch])
+            made.update({key: some for (key, _), some in zip(batch, entries, strict=True)})
+    filled = []
+    for number, row in enumerate(rows):
+        chunks = (chunk if chunk.entries is not None
+                  else replace(chunk, entries=made[_sharing_key(chunk, number, compressor.ids_decide)])
+                  for chunk in row.chunks)  # fmt: skip
+        filled.append(replace(row, chunks=tuple(chunks)))
+    return filled
+
+
+def _sharing_key(chunk: Chunk, row: int, ids_decide: bool) -> Any:
+    return (ids_key(chunk.ids), ids_key(chunk.host_ids)) if ids_decide else (row, chunk.start)
+
+
 def embed(host: Any, cache: CompressedCache, input_ids: torch.Tensor, first: int) -> torch.Tensor:
-    """Input embeddings of the cache's slots from column `first` on, `[B, slots, H]`; padding gets token 0's."""
+    """Input embeddings of the cache's slots from column `first` on, `[B, slots, H]`.
+
+    Padding and entries that are keys and values get token 0's: of the latter the layers store what they are given.
+    """
     table = host.get_input_embeddings()
     codes = cache.layout[:, first:]
     pads = torch.tensor([row.pad for row in cache.rows])[:, None]
@@ -90,17 +137,10 @@ def embed(host: Any, cache: CompressedCache, input_ids: torch.Tensor, first: int
     embeddings = table(input_ids.gather(1, columns).to(table.weight.device))
     for i, row in enumerate(cache.rows):
         where = (codes[i] < PAD).nonzero()[:, 0]
-        if len(where):
-            soft = torch.cat([chunk.soft for chunk in row.chunks])  # pyright: ignore
-            embeddings[i, where.to(embeddings.device)] = soft[soft_index(codes[i, where]).to(soft.device)]
+        chunks, places = entry_chunk(codes[i, where]), entry_place(codes[i, where])
+        for number in chunks.unique().tolist():
+            entries, here = row.chunks[number].entries, chunks == number
+            if entries is not None and entries.embeddings is not None:
+                some = entries.embeddings[places[here].to(entries.embeddings.device)]
+                embeddings[i, where[here].to(embeddings.device)] = some.to(embeddings.device, embeddings.dtype)
     return embeddings
-
-
-def mask_and_positions(
-    cache: CompressedCache, columns: int, device: torch.device
-) -> tuple[torch.Tensor | None, torch.Tensor]:
-    """Mask of all slots `[B, S]` (None without padding) and compact positions of the last `columns`."""
-    mask = cache.layout != PAD
-    positions = (mask.long().cumsum(1) - 1).clamp(min=0)[:, mask.shape[1] - columns :]
-    positions = positions.clone(memory_format=torch.contiguous_format)  # a changing stride would recompile every step
-    return None if bool(mask.all()) else mask.long().to(device), positions.to(device)

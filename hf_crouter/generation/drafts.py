@@ -11,12 +11,12 @@ from ..cache.policy import ContextPolicy
 from ..types import Row
 
 
-def trim_drafts(generator: Any, reader: ContextPolicy, row: Callable[[], Row]) -> Any:
-    """Makes a candidate generator of transformers hold back the drafts after a compaction or choice of recall.
+def trim_drafts(generator: Any, policy: ContextPolicy, row: Callable[[], Row]) -> Any:
+    """Makes a candidate generator of transformers hold back the drafts after a compaction or retrieval.
 
     Args:
         generator: its `get_candidates` is replaced on the instance.
-        reader: how the host reads its past.
+        policy: what a row's tokens call for.
         row: state of the one row before the drafts (assisted decoding knows no batches).
     """
     draft = generator.get_candidates
@@ -24,10 +24,10 @@ def trim_drafts(generator: Any, reader: ContextPolicy, row: Callable[[], Row]) -
     def get_candidates(input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, Any]:
         ids, logits = draft(input_ids, *args, **kwargs)
         decided, before = input_ids.shape[1], row()
-        now = reader.extend(before, ids[0, before.pad : decided])
-        allowed, most = 0, min(ids.shape[1], reader.next_choice(now, decided - before.pad) + before.pad - 1)
+        now = policy.extend(before, ids[0, before.pad : decided])
+        allowed, most = 0, min(ids.shape[1], policy.next_retrieval(now, decided - before.pad) + before.pad - 1)
         while decided + allowed < most:
-            later = reader.extend(now, ids[0, before.pad : decided + allowed + 1])
+            later = policy.extend(now, ids[0, before.pad : decided + allowed + 1])
             if len(later.chunks) > len(now.chunks):
                 break
             allowed += 1

@@ -18,15 +18,16 @@ import torch
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, StaticCache
 
 from ..cache.kv_cache import CompressedCache, CompressedDynamicCache, CompressedStaticCache, is_recording
+from ..cache.masks import mask_and_positions
 from ..cache.policy import ContextPolicy
-from ..cache.prefill import advance, mask_and_positions
+from ..cache.prefill import prefill
 from ..errors import InputError
 from ..types import Row
 from .drafts import trim_drafts
 
 DRAFTS = 64  # slots of a static cache kept free for drafted tokens
 ALWAYS_ON = "_hf_crouter_always_on"
-_MOUNTING = Lock()
+_MIXING = Lock()
 
 
 class HistoryProcessor(LogitsProcessor):
@@ -34,13 +35,13 @@ class HistoryProcessor(LogitsProcessor):
 
     Attributes:
         host: the plain host that it belongs to.
-        reader: how the host reads its past.
-        mounted: whether it still belongs to the host; a detached one asks for nothing.
+        policy: what a row's tokens call for.
+        attached: whether it still belongs to the host; a detached one asks for nothing.
     """
 
     host: PreTrainedModel
-    reader: ContextPolicy
-    mounted: bool = False
+    policy: ContextPolicy
+    attached: bool = False
 
     def started(self) -> None:
         """Called when a `generate` call begins."""
@@ -94,7 +95,7 @@ class CompressedGenerationMixin:
         """See the host's own `generate`; with a `HistoryProcessor` for this host the past is compressed."""
         always = self.__dict__.get(ALWAYS_ON) or (None,)
         processor = next(
-            (p for p in logits_processor or () if isinstance(p, HistoryProcessor) and p.host is self and p.mounted),
+            (p for p in logits_processor or () if isinstance(p, HistoryProcessor) and p.host is self and p.attached),
             always[-1],
         )
         call = None
@@ -121,10 +122,10 @@ class CompressedGenerationMixin:
         finally:
             _CALLS.reset(token)
             if call is not None:
-                call.processor.reader.serve(None)
+                call.processor.policy.serve(None)
         if call is not None:
             sequences = result if isinstance(result, torch.Tensor) else result.sequences
-            if not call.steps and sequences.shape[1] > call.processor.reader.fewest:
+            if not call.steps and sequences.shape[1] > call.processor.policy.fewest:
                 raise InputError(
                     "compression was skipped: this way to generate does not prepare its inputs by the host"
                 )
@@ -160,19 +161,19 @@ class CompressedGenerationMixin:
 
         call = _CALLS.get().get(id(self))
         if call is None:
-            if isinstance(past_key_values, CompressedCache) and past_key_values.own:
+            if isinstance(past_key_values, CompressedCache) and past_key_values.has_private_state:
                 raise InputError("past_key_values: holds a compressed past; pass its CompressedHistory as well")
             return host_inputs()
         if inputs_embeds is not None or past_key_values is None or kwargs.get("use_cache") is False:
             raise InputError("a compressed past: expected input_ids and use_cache=True, got inputs_embeds or no cache")
-        reader, first, cache = call.processor.reader, not call.steps, past_key_values
+        policy, first, cache = call.processor.policy, not call.steps, past_key_values
         width = input_ids.shape[1]
         verified = min(width, call.prompt or width)
         call.steps += 1
         if first:
             call.read = verified
             pads = row_pads(attention_mask, input_ids)
-            cache = open_cache(self, reader, past_key_values, input_ids, pads, verified)
+            cache = open_cache(self, policy, past_key_values, input_ids, pads, verified)
         if not isinstance(cache, CompressedCache):
             return host_inputs()  # a static cache too small ever to need compression
         call.cache = cache
@@ -180,14 +181,18 @@ class CompressedGenerationMixin:
         if not first:
             verified = cache.width + 1  # of the new tokens the first is decided, the others are drafts
         held = cache.layout.shape[1]
-        main, kept = advance(self, reader, cache, input_ids, verified, main)
-        reader.serve(cache.experts[:, -main:])
+        main, kept = prefill(self, policy, cache, input_ids, verified, main)
+        policy.serve(cache.experts[:, -main:])
         if not cache.compressed and kept == held:
             return host_inputs(cache=cache)
-        mask, positions = mask_and_positions(cache, main, input_ids.device)
+        mask, positions = mask_and_positions(self, cache, main, input_ids.device)
         if "position_ids" in kwargs:
             kwargs["position_ids"] = positions
-        return host_inputs(input_ids[:, -main:], None, cache, mask)
+        if not isinstance(mask, dict):
+            return host_inputs(input_ids[:, -main:], None, cache, mask)
+        inputs = host_inputs(input_ids[:, -main:], None, cache, None)
+        masks = {kind: some if some is None else some.contiguous() for kind, some in mask.items()}
+        return {**inputs, "attention_mask": masks}
 
     def _get_candidate_generator(self, input_ids, model_kwargs, **kwargs):
         """See the host's own; drafts end before the next compaction, and are made without the history's processor."""
@@ -200,17 +205,17 @@ class CompressedGenerationMixin:
         if call is None:
             return generator
         first = Row(row_pads(model_kwargs.get("attention_mask"), input_ids)[0])
-        return trim_drafts(generator, call.processor.reader, lambda: call.cache.rows[0] if call.cache else first)
+        return trim_drafts(generator, call.processor.policy, lambda: call.cache.rows[0] if call.cache else first)
 
 
-def mount(host: PreTrainedModel, adapters: bool = False) -> None:
-    """Puts the mixin in front of the host's class; counted, so every `mount` needs its `unmount`.
+def mix_in(host: PreTrainedModel, adapters: bool = False) -> None:
+    """Puts the mixin in front of the host's class; counted, so every `mix_in` needs its `mix_out`.
 
     Args:
         host: the plain host.
         adapters: hooks of adapters are on its layers.
     """
-    _count(host, "_hf_crouter_mounts", 1, adapters)
+    _count(host, "_hf_crouter_mixed", 1, adapters)
 
 
 @functools.cache  # compiled graphs are guarded by the class, but not by hooks: a host that has them needs its own
@@ -219,24 +224,24 @@ def _mixed(cls: type, adapters: bool) -> type:
     return type(cls.__name__, (CompressedGenerationMixin, cls), names)
 
 
-def unmount(host: PreTrainedModel, adapters: bool = False) -> None:
-    """Undoes one `mount` of the same kind; the last one gives the host its own class back."""
-    _count(host, "_hf_crouter_mounts", -1, adapters)
+def mix_out(host: PreTrainedModel, adapters: bool = False) -> None:
+    """Undoes one `mix_in` of the same kind; the last one gives the host its own class back."""
+    _count(host, "_hf_crouter_mixed", -1, adapters)
 
 
 def _count(host: PreTrainedModel, key: str, change: int, adapters: bool) -> None:
-    with _MOUNTING:
-        mounts, hooked = host.__dict__.pop(key, (0, 0))
-        mounts, hooked = mounts + change, hooked + change * adapters
-        if mounts > 0:
-            host.__dict__[key] = mounts, hooked
+    with _MIXING:
+        mixed_in, hooked = host.__dict__.pop(key, (0, 0))
+        mixed_in, hooked = mixed_in + change, hooked + change * adapters
+        if mixed_in > 0:
+            host.__dict__[key] = mixed_in, hooked
         plain = getattr(type(host), "_hf_crouter_plain", type(host))
-        host.__class__ = _mixed(plain, hooked > 0) if mounts > 0 else plain
+        host.__class__ = _mixed(plain, hooked > 0) if mixed_in > 0 else plain
 
 
 def always_on(host: PreTrainedModel, processor: HistoryProcessor, on: bool) -> None:
     """Makes a history active, or no longer, in every `generate` call of its host; of several the newest counts."""
-    with _MOUNTING:
+    with _MIXING:
         others = tuple(p for p in host.__dict__.get(ALWAYS_ON, ()) if p is not processor)
         host.__dict__[ALWAYS_ON] = (*others, processor) if on else others
         if not host.__dict__[ALWAYS_ON]:
@@ -265,7 +270,7 @@ def row_pads(attention_mask: torch.Tensor | None, input_ids: torch.Tensor) -> li
 
 
 def open_cache(
-    host: Any, reader: ContextPolicy, given: Any, input_ids: torch.Tensor, pads: list[int], verified: int
+    host: Any, policy: ContextPolicy, given: Any, input_ids: torch.Tensor, pads: list[int], verified: int
 ) -> Any:
     """The cache that a call starts on: the compressed one of an earlier turn, or a new one in place of `given`.
 
@@ -276,37 +281,38 @@ def open_cache(
     if isinstance(given, CompressedCache):
         if len(given.rows) != len(pads):
             raise InputError(f"past_key_values: expected {len(pads)} rows, got {len(given.rows)}")
-        if given.own and given.origin != reader.origin:
+        if given.has_private_state and given.made_by != policy.key:
             raise InputError(
                 "past_key_values: compressed by another crouter, projector or experts than this history's"
             )
-        given.origin = reader.origin
-        given.rebase(input_ids, pads, [verified - pad - reader.window for pad in pads], reader.lookahead)
+        given.made_by, given.true_positions = policy.key, policy.true_positions
+        given.follow(input_ids, pads, [verified - pad - policy.window for pad in pads])
         given.rows = tuple(replace(row, prompt=verified - row.pad) for row in given.rows)
-        given.heal()
+        given.discard_partial()
         return given
     if int(given.get_seq_length()):
         raise InputError("past_key_values: expected an empty or a compressed cache, got one with uncompressed history")
     config = host.config.get_text_config(decoder=True)
     if isinstance(given, StaticCache):
+        retrieved = policy.retriever.chunks if policy.retriever is not None else 0
         full = int(given.get_max_length())
         longest = full - min(pads)
-        if longest < reader.fewest and reader.router is None:
+        if longest < policy.fewest and policy.router is None:
             return given
-        room = most = full + reader.retrieve * reader.num_latents  # recalled chunks stand beside their soft prompts
-        if reader.chunker.same_tokenizer:
-            length = reader.chunker.chunk_length
-            chunks = max(0, longest - reader.window) // length
+        room = most = full + retrieved * policy.most_entries  # retrieved chunks may stand beside their entries
+        if policy.chunker.same_tokenizer:
+            length = policy.chunker.chunk_length
+            chunks = max(0, longest - policy.window) // length
             # the prefix is at most what the prompt holds beside its chunks
             prefix = max(
-                (reader.prefix(row[pad:].tolist()) or width for row, pad in zip(input_ids, pads, strict=True))
+                (policy.prefix(row[pad:].tolist()) or width for row, pad in zip(input_ids, pads, strict=True))
             )
-            soft, retrieved = chunks * reader.num_latents, min(chunks, reader.retrieve) * length
-            room = min(pads) + prefix + soft + retrieved + reader.window + length + DRAFTS
+            entries, raw = chunks * policy.most_entries, min(chunks, retrieved) * length
+            room = min(pads) + prefix + entries + raw + policy.window + length + DRAFTS
         cache = CompressedStaticCache(config=config, max_cache_len=min(most, room))
     else:
         cache = CompressedDynamicCache(config=config)
         if is_recording(given):
             cache.activate_past_recording()  # assisted decoding armed the cache that this one replaces
-    cache.start([Row(pad, prompt=verified - pad) for pad in pads], input_ids, reader.origin)
+    cache.start([Row(pad, prompt=verified - pad) for pad in pads], input_ids, policy.key, policy.true_positions)
     return cache

@@ -1,20 +1,10 @@
-"""What became of a history: chunks, residuals, slots and bytes."""
+"""What became of a history: chunks, how well they can be rebuilt, slots and bytes."""
 
 from __future__ import annotations
 
-import math
-from collections import Counter
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
-
-from ..cache.kv_cache import CompressedCache
-from ..crouter import CRouterModel
-from ..types import Route
-
-BATCH = 4
 
 
 @dataclass(frozen=True)
@@ -31,8 +21,9 @@ class ChunkRecord:
         accuracy: share of its tokens rebuilt exactly at their position (TRA), 0 to 1; None without a crouter.
         copied: generated tokens that copying brought from it.
         expert: whose adapter served it; None: the plain host.
-        verdict: on the expert, see `Route`; empty without experts.
+        route_status: how clearly, see `Route.status`; empty without experts.
         margin: see `Route`; None without experts, or where only one was compared.
+        slots: of its entries.
     """
 
     row: int
@@ -44,8 +35,9 @@ class ChunkRecord:
     accuracy: float | None = None
     copied: int = 0
     expert: str | None = None
-    verdict: str = ""
+    route_status: str = ""
     margin: float | None = None
+    slots: int = 0
 
 
 @dataclass(frozen=True)
@@ -56,14 +48,14 @@ class RouteRecord:
         row: row of the batch.
         length: tokens of the row when it was decided.
         expert: whose adapter served; None: the plain host.
-        verdict: see `Route`.
+        route_status: see `Route.status`.
         margin: see `Route`; None where only one expert was compared.
     """
 
     row: int
     length: int
     expert: str | None
-    verdict: str
+    route_status: str
     margin: float | None
 
 
@@ -96,21 +88,21 @@ class RowRecord:
     Attributes:
         tokens: real tokens of the row.
         prefix: slots of the raw prefix.
-        soft: slots of soft prompts.
+        entries: slots of chunks' entries.
         raw: slots of the raw window.
         retrieved: slots of chunks that stand raw before the window.
     """
 
     tokens: int
     prefix: int
-    soft: int
+    entries: int
     raw: int
     retrieved: int = 0
 
     @property
     def slots(self) -> int:
         """All of the row's slots."""
-        return self.prefix + self.soft + self.retrieved + self.raw
+        return self.prefix + self.entries + self.retrieved + self.raw
 
 
 @dataclass(frozen=True)
@@ -124,12 +116,12 @@ class HistoryReport:
         peak_slots: most slots at any time, a row.
         kv_bytes: keys and values at the peak, all rows.
         kv_bytes_full: what the full history would take in the same layers and dtype, all rows.
-        soft: whether chunks are read as soft prompts; otherwise the host attends to none of them.
+        entries: whether chunks put entries into the cache; otherwise the host attends to none of them.
         copied: generated tokens that copying brought.
         archive_tokens: tokens that can be copied, all rows.
         archive_bytes: their ids (and confidences) in main memory, indexes left out.
         index_bytes: bytes of the indexes over them, which are made again when needed.
-        retrievals: every chunk of every choice of recall, row after row; the last of a row are those that stand there.
+        retrievals: every chunk of every retrieval, row after row; the last of a row are those that stand there.
         routes: every decision on a raw window, row after row; empty without experts.
         steps: of the host in `generate`, the reading of the prompt included; 0 after `score`.
         generated: tokens a row that these steps gave; more than one a step where drafts were accepted.
@@ -141,7 +133,7 @@ class HistoryReport:
     peak_slots: int
     kv_bytes: int
     kv_bytes_full: int
-    soft: bool
+    entries: bool
     copied: int = 0
     archive_tokens: int = 0
     archive_bytes: int = 0
@@ -155,7 +147,7 @@ class HistoryReport:
         """Plain lists and numbers, for JSON."""
         return asdict(self)
 
-    def _recalled(self, row: int) -> list[str]:
+    def _retrieved(self, row: int) -> list[str]:
         """One line about the chunks of a row that stand raw now."""
         records = [record for record in self.retrievals if record.row == row]
         if not records:
@@ -163,31 +155,31 @@ class HistoryReport:
         lengths = {record.length for record in records}
         last = [f"{r.chunk} ({r.reason})" for r in records if r.length == records[-1].length]
         times = f", chosen {len(lengths)} times" if len(lengths) > 1 else ""
-        return [f"       recalled at {records[-1].length} tokens: chunks {', '.join(last)}{times}"]
+        return [f"       retrieved at {records[-1].length} tokens: chunks {', '.join(last)}{times}"]
 
     def __str__(self) -> str:
         if not self.rows:
             return "Nothing was read yet."
         lines = []
         for i, row in enumerate(self.rows):
-            retrieved = f"{row.retrieved} recalled, " if row.retrieved else ""
+            retrieved = f"{row.retrieved} retrieved, " if row.retrieved else ""
             lines.append(
                 f"row {i}: {row.tokens} tokens in {row.slots} slots "
-                f"({row.prefix} prefix, {row.soft} soft, {retrieved}{row.raw} raw window)"
+                f"({row.prefix} prefix, {row.entries} entries, {retrieved}{row.raw} raw window)"
             )
-            lines += self._recalled(i)
-            lines += [f"       window from {r.length} tokens on: {r.expert or 'plain host'} ({r.verdict})"
+            lines += self._retrieved(i)
+            lines += [f"       window from {r.length} tokens on: {r.expert or 'plain host'} ({r.route_status})"
                       for r in self.routes if r.row == i]  # fmt: skip
         if self.chunks:
-            lines.append("row  chunk        span  tokens  residual   TRA  copied" + "  expert" * bool(self.routes))
+            lines.append("row  chunk        span  tokens  nats/token   TRA  copied" + "  expert" * bool(self.routes))
             for c in self.chunks:
-                reconstruction_nll = "       -" if c.reconstruction_nll is None else f"{c.reconstruction_nll:>8.3f}"
+                nll = "         -" if c.reconstruction_nll is None else f"{c.reconstruction_nll:>10.3f}"
                 accuracy = "   -" if c.accuracy is None else f"{c.accuracy:>4.0%}"
                 span = f"{f'{c.start}-{c.end}':>10}"
                 line = (
-                    f"{c.row:>3}  {c.index:>5}  {span}  {c.tokens:>6}  {reconstruction_nll}  {accuracy}  {c.copied:>6}"
+                    f"{c.row:>3}  {c.index:>5}  {span}  {c.tokens:>6}  {nll}  {accuracy}  {c.copied:>6}"
                 )
-                lines.append(line + (f"  {c.expert or 'plain host'} ({c.verdict})" if c.verdict else ""))
+                lines.append(line + (f"  {c.expert or 'plain host'} ({c.route_status})" if c.route_status else ""))
         else:
             lines.append("Nothing was compressed: the history is shorter than window and chunk together.")
         if self.archive_tokens:
@@ -195,8 +187,8 @@ class HistoryReport:
                 f"Copying: {self.copied} tokens came from an archive of {self.archive_tokens:,} tokens "
                 f"({self.archive_bytes:,} bytes of main memory, {self.index_bytes:,} of index)"
             )
-        elif self.chunks and not self.soft and not self.retrievals:
-            lines.append("The chunks are dropped: neither soft prompts nor copying reads them.")
+        elif self.chunks and not self.entries and not self.retrievals:
+            lines.append("The chunks are dropped: no mode reads them.")
         if self.steps:
             rate = self.generated / self.steps
             lines.append(f"Decoding: {self.generated} tokens in {self.steps} steps of the host, {rate:.2f} a step")
@@ -205,83 +197,3 @@ class HistoryReport:
             f"{self.kv_bytes_full:,} for the full history"
         )
         return "\n".join(lines)
-
-
-class Trace:
-    """What a report needs of a call, without its keys and values.
-
-    Args:
-        cache: of the call that ended.
-        soft: whether chunks were read as soft prompts.
-        copied: the tokens that copying brought: `row` and `chunk`.
-        archives: of each row, with its `archive`.
-        steps: of the host, and tokens that they gave.
-    """
-
-    def __init__(self, cache: CompressedCache, soft: bool, copied: Sequence[Any] = (), archives: Sequence[Any] = (),
-                 steps: tuple[int, int] = (0, 0)):  # fmt: skip
-        self.soft, self.steps = soft, steps
-        self.copied = Counter((place.row, place.chunk) for place in copied)
-        archives = list({id(past.archive): past.archive for past in archives}.values())  # beams share theirs
-        self.archive = tuple(map(sum, ([len(a) for a in archives], [a.nbytes for a in archives],
-                                       [a.index_bytes for a in archives])))  # fmt: skip
-        width, batch = cache.width, len(cache.rows)
-        self.rows, self.chunks, self.retrievals, self.routes = [], [], [], []
-        for i, row in enumerate(cache.rows):
-            length = width - row.pad
-            latents = sum(len(c.soft) for c in row.chunks if c.soft is not None)
-            prefix = min(row.prefix or 0, length) if row.chunks else 0
-            retrieved = sum(c.end - c.start for c in row.retrieved)
-            raw = length - (row.raw_start if row.chunks else 0)
-            self.rows.append(RowRecord(length, prefix, latents, raw, retrieved))
-            self.retrievals += [
-                RetrievalRecord(i, choice.at, chunk, scores)
-                for choice in row.choices
-                for chunk, scores in zip(choice.chunks, choice.scores, strict=True)
-            ]
-            self.routes += [RouteRecord(i, r.at, *_decision(r.route)) for r in row.routes]
-            self.chunks += [(i, j, c.start, c.end, c.ids, c.route) for j, c in enumerate(row.chunks)]
-        self.slots, self.peak = cache.layout.shape[1], cache.peak
-        self.kv_bytes = batch * cache.slot_bytes(cache.peak)
-        self.kv_bytes_full = batch * cache.slot_bytes(max(row.tokens for row in self.rows))
-        self.measured: list[tuple[float, float]] = []
-
-    def report(self, crouter: CRouterModel | None) -> HistoryReport:
-        """The report; chunks are rebuilt by the crouter at the first time, a few at once."""
-        if crouter is not None and len(self.measured) < len(self.chunks):
-            self.measured = _measure(crouter, [chunk[4] for chunk in self.chunks])
-        records = []
-        for k, (row, index, start, end, ids, route) in enumerate(self.chunks):
-            reconstruction_nll, accuracy = self.measured[k] if self.measured else (None, None)
-            served = _decision(route) if route is not None else (None, "", None)
-            records.append(
-                ChunkRecord(
-                    row, index, start, end, len(ids), reconstruction_nll, accuracy, self.copied[row, index], *served
-                )
-            )
-        steps, generated = self.steps
-        return HistoryReport(
-            tuple(records), tuple(self.rows), self.slots, self.peak, self.kv_bytes, self.kv_bytes_full, self.soft,
-            self.copied.total(), *self.archive, retrievals=tuple(self.retrievals), routes=tuple(self.routes),
-            steps=steps, generated=generated,
-        )  # fmt: skip
-
-
-def _decision(route: Route) -> tuple[str | None, str, float | None]:
-    """Expert, verdict and margin; JSON knows no infinity."""
-    return route.expert, route.verdict, route.margin if math.isfinite(route.margin) else None
-
-
-@torch.no_grad()
-def _measure(crouter: CRouterModel, pieces: list[torch.Tensor]) -> list[tuple[float, float]]:
-    """Residual (nats/token) and TRA of chunks; equal ones (of beams) are measured once."""
-    unique = {piece.numpy().tobytes(): piece for piece in pieces}
-    keys, values = list(unique), []
-    for first in range(0, len(keys), BATCH):
-        batch = [unique[key] for key in keys[first : first + BATCH]]
-        ids = torch.nn.utils.rnn.pad_sequence(batch, batch_first=True)
-        mask = torch.arange(ids.shape[1]) < torch.tensor([len(piece) for piece in batch])[:, None]
-        out = crouter(ids.to(crouter.device), mask.to(crouter.device))
-        values += zip(out.reconstruction_nll.tolist(), out.reconstruction_accuracy.tolist(), strict=True)
-    found = dict(zip(keys, values, strict=True))
-    return [found[piece.numpy().tobytes()] for piece in pieces]

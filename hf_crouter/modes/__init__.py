@@ -1,1 +1,26 @@
-"""Ways to read a compressed past, one file each."""
+"""Ways to read a compressed past, one file each: a frozen dataclass and what it does in a call.
+
+A new one implements `types.Mode` and calls `register_mode`; everything else (`modes=["name"]`, the command line,
+`lm-eval`) finds it by its name.
+"""
+
+from .copy import Copy
+from .experts import Experts
+from .registry import MODES, bound_modes, modes_from_options, register_mode, resolve_modes
+from .retrieve import Retrieve
+from .soft_prompts import SoftPrompts
+
+for _mode in (SoftPrompts, Copy, Retrieve, Experts):
+    register_mode(_mode)
+
+__all__ = [
+    "MODES",
+    "Copy",
+    "Experts",
+    "Retrieve",
+    "SoftPrompts",
+    "bound_modes",
+    "modes_from_options",
+    "register_mode",
+    "resolve_modes",
+]

@@ -2,42 +2,105 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 import torch
 
-from ..cache.kv_cache import CompressedCache
+from ..compressors.rebuild import Rebuilder
+from ..errors import InputError
+from ..hosts.tokenizers import local_tokenizer, special_ids
 from ..ngram.archive import Matches
-from ..ngram.gate import Gate
+from ..ngram.gate import Gate, find_gate
 from ..ngram.mixture import Candidates, Mixture, collect, mix
 from ..ngram.row_archive import Archives, RowArchive
 from ..ngram.suffix_index import LONGEST
+from ..types import CacheView, Contribution, Opening, Parts, ScoreUse, Setting
 
 
 @dataclass(frozen=True)
-class Copied:
-    """A token that copying brought rather than the host.
+class Copy:
+    """Exact far tokens at no slot, mixed into the scores; needs nothing, and a crouter only for `source="rebuilt"`.
 
     Attributes:
-        row: row of the cache; several sequences of one prompt count for its rows in turn.
-        position: its place in the row, counted from the first real token.
-        chunk: number of the chunk that it was copied from.
+        source: "ids", the compressed past's own; or "rebuilt", what the crouter's decoder makes of the latents alone,
+            each token weighted by its confidence.
+        strength: factor on the weight of copying, 0 to 1.
+        generated: archive the tokens generated in the call as well; a model that copies itself tends to loop. In a
+            conversation earlier answers are part of the prompt and archived in any case: `exclude` them.
+        exclude: spans `(start, end)` of a row's tokens, counted from its first real one, that may be read but not
+            copied.
+        gate: weighs copying against the host: a folder or a `Gate`; None finds the host's in the crouter's folder, or
+            takes the generic one.
+
+    Raises:
+        InputError: options that do not make a copier.
+
+    Example:
+        >>> history = CompressedHistory(host, modes=[Copy(strength=0.5)])
     """
 
-    row: int
-    position: int
-    chunk: int
+    name: ClassVar[str] = "copy"
+    gives: ClassVar[tuple[Contribution, ...]] = ("scores",)
+
+    source: Literal["ids", "rebuilt"] = "ids"
+    strength: float = 1.0
+    generated: bool = False
+    exclude: tuple[tuple[int, int], ...] = ()
+    gate: str | os.PathLike | Gate | None = None
+
+    def __post_init__(self):
+        if self.source not in ("ids", "rebuilt"):
+            raise InputError(f"Copy(source=): expected 'ids' or 'rebuilt', got {self.source!r}")
+        if not isinstance(self.strength, int | float) or not 0 <= self.strength <= 1:
+            raise InputError(f"Copy(strength=): expected 0 to 1, got {self.strength!r}")
+        try:
+            spans = tuple((int(start), int(end)) for start, end in self.exclude)
+        except (TypeError, ValueError):
+            spans = ((1, 0),)
+        if any(not 0 <= start <= end for start, end in spans):
+            raise InputError(f"Copy(exclude=): expected spans (start, end) of tokens, got {self.exclude!r}")
+        object.__setattr__(self, "exclude", spans)
+
+    @property
+    def needs_crouter(self) -> bool:
+        """Whether it can do nothing without a crouter."""
+        return self.source == "rebuilt"
+
+    def bind(self, setting: Setting) -> Parts:
+        """See `Mode.bind`.
+
+        Raises:
+            InputError: a damaged gate.
+            MismatchError: a gate that was made for another host.
+        """
+        if not self.strength:
+            return Parts()
+        gate = self.gate if isinstance(self.gate, Gate) else find_gate(setting.crouter, setting.host, self.gate)
+        stop_ids = special_ids(setting.tokenizer, setting.host)
+
+        def opened(opening: Opening) -> Copier:
+            rebuild = None
+            if self.source == "rebuilt":
+                own = setting.crouter_tokenizer or local_tokenizer(setting.crouter.name_or_path)
+                rebuild = Rebuilder(setting.crouter, None if opening.same_tokenizer else (own, setting.tokenizer))
+            archives = Archives(opening.vocab_size, stop_ids, self.exclude, rebuild)
+            archived = None if self.generated else opening.archived or opening.width
+            return Copier(archives, gate, self.strength, opening.width, archived, opening.prompts)
+
+        return Parts(scores=opened)
 
 
 class Copier:
-    """Mixes what the archives of a call's rows propose into the host's scores.
+    """Mixes what the archives of a call's rows propose into the host's scores; see `ScoreState`.
 
     Holds no more than what can be made again from its arguments, so that made-up calls teach it nothing.
 
     Args:
-        past: the archives.
+        archives: of the rows.
         gate: weighs them against the host.
         strength: factor on the archives' weight, 0 to 1.
         width: columns of the prompt.
@@ -47,33 +110,33 @@ class Copier:
 
     def __init__(
         self,
-        past: Archives,
+        archives: Archives,
         gate: Gate,
         strength: float,
         width: int,
         archived: int | Sequence[int] | None,
         prompts: int = 1,
     ):
-        self.past, self.gate, self.strength, self.width = past, gate, strength, width
+        self.archives, self.gate, self.strength, self.width = archives, gate, strength, width
         self.archived, self.prompts = archived, prompts
         self._brought: dict[tuple[int, int, int], dict[int, int]] = {}
 
-    def look(self, cache: CompressedCache, input_ids: torch.Tensor, columns: Sequence[int]) -> list[Matches]:
+    def look(self, cache: CacheView, input_ids: torch.Tensor, columns: Sequence[int]) -> list[Matches]:
         """Matches before each of some columns of `input_ids`, row after row; `rows * len(columns)` of them."""
         matches = []
-        for i, past in enumerate(self.archives(cache)):
+        for i, of_row in enumerate(self.of_rows(cache)):
             first = max(cache.rows[i].pad, columns[0] - LONGEST)
             recent = input_ids[i, first : columns[-1]].cpu().numpy()
             for column in columns:
                 end = column - first
-                matches.append(past.archive.match(recent[max(0, end - LONGEST) : end]))
+                matches.append(of_row.archive.match(recent[max(0, end - LONGEST) : end]))
         return matches
 
-    def archives(self, cache: CompressedCache) -> list[RowArchive]:
+    def of_rows(self, cache: CacheView) -> list[RowArchive]:
         """The archive of each row of a cache, made of the ids that the cache stands for: a call's may be made up."""
         columns = sys.maxsize if self.archived is None else self.archived
         limits = [columns] * len(cache.rows) if isinstance(columns, int) else columns
-        return self.past.rows(cache.rows, cache.ids, [n - row.pad for n, row in zip(limits, cache.rows, strict=True)])
+        return self.archives.rows(cache.rows, cache.ids, [n - row.pad for n, row in zip(limits, cache.rows, strict=True)])
 
     def mix(self, matches: Sequence[Matches], scores: torch.Tensor) -> Mixture | None:
         """Scores `[N, V]` and the archives together; None where nothing matched."""
@@ -82,7 +145,7 @@ class Copier:
         return mix(scores, collect(matches).to(scores.device), self.gate.to(scores.device), self.strength)
 
     @torch.no_grad()
-    def step(self, cache: CompressedCache, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+    def step(self, cache: CacheView, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """The scores `[B, V]` of one step with copying mixed in; the same ones where nothing matches."""
         matches = self.look(cache, input_ids, [input_ids.shape[1]])
         mixture = self.mix(matches, scores)
@@ -103,21 +166,27 @@ class Copier:
                 prompt = place * self.prompts // len(input_ids)
                 self._brought.setdefault((prompt, *_step_key(input_ids[place])), {})[token] = int(where[-1])
 
-    def taken(self, cache: CompressedCache, archives: Sequence[RowArchive], sequences: torch.Tensor) -> list[Copied]:
-        """The generated tokens that copying brought; `sequences` `[sequences, T]` are what the call gave."""
-        found = []
-        if not self._brought:
-            return found
-        for i in range(len(sequences)):
-            of = i * len(cache.rows) // len(sequences)  # several sequences of a prompt share its past
-            row, past = cache.rows[of], archives[of]
+    def rescore(
+        self, cache: CacheView, input_ids: torch.Tensor, columns: Sequence[int], scores: torch.Tensor
+    ) -> Mixture | None:
+        """See `ScoreState.rescore`."""
+        return self.mix(self.look(cache, input_ids, columns), scores)
+
+    def use(self, cache: CacheView, sequences: torch.Tensor) -> ScoreUse:
+        """The generated tokens that copying brought, and the archives; `sequences` `[sequences, T]`, what came."""
+        of_rows = self.of_rows(cache)
+        archives = list({id(found.archive): found.archive for found in of_rows}.values())  # beams share theirs
+        copied = []
+        for i in range(len(sequences)) if self._brought else ():
+            number = i * len(cache.rows) // len(sequences)  # several sequences of a prompt share its past
             for column in range(self.width, sequences.shape[1]):
                 prompt = i * self.prompts // len(sequences)
                 brought = self._brought.get((prompt, *_step_key(sequences[i, :column])), {})
                 position = brought.get(int(sequences[i, column]))
                 if position is not None:
-                    found.append(Copied(of, column - row.pad, past.chunk_of(position)))
-        return found
+                    copied.append((number, of_rows[number].chunk_of(position)))
+        sizes = ([len(a) for a in archives], [a.nbytes for a in archives], [a.index_bytes for a in archives])
+        return ScoreUse(tuple(copied), *map(sum, sizes))
 
 
 def _step_key(ids: torch.Tensor) -> tuple[int, int]:

@@ -107,9 +107,18 @@ def find_gate(crouter: CRouterModel | None, host: Any, name: str | os.PathLike |
         if wanted and wanted != host_fingerprint(host):
             raise MismatchError(f"{name}: expected the host with fingerprint {wanted}, got {host_fingerprint(host)}")
         return gate
+    return own_gate(crouter, host) or generic_gate()
+
+
+def own_gate(crouter: CRouterModel | None, host: Any) -> Gate | None:
+    """The gate that was fitted to a host, in the crouter's folder or the shipped one's; None where there is none.
+
+    Raises:
+        InputError: damaged files.
+    """
     origin = str(getattr(crouter.config, "_name_or_path", "") or "") if crouter is not None else ""
     folders = [path.parent for place in (crouter_folder(origin, "gates") if origin else None, SHIPPED)
                if place is not None for path in sorted(place.glob(f"gates/*/{CONFIG}"))]  # fmt: skip
     gates = [Gate.load(folder) for folder in folders]
     wanted = host_fingerprint(host) if gates else ""
-    return next((gate for gate in gates if gate.config.host_fingerprint == wanted), None) or generic_gate()
+    return next((gate for gate in gates if gate.config.host_fingerprint == wanted), None)

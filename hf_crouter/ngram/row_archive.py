@@ -1,4 +1,4 @@
-"""The archives of a call's rows: what a compressed past still says word for word, for copying and recall."""
+"""The archives of a call's rows: what a compressed past still says word for word, for copying."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from ..types import Chunk, Row
 from .archive import Archive
 
 Rebuild = Callable[[Sequence[Chunk]], list[tuple[np.ndarray, np.ndarray]]]
-BATCH = 4  # chunks rebuilt at once
 
 
 @dataclass(frozen=True, eq=False)

@@ -21,7 +21,7 @@ Axes: `B` rows, `S` slots, `F` tokens that follow, `N` chunks, `V` vocabulary, `
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Hashable, Sequence, Sized
+from collections.abc import Callable, Sequence, Sized
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
@@ -75,7 +75,7 @@ class Compressor(Protocol):
     """Turns chunks that leave the window into entries; a pure function of what it is given.
 
     Attributes:
-        key: entries are read on only by a history whose compressor has the same key.
+        key: entries are read on only by a history whose compressor has an equal key.
         most: most entries a chunk; the numbers may differ from chunk to chunk.
         positions: "compact": entries, retrieved chunks and window stand at consecutive positions; "true": every token
             keeps its own, as entries made of rotated keys need.
@@ -84,7 +84,7 @@ class Compressor(Protocol):
         block: tokens of leaving chunks that are read at once in a long prompt; 0: `encode` is asked, without a read.
     """
 
-    key: Hashable
+    key: object
     most: int
     positions: Literal["compact", "true"]
     beside_raw: bool

@@ -66,11 +66,14 @@ class Entries:
     keys: tuple[torch.Tensor | None, ...] | None = None
     values: tuple[torch.Tensor | None, ...] | None = None
 
+    def __post_init__(self):
+        keyed = next((key.shape[1] for key in self.keys or () if key is not None), 0)
+        count = len(self.embeddings) if self.embeddings is not None else keyed
+        object.__setattr__(self, "_count", count)  # asked at every step
+
     def __len__(self) -> int:
         """Number of slots n."""
-        if self.embeddings is not None:
-            return len(self.embeddings)
-        return next((key.shape[1] for key in self.keys or () if key is not None), 0)
+        return self._count  # pyright: ignore[reportAttributeAccessIssue]
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,0 +1,58 @@
+"""A crouter's latents of each chunk, projected: entries that the host reads like tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+
+from ..crouter import CRouterModel
+from ..errors import InputError
+from ..types import Chunk, Entries
+from ..utils.batching import check_ids, padded
+from .projector import Projector
+
+
+class SoftPromptCompressor:
+    """Entries of chunks by their crouter ids alone; see `Compressor`.
+
+    Args:
+        crouter: encodes the chunks.
+        projector: of this crouter and the host, on the host's device.
+    """
+
+    positions: Literal["compact", "true"] = "compact"
+    beside_raw = True
+    ids_decide = True
+    block = 0
+
+    def __init__(self, crouter: CRouterModel, projector: Projector):
+        self.crouter, self.projector = crouter, projector
+        self.most: int = projector.config.num_latents
+        self.key: object = projector.config  # it names the crouter
+
+    @torch.no_grad()
+    def encode(self, chunks: Sequence[Chunk]) -> list[Entries]:
+        """One soft prompt a latent, `[M, H]`.
+
+        Raises:
+            InputError: latents that are not finite.
+            MismatchError: ids outside the crouter's vocabulary.
+        """
+        crouter: Any = self.crouter
+        ids, mask = padded([chunk.ids for chunk in chunks])
+        check_ids([ids], crouter.config.vocab_size)
+        latents = crouter.encode(ids.to(crouter.device), None if mask.all() else mask.to(crouter.device))
+        finite = latents.isfinite().flatten(1).all(1).tolist()
+        if not all(finite):
+            chunk = chunks[finite.index(False)]
+            raise InputError(
+                f"latents: expected finite numbers, got others in the chunk of tokens {chunk.start} to {chunk.end}"
+            )
+        return [Entries(embeddings=prompts) for prompts in self.projector(latents.to(self.projector.scale.device))]
+
+    def compress(self, reads: Sequence[Any]) -> list[Entries]:
+        """Not asked: ids decide."""
+        raise InputError("soft prompts: expected chunks by their ids, got reads")
+

@@ -1,0 +1,92 @@
+"""What a report needs of a call that ended, without its keys and values."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+
+import torch
+
+from ..cache.kv_cache import CompressedCache
+from ..crouter import CRouterModel
+from ..types import Route, ScoreUse
+from ..utils.batching import padded
+from .report import ChunkRecord, HistoryReport, RetrievalRecord, RouteRecord, RowRecord
+
+BATCH = 4  # chunks rebuilt at once
+
+
+class Trace:
+    """State of a call, to report on.
+
+    Args:
+        cache: of the call.
+        entries: whether chunks put entries into the cache.
+        uses: what changes of the scores brought.
+        steps: of the host, and tokens that they gave.
+    """
+
+    def __init__(
+        self, cache: CompressedCache, entries: bool, uses: Sequence[ScoreUse] = (), steps: tuple[int, int] = (0, 0)
+    ):
+        self.entries, self.steps = entries, steps
+        self.copied = Counter(place for use in uses for place in use.copied)
+        self.archive = tuple(sum(getattr(use, name) for use in uses)
+                             for name in ("archive_tokens", "archive_bytes", "index_bytes"))  # fmt: skip
+        width, batch = cache.width, len(cache.rows)
+        self.rows, self.chunks, self.retrievals, self.routes = [], [], [], []
+        for i, row in enumerate(cache.rows):
+            length = width - row.pad
+            slots = [len(chunk.entries) if chunk.entries is not None else 0 for chunk in row.chunks]
+            kept = int((cache.layout[i] < -1).sum()) if row.chunks else 0  # without those that stand aside
+            prefix = min(row.prefix or 0, length) if row.chunks else 0
+            retrieved = sum(row.chunks[n].end - row.chunks[n].start for n in row.retrieved)
+            raw = length - (row.raw_start if row.chunks else 0)
+            self.rows.append(RowRecord(length, prefix, kept, raw, retrieved))
+            self.retrievals += [
+                RetrievalRecord(i, made.at, chunk, scores)
+                for made in row.retrievals
+                for chunk, scores in zip(made.chunks, made.scores, strict=True)
+            ]
+            self.routes += [RouteRecord(i, r.at, *_decision(r.route)) for r in row.routes]
+            self.chunks += [(i, j, c.start, c.end, c.ids, c.route, slots[j]) for j, c in enumerate(row.chunks)]
+        self.slots, self.peak = cache.layout.shape[1], cache.peak
+        self.kv_bytes = batch * cache.slot_bytes(cache.peak)
+        self.kv_bytes_full = batch * cache.slot_bytes(max(row.tokens for row in self.rows))
+        self.measured: list[tuple[float, float]] = []
+
+    def report(self, crouter: CRouterModel | None) -> HistoryReport:
+        """The report; chunks are rebuilt by the crouter at the first time, a few at once."""
+        if crouter is not None and len(self.measured) < len(self.chunks):
+            self.measured = _measure(crouter, [chunk[4] for chunk in self.chunks])
+        records = []
+        for k, (row, index, start, end, ids, route, slots) in enumerate(self.chunks):
+            nll, accuracy = self.measured[k] if self.measured else (None, None)
+            served = _decision(route) if route is not None else (None, "", None)
+            copied = self.copied[row, index]
+            records.append(ChunkRecord(row, index, start, end, len(ids), nll, accuracy, copied, *served, slots))
+        steps, generated = self.steps
+        return HistoryReport(
+            tuple(records), tuple(self.rows), self.slots, self.peak, self.kv_bytes, self.kv_bytes_full, self.entries,
+            self.copied.total(), *self.archive, retrievals=tuple(self.retrievals), routes=tuple(self.routes),
+            steps=steps, generated=generated,
+        )  # fmt: skip
+
+
+def _decision(route: Route) -> tuple[str | None, str, float | None]:
+    """Expert, status and margin; JSON knows no infinity."""
+    return route.expert, route.status, route.margin if math.isfinite(route.margin) else None
+
+
+@torch.no_grad()
+def _measure(crouter: CRouterModel, pieces: list[torch.Tensor]) -> list[tuple[float, float]]:
+    """Reconstruction NLL (nats/token) and TRA of chunks; equal ones (of beams) are measured once."""
+    unique = {piece.numpy().tobytes(): piece for piece in pieces}
+    keys, values = list(unique), []
+    for first in range(0, len(keys), BATCH):
+        ids, mask = padded([unique[key] for key in keys[first : first + BATCH]])
+        out = crouter(ids.to(crouter.device), mask.to(crouter.device))
+        values += zip(out.reconstruction_nll.tolist(), out.reconstruction_accuracy.tolist(), strict=True)
+    found = dict(zip(keys, values, strict=True))
+    return [found[piece.numpy().tobytes()] for piece in pieces]

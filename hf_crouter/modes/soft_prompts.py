@@ -1,0 +1,50 @@
+"""Soft prompts: a crouter's latents of each chunk, projected to what the host reads as input embeddings."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import ClassVar
+
+from ..compressors.projector import Projector, find_projector
+from ..compressors.soft_prompts import SoftPromptCompressor
+from ..types import Contribution, Parts, Setting
+
+
+@dataclass(frozen=True)
+class SoftPrompts:
+    """A few soft prompts stand for each chunk: the gist, at 64 tokens a slot. Needs a crouter and a projector.
+
+    Attributes:
+        projector: a folder or a `Projector`; None finds the one in the crouter's folder that was made for this host
+            (`hf-crouter align` makes one).
+
+    Example:
+        >>> history = CompressedHistory(host, crouter, modes=[SoftPrompts()])
+    """
+
+    name: ClassVar[str] = "soft_prompts"
+    gives: ClassVar[tuple[Contribution, ...]] = ("entries",)
+    needs_crouter: ClassVar[bool] = True
+
+    projector: str | os.PathLike | Projector | None = None
+
+    def bind(self, setting: Setting) -> Parts:
+        """See `Mode.bind`.
+
+        Raises:
+            InputError: damaged files.
+            MismatchError: no projector for this host and crouter.
+        """
+        if self.projector is None:
+            projector = find_projector(setting.crouter, setting.host)
+        else:
+            given = self.projector
+            projector = given if isinstance(given, Projector) else Projector.load(os.fspath(given))
+            projector.check(setting.host, setting.crouter)
+        device = setting.host.get_input_embeddings().weight.device
+        config = projector.config
+        return Parts(
+            compressor=SoftPromptCompressor(setting.crouter, projector.to(device).eval()),
+            tokenizers=(config.host_tokenizer, config.crouter_tokenizer),
+        )
