@@ -1,4 +1,4 @@
-"""What a row's past says about its next token: where its last tokens stood before, and what came then."""
+"""What a row's earlier tokens say about its next one: where its last tokens stood before, and what came then."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Matches:
 
 @dataclass(frozen=True, eq=False)
 class Archive:
-    """A row's past as token ids: an immutable value whose versions share memory.
+    """A row's earlier tokens: an immutable value whose versions share memory.
 
     Most of it is sorted into a `SuffixIndex`; what came since is searched token by token until it is more than 4,096
     tokens and more than a 64th of the rest, and is then sorted with it.
@@ -79,7 +79,7 @@ class Archive:
         return cls(int(vocab_size), frozenset(map(int, stop_ids)), tail_limit, np.zeros(LONGEST, dtype))
 
     def __deepcopy__(self, memo: dict) -> Archive:
-        """The same value: a cache that is copied shares its past."""
+        """The same value: a cache that is copied shares its archive."""
         return self
 
     def __len__(self) -> int:

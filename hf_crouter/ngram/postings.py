@@ -111,12 +111,12 @@ class Postings:
         scores, total = np.zeros(len(self)), len(self)
         if not total or not len(query):
             return scores
-        tokens, places = np.unique(query, return_inverse=True)
+        tokens, which = np.unique(query, return_inverse=True)
         if weights is None:
-            asked = np.bincount(places).astype(np.float64)
+            asked = np.bincount(which).astype(np.float64)
         else:
             asked = np.zeros(len(tokens))
-            np.maximum.at(asked, places, weights)
+            np.maximum.at(asked, which, weights)
         tokens = tokens.astype(np.uint32)
         found, occurs = [], np.zeros(len(tokens), np.int64)
         for block in self.blocks:
@@ -130,10 +130,10 @@ class Postings:
         mean = max(float(self.lengths.mean()), 1.0)
         norms, first = K1 * (1 - B + B * self.lengths / mean), 0
         for block, at, sizes in found:
-            # the postings of all tokens as one array of places
+            # the postings of all tokens as one array
             ends = sizes.cumsum()
-            places = np.arange(ends[-1]) + np.repeat(block.starts[at] - (ends - sizes), sizes)
-            where, counts = block.where[places], block.counts[places]
+            entries = np.arange(ends[-1]) + np.repeat(block.starts[at] - (ends - sizes), sizes)
+            where, counts = block.where[entries], block.counts[entries]
             last = first + block.chunks
             parts = np.repeat(asked, sizes) * (counts / (counts + norms[first:last][where]))
             scores[first:last] = np.bincount(where, parts, minlength=block.chunks)

@@ -1,4 +1,4 @@
-"""Every place where some last tokens stood before: a suffix array over the reversed text.
+"""Every position where some last tokens stood before: a suffix array over the reversed text.
 
 Reversed, because a query grows to the left: the occurrences of its last k + 1 tokens lie, in sorted order, within
 those of its last k. An occurrence is named by the position of what followed it.

@@ -1,23 +1,16 @@
 import numpy as np
 import pytest
-import torch
 
 from hf_crouter.errors import InputError
 from hf_crouter.ngram import postings
 from hf_crouter.ngram.postings import ChunkIndex
 from hf_crouter.ngram.scorers import (
-    FEATURES,
     Bm25Scorer,
-    LearnedScorer,
     OverlapScorer,
     RandomScorer,
-    Recall,
     RecencyScorer,
     Scorer,
-    ScorerConfig,
-    choose,
-    features,
-    make_scorer,
+    top_k,
 )
 from tests.reference import bm25, overlap
 
@@ -80,23 +73,7 @@ class TestChoice:
         for seed in range(20):
             scores = np.random.default_rng(seed).integers(0, 4, 10).astype(float)
             expected = sorted(sorted(range(10), key=lambda i: (scores[i], i))[max(0, 10 - k) :])
-            assert choose(scores, k).tolist() == expected
-
-    def test_a_chunk_that_is_quoted_comes_back(self):
-        rng = np.random.default_rng(0)
-        chunks = [rng.integers(0, 5000, 64) for _ in range(50)]
-        for quoted in (0, 17, 49):
-            recent = np.concatenate([rng.integers(0, 5000, 100), chunks[quoted][20:40]])
-            index, chosen, scores = Recall(1)(None, chunks, recent)
-            assert chosen == (quoted,) and set(scores[0]) == {"words", "phrases", "recency"} and len(index) == 50
-
-    def test_an_older_index_is_extended(self):
-        chunks, recent = drawn(0, 12), drawn(1, 1)[0]
-        index = Recall(3)(None, chunks[:7], recent)[0]
-        whole, steps = Recall(3)(None, chunks, recent), Recall(3)(index, chunks[7:], recent)
-        assert whole[1] == steps[1]
-        for part in ("words", "phrases", "recency"):
-            assert [parts[part] for parts in whole[2]] == pytest.approx([parts[part] for parts in steps[2]])
+            assert top_k(scores, k).tolist() == expected
 
     @pytest.mark.parametrize("decay", [2.0, 16.0])
     @pytest.mark.parametrize("alphabet", [3, 40])
@@ -116,12 +93,12 @@ class TestChoice:
         ahead[::3] = chunks[40][:20]  # many of its words, no phrase
         recent = np.concatenate([ahead, question])
         index = ChunkIndex().extended(*chunks)
-        assert choose(OverlapScorer().scores(index, recent), 1).tolist() == [20]
-        assert choose(Bm25Scorer().scores(index, recent), 1).tolist() == [40]
+        assert top_k(OverlapScorer().scores(index, recent), 1).tolist() == [20]
+        assert top_k(Bm25Scorer().scores(index, recent), 1).tolist() == [40]
 
     def test_nothing_shared_brings_the_latest(self):
         index = ChunkIndex().extended(*[np.arange(10 * i, 10 * i + 10) for i in range(6)])
-        assert choose(OverlapScorer().scores(index, np.array([999])), 2).tolist() == [4, 5]
+        assert top_k(OverlapScorer().scores(index, np.array([999])), 2).tolist() == [4, 5]
         assert OverlapScorer().scores(ChunkIndex(), np.array([1])).shape == (0,)
         with pytest.raises(InputError, match="decay: expected more than 0 tokens, got 0"):
             OverlapScorer(0)
@@ -142,7 +119,7 @@ class TestChoice:
 
     def test_recency(self):
         index, recent = ChunkIndex().extended(*drawn(0, 5)), drawn(1, 1)[0]
-        assert choose(RecencyScorer().scores(index, recent), 2).tolist() == [3, 4]
+        assert top_k(RecencyScorer().scores(index, recent), 2).tolist() == [3, 4]
         overlap = Bm25Scorer().scores(index, recent)
         np.testing.assert_allclose(
             Bm25Scorer(recency=0.5).scores(index, recent), overlap + overlap.max() * 0.5 / np.array([5, 4, 3, 2, 1])
@@ -155,58 +132,7 @@ class TestChoice:
         assert (same != RandomScorer(4).scores(index, recent)).any()
         assert (same != RandomScorer(3).scores(index, recent[1:])).any()
 
-
-class TestLearned:
-    def test_features(self):
-        chunks, recent = drawn(0, 9), drawn(1, 1)[0]
-        index = ChunkIndex().extended(*chunks)
-        found = features(index, recent)
-        assert found.shape == (9, len(FEATURES)) and found.dtype == np.float32 and np.isfinite(found).all()
-        by_name = dict(zip(FEATURES, found.T, strict=True))
-        overlap = index.bm25(recent)
-        assert by_name["bm25_128"].argmax() == by_name["rank_128"].argmax() == overlap.argmax()
-        assert by_name["bm25_128"].max() == by_name["rank_128"].max() == 1
-        assert features(index, np.array([99], np.int64)).shape == (9, len(FEATURES))
-        assert features(ChunkIndex(), recent).shape == (0, len(FEATURES))
-
-    def test_saved_and_loaded(self, tmp_path):
-        scorer, index, recent = LearnedScorer(), ChunkIndex().extended(*drawn(0, 9)), drawn(1, 1)[0]
-        scorer.save(tmp_path)
-        loaded = make_scorer(tmp_path)
-        assert isinstance(loaded, LearnedScorer) and loaded.config == scorer.config
-        np.testing.assert_array_equal(loaded.scores(index, recent), scorer.scores(index, recent))
-        np.testing.assert_allclose(scorer.parts(index, recent)["learned"], scorer.scores(index, recent))
-        with torch.no_grad():
-            expected = scorer(torch.from_numpy(features(index, recent))).numpy()
-        np.testing.assert_allclose(scorer.scores(index, recent), expected, atol=1e-6)
-
-    def test_what_is_no_scorer_of_this_version(self, tmp_path):
-        with pytest.raises(InputError, match="cannot be read"):
-            make_scorer(tmp_path)
-        LearnedScorer(ScorerConfig(features=("bm25",))).save(tmp_path)
-        with pytest.raises(InputError, match="this version's"):
-            make_scorer(tmp_path)
-        LearnedScorer().save(tmp_path)
-        weights = tmp_path / "scorer.safetensors"
-        weights.write_bytes(weights.read_bytes()[:-1])
-        with pytest.raises(InputError, match="truncated"):
-            make_scorer(tmp_path)
-        (tmp_path / "scorer.json").write_text("[]")
-        with pytest.raises(InputError, match="not a scorer's"):
-            make_scorer(tmp_path)
-
-    def test_any_object_with_scores_is_a_scorer(self):
-        assert isinstance(make_scorer(None), OverlapScorer)
-        for scorer in (OverlapScorer(), Bm25Scorer(), RecencyScorer(), RandomScorer(), LearnedScorer()):
-            assert isinstance(scorer, Scorer) and make_scorer(scorer) is scorer
-        with pytest.raises(InputError, match="scores"):
-            make_scorer(object())
-
-    @pytest.mark.parametrize("wrong", [np.zeros(2), np.full(3, np.nan)])
-    def test_scores_that_do_not_fit(self, wrong):
-        class Wrong:
-            def scores(self, index, recent_ids):
-                return wrong
-
-        with pytest.raises(InputError, match="3 finite scores"):
-            Recall(1, Wrong())(None, drawn(0, 3), np.array([1]))
+    def test_all_of_them_are_scorers(self):
+        for scorer in (OverlapScorer(), Bm25Scorer(), RecencyScorer(), RandomScorer()):
+            assert isinstance(scorer, Scorer)
+        assert not isinstance(object(), Scorer)
