@@ -1,12 +1,15 @@
-"""64x compressed history for Hugging Face language models, with the error of every compressed chunk."""
+"""Long contexts in little memory for Hugging Face language models, and how far to trust what was compressed."""
 
 from transformers import AutoConfig, AutoModel
 
 from .crouter import CRouterConfig, CRouterModel
+from .crouter.loading import load_crouter
 from .errors import CapacityError, InputError, MismatchError
 from .history import CompressedHistory, attach
+from .hosts.loading import load_host
+from .modes import Copy, Experts, Retrieve, SoftPrompts
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 AutoConfig.register("crouter", CRouterConfig, exist_ok=True)
 AutoModel.register(CRouterConfig, CRouterModel, exist_ok=True)
@@ -18,7 +21,13 @@ __all__ = [
     "CRouterModel",
     "CapacityError",
     "CompressedHistory",
+    "Copy",
+    "Experts",
     "InputError",
     "MismatchError",
+    "Retrieve",
+    "SoftPrompts",
     "attach",
+    "load_crouter",
+    "load_host",
 ]

@@ -7,9 +7,10 @@ from tokenizers import AddedToken
 from transformers import LogitsProcessorList
 
 from hf_crouter.errors import InputError, MismatchError
-from hf_crouter.history import CompressedHistory, attach
+from hf_crouter.history import attach
 from hf_crouter.hosts.fingerprint import host_fingerprint
 from hf_crouter.hosts.tokenizers import special_ids
+from hf_crouter.modes import Copy, SoftPrompts
 from hf_crouter.ngram.archive import ORDERS, Archive, Matches
 from hf_crouter.ngram.gate import Gate, GateConfig, find_gate
 from hf_crouter.ngram.mixture import collect, gate_features, mix, view_host
@@ -18,7 +19,7 @@ from hf_crouter.types import Chunk, Row
 
 from . import reference
 from .ngram.reference import SlowArchive
-from .tiny import CHUNK, VOCAB, tiny_crouter, tiny_host, tiny_projector
+from .tiny import CHUNK, VOCAB, make_history, tiny_crouter, tiny_host, tiny_projector
 
 WINDOW, PREFIX = 8, 3
 NEW = 30
@@ -64,10 +65,15 @@ def crouter():
     return tiny_crouter()
 
 
+def gate_of(history):
+    return next(mode.gate for mode in history.modes if isinstance(mode, Copy))
+
+
 def make(host, crouter, **options):
-    options = {"window": WINDOW, "keep_first": PREFIX, "projector": tiny_projector(host, crouter),
-               "gate": eager_gate(), **options}  # fmt: skip
-    return CompressedHistory(host, crouter, **options)
+    defaults = {"window": WINDOW, "keep_first": PREFIX}
+    if options.get("copy", True):
+        defaults["copy_gate"] = eager_gate()
+    return make_history(host, crouter, **{**defaults, **options})
 
 
 def run(host, ids, mask=None, **options):
@@ -108,7 +114,7 @@ class TestMixture:
                 got = out.scores[step][i].log_softmax(-1)
                 wanted = out.logits[step][i].log_softmax(-1)
                 if archive:
-                    wanted = expected_step(row.tolist(), archive, out.logits[step][i], history.gate)
+                    wanted = expected_step(row.tolist(), archive, out.logits[step][i], gate_of(history))
                 torch.testing.assert_close(got, wanted, atol=1e-4, rtol=1e-4)
                 changed += bool((got - out.logits[step][i].log_softmax(-1)).abs().max() > 0.1)
         assert changed > NEW // 2
@@ -152,12 +158,12 @@ class TestMixture:
             history.score(ids, [8], mask)
 
     def test_a_given_text_is_archived_as_it_is_read(self, host, crouter):
-        history = make(host, crouter, gate=eager_gate(bias=-8.0))
+        history = make(host, crouter, copy_gate=eager_gate(bias=-8.0))
         text = torch.from_numpy(np.tile(np.random.default_rng(3).permutation(np.arange(5, 90))[:70], 3))[None]
         said, given = history.score(text, last=200), history.score(text, last=200, archive_scored=True)
         assert torch.equal(said[0, :15], given[0, :15])
         assert given[0, -60:].mean() > said[0, -60:].mean() + 1  # what it repeats is copied
-        again = make(host, crouter, gate=eager_gate(bias=-8.0), copy_generated=True).score(text, last=200)
+        again = make(host, crouter, copy_gate=eager_gate(bias=-8.0), copy_generated=True).score(text, last=200)
         torch.testing.assert_close(again, given)
 
     def test_the_mixture_is_a_distribution_whose_parts_agree(self):
@@ -184,7 +190,7 @@ class TestMixture:
 
     def test_a_gate_that_copies_nothing_leaves_the_host(self, host, crouter):
         ids, _ = repetitive(90)
-        never = run(host, ids, logits_processor=[make(host, crouter, gate=eager_gate(bias=1e4))])
+        never = run(host, ids, logits_processor=[make(host, crouter, copy_gate=eager_gate(bias=1e4))])
         off = run(host, ids, logits_processor=[make(host, crouter, copy=False)])
         assert torch.equal(never.sequences, off.sequences)
         assert all(torch.equal(a, b) for a, b in zip(off.scores, off.logits, strict=True))
@@ -221,11 +227,11 @@ class TestModes:
         history = make(host, crouter, copy_generated=generated, window=24)
         ids, _ = repetitive(90)
         plain = run(host, ids, logits_processor=[history])
-        single = history.report(reconstruction_nlls=False)
+        single = history.report(measure=False)
         assert single.steps == single.generated == plain.sequences.shape[1] - ids.shape[1]
         drafted = run(host, ids, logits_processor=[history], prompt_lookup_num_tokens=4)
         assert torch.equal(plain.sequences, drafted.sequences)
-        report = history.report(reconstruction_nlls=False)
+        report = history.report(measure=False)
         assert 1 <= report.steps < report.generated == single.generated
         assert f"{report.generated} tokens in {report.steps} steps of the host, " in str(report)
 
@@ -243,16 +249,18 @@ class TestModes:
     def test_attach_copies_as_well(self, host, crouter):
         ids, _ = repetitive(90)
         passed = run(host, ids, logits_processor=[make(host, crouter)])
-        options = {"window": WINDOW, "keep_first": PREFIX, "projector": tiny_projector(host, crouter)}
-        with attach(host, crouter, gate=eager_gate(), **options):
+        modes = [SoftPrompts(tiny_projector(host, crouter)), Copy(gate=eager_gate())]
+        with attach(host, crouter, modes=modes, window=WINDOW, keep_first=PREFIX):
             attached = run(host, ids)
         assert torch.equal(passed.sequences, attached.sequences)
 
     def test_without_a_crouter(self, host):
-        history = CompressedHistory(host, None, soft=False, window=WINDOW, keep_first=PREFIX, gate=eager_gate())
+        history = make_history(
+            host, None, soft_prompts=False, window=WINDOW, keep_first=PREFIX, copy_gate=eager_gate()
+        )
         ids = repetitive(1100)[0] if host.config.max_position_embeddings > 1100 else None
         assert ids is None or run(host, ids, logits_processor=[history])
-        assert history.gate is not None
+        assert gate_of(history) is not None
 
 
 class TestManners:
@@ -305,7 +313,7 @@ class TestManners:
     def test_special_tokens_are_never_copied(self, host, crouter):
         ids, _ = repetitive(90)
         ids[0, 10::9] = 2  # an end token after every phrase
-        history = make(host, crouter, gate=eager_gate(bias=-8.0))
+        history = make(host, crouter, copy_gate=eager_gate(bias=-8.0))
         host.generation_config.eos_token_id = 2
         out = run(host, ids, logits_processor=[history], max_new_tokens=3)
         for logits, scores in zip(out.logits, out.scores, strict=True):
@@ -344,13 +352,13 @@ class TestSources:
                 weights += made.confidence[0].tolist()[: 90 - chunk.start]
         archive = Archive.empty(VOCAB, (0, 1, 2)).extended(np.array(rebuilt), weights)
         last = archive.match(out.sequences[0, :-1].numpy())
-        mixture = mix(out.logits[-1], collect([last]), history.gate)
+        mixture = mix(out.logits[-1], collect([last]), gate_of(history))
         torch.testing.assert_close(
             out.scores[-1].log_softmax(-1), mixture.log_probabilities(out.logits[-1]), atol=1e-3, rtol=1e-3
         )
 
     def test_the_report_counts_what_was_copied_and_where_from(self, host, crouter):
-        history = make(host, crouter, gate=eager_gate(bias=-8.0))
+        history = make(host, crouter, copy_gate=eager_gate(bias=-8.0))
         out = run(host, repetitive(120)[0], logits_processor=[history])
         report = history.report()
         moved = sum(
@@ -374,7 +382,7 @@ class TestSources:
         assert history.report().archive_tokens == (120 - PREFIX - WINDOW) // CHUNK * CHUNK
 
     def test_rows_that_end_alike_count_for_themselves(self, host, crouter):
-        history = make(host, crouter, gate=eager_gate(bias=-8.0))
+        history = make(host, crouter, copy_gate=eager_gate(bias=-8.0))
         ids, _ = repetitive(200)
         other, _ = repetitive(200, seed=8)
         other[:, -70:] = ids[:, -70:]
@@ -408,9 +416,9 @@ class TestSources:
             def __call__(self, chunks):
                 return [(np.arange(10, 26), np.ones(16)) for _ in chunks]
 
-        chunks = tuple(Chunk(k * 16, k * 16 + 16, torch.arange(16)) for k in range(3))
-        past = Archives(VOCAB, (), [(20, 22)], Rebuild())
-        (found,) = past.rows([Row(0, 0, chunks)], torch.zeros(1, 60, dtype=torch.long), [40])
+        chunks = tuple(Chunk(k * 16, k * 16 + 16, torch.arange(16), torch.arange(16)) for k in range(3))
+        archives = Archives(VOCAB, (), [(20, 22)], Rebuild())
+        (found,) = archives.rows([Row(0, 0, chunks)], torch.zeros(1, 60, dtype=torch.long), [40])
         assert len(found.archive) == 32  # the third chunk reaches behind the prompt
         flags = [found.archive.match(np.arange(10, k)).length > 0 for k in (12, 14)]
         assert all(flags) and found.archive.match(np.array([25, 10])).length == 1  # only the first chunk is proposed
@@ -420,7 +428,7 @@ class TestSources:
         out = run(host, repetitive(90)[0], logits_processor=[first], max_new_tokens=2)
         other = tiny_crouter(seed=7) if "seed" in tiny_crouter.__code__.co_varnames else None
         other = other or type(crouter)(crouter.config)
-        second = make(host, other, projector=tiny_projector(host, other))
+        second = make(host, other, soft_prompts=tiny_projector(host, other))
         with pytest.raises(InputError, match="another crouter, projector or experts"):
             run(host, out.sequences, logits_processor=[second], past_key_values=out.past_key_values)
 
@@ -462,13 +470,13 @@ class TestGates:
 
     @pytest.mark.parametrize(
         ("options", "match"),
-        [({"copy": "latents"}, "copy: expected"), ({"copy_strength": 1.5}, "copy_strength: expected 0 to 1"),
-         ({"copy_exclude": [(5, 2)]}, "copy_exclude: expected spans")],
+        [({"copy": "latents"}, "source=.: expected"), ({"copy_strength": 1.5}, "strength=.: expected 0 to 1"),
+         ({"copy_exclude": [(5, 2)]}, "exclude=.: expected spans")],
     )  # fmt: skip
     def test_arguments(self, host, crouter, options, match):
         with pytest.raises(InputError, match=match):
             make(host, crouter, **options)
 
     def test_rebuilding_needs_a_crouter(self, host):
-        with pytest.raises(InputError, match="rebuilt"):
-            CompressedHistory(host, None, soft=False, copy="rebuilt")
+        with pytest.raises(InputError, match="Copy: expected a crouter"):
+            make_history(host, None, soft_prompts=False, copy="rebuilt")

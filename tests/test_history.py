@@ -7,10 +7,11 @@ from transformers.generation import CompileConfig
 
 from hf_crouter.errors import CapacityError, InputError, MismatchError
 from hf_crouter.history import CompressedHistory, attach
+from hf_crouter.modes import Copy, SoftPrompts
 
 from . import reference
 from .test_chunking import TEXT, byte_tokenizer
-from .tiny import CHUNK, FAMILIES, LATENTS, VOCAB, prompt, tiny_crouter, tiny_host, tiny_projector
+from .tiny import CHUNK, FAMILIES, LATENTS, VOCAB, make_history, prompt, tiny_crouter, tiny_host, tiny_projector
 
 WINDOW, PREFIX = 8, 3
 GREEDY = {"do_sample": False, "return_dict_in_generate": True, "output_logits": True, "output_scores": True}
@@ -33,8 +34,7 @@ def history(host, crouter):
 
 
 def make(host, crouter, **options):
-    options = {"window": WINDOW, "keep_first": PREFIX, "projector": tiny_projector(host, crouter), **options}
-    return CompressedHistory(host, crouter, **options)
+    return make_history(host, crouter, **{"window": WINDOW, "keep_first": PREFIX, **options})
 
 
 def run(host, ids, mask=None, new=40, **options):
@@ -59,14 +59,14 @@ class TestExactness:
         history = make(host, crouter)
         out = run(host, *prompt(*lengths), logits_processor=[history])
         assert history.report().chunks
-        assert_matches_reference(out, lengths, host, crouter, history.reader.projector)
+        assert_matches_reference(out, lengths, host, crouter, history.policy.compressor.projector)
 
     @pytest.mark.parametrize("window", [1, 5, 16, 33])
     @pytest.mark.parametrize("prefix", [0, 1, 20])
     def test_any_window_and_prefix(self, host, crouter, window, prefix):
         history = make(host, crouter, window=window, keep_first=prefix)
         out = run(host, *prompt(60), new=25, logits_processor=[history])
-        assert_matches_reference(out, (60,), host, crouter, history.reader.projector, window, prefix)
+        assert_matches_reference(out, (60,), host, crouter, history.policy.compressor.projector, window, prefix)
 
     @pytest.mark.parametrize("lengths", [(10,), (12, 3)], ids=str)
     def test_bit_identical_with_nothing_to_compress(self, host, history, lengths):
@@ -108,14 +108,14 @@ class TestExactness:
         assert (out.logits[0] - other.logits[0]).abs().max() > 1e-3
 
     def test_dropped_chunks(self, host, crouter):
-        history = CompressedHistory(host, crouter, window=WINDOW, keep_first=PREFIX, soft=False)
+        history = make_history(host, crouter, window=WINDOW, keep_first=PREFIX, soft_prompts=False)
         ids, mask = prompt(70, 33)
         out = run(host, ids, mask, logits_processor=[history])
         assert_matches_reference(out, (70, 33), host, crouter, None)
-        assert all(row.soft == 0 for row in history.report().rows)
+        assert all(row.entries == 0 for row in history.report().rows)
 
     def test_dropped_chunks_without_a_crouter(self, host):
-        history = CompressedHistory(host, None, window=8, soft=False)
+        history = make_history(host, None, window=8, soft_prompts=False)
         run(host, *prompt(100), new=3, logits_processor=[history])
         assert not history.report().chunks  # chunks of 512
 
@@ -143,7 +143,7 @@ class TestMemory:
         run(host, *prompt(70), new=5, logits_processor=[history])
         with monkeypatch.context() as patch:
             patch.setattr(type(crouter), "forward", None)  # any call would fail
-            quick = history.report(reconstruction_nlls=False)
+            quick = history.report(measure=False)
         assert quick.chunks and all(chunk.reconstruction_nll is None for chunk in quick.chunks)
         report = history.report()
         assert (quick.rows, quick.kv_bytes) == (report.rows, report.kv_bytes)
@@ -159,7 +159,7 @@ class TestMemory:
         run(host, *prompt(capacity), new=1, logits_processor=[history])
         with pytest.raises(CapacityError):
             run(host, *prompt(capacity + CHUNK), new=1, logits_processor=[history])
-        dropped = CompressedHistory(host, crouter, window=WINDOW, keep_first=PREFIX, soft=False)
+        dropped = make_history(host, crouter, window=WINDOW, keep_first=PREFIX, soft_prompts=False)
         run(host, *prompt(500), new=1, logits_processor=[dropped])
 
 
@@ -184,7 +184,7 @@ class TestModes:
     def test_sampling(self, host, crouter, history, options):
         torch.manual_seed(0)
         out = run(host, *prompt(70), logits_processor=[history], **{"do_sample": True, **options})
-        assert_matches_reference(out, [70] * len(out.sequences), host, crouter, history.reader.projector)
+        assert_matches_reference(out, [70] * len(out.sequences), host, crouter, history.policy.compressor.projector)
 
     @pytest.mark.parametrize("length", [59, 60, 61, 62, 63, 70])
     def test_prompt_lookup_equals_greedy(self, host, crouter, history, length):
@@ -208,7 +208,11 @@ class TestModes:
         greedy = run(host, ids, **options)
         assistant = tiny_host()
         with attach(
-            assistant, crouter, window=WINDOW, projector=tiny_projector(assistant, crouter), keep_first=PREFIX
+            assistant,
+            crouter,
+            modes=[SoftPrompts(tiny_projector(assistant, crouter)), Copy()],
+            window=WINDOW,
+            keep_first=PREFIX,
         ):
             assisted = run(host, ids, assistant_model=assistant, **options)
         assert torch.equal(greedy.sequences, assisted.sequences)
@@ -337,7 +341,7 @@ class TestActivation:
         with (
             pytest.raises(RuntimeError, match="stop"),
             attach(
-                host, crouter, window=WINDOW, keep_first=PREFIX, projector=tiny_projector(host, crouter)
+                host, crouter, modes=[SoftPrompts(tiny_projector(host, crouter))], window=WINDOW, keep_first=PREFIX
             ) as history,
         ):
             assert not self.same(run(host, *prompt(70), new=10))
@@ -347,7 +351,7 @@ class TestActivation:
         assert type(host) is type(tiny_host()) and not [k for k in vars(host) if "crouter" in k]
 
     def test_attach_blocks_that_overlap(self, host, crouter):
-        options = {"window": WINDOW, "keep_first": PREFIX, "projector": tiny_projector(host, crouter)}
+        options = {"window": WINDOW, "keep_first": PREFIX, "modes": [SoftPrompts(tiny_projector(host, crouter))]}
         first, second = attach(host, crouter, **options), attach(host, crouter, **options)
         first.__enter__()
         history = second.__enter__()
@@ -419,13 +423,13 @@ class TestActivation:
         wrapped = peft.get_peft_model(tiny_host(), peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
         history = make(wrapped.eval(), crouter)
         out = run(wrapped, prompt(70)[0], logits_processor=[history], new=20)
-        assert_matches_reference(out, (70,), wrapped.get_base_model(), crouter, history.reader.projector)
+        assert_matches_reference(out, (70,), wrapped.get_base_model(), crouter, history.policy.compressor.projector)
         assert len(history.report().chunks) > 2
 
         compiled = torch.compile(host, backend="eager")
         history = make(compiled, crouter)
         out = run(compiled, prompt(70)[0], logits_processor=[history], new=5)
-        assert_matches_reference(out, (70,), host, crouter, history.reader.projector)
+        assert_matches_reference(out, (70,), host, crouter, history.policy.compressor.projector)
         with pytest.raises(InputError, match="prompt learning"):
             prefix = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
             make(peft.get_peft_model(tiny_host(), prefix), crouter)
@@ -448,7 +452,7 @@ class TestScore:
         score = history.score(ids, last=last)
         for k in range(0, last, 7):
             row = ids[0, : 70 - last + k]
-            logits = reference.next_logits(host, crouter, history.reader.projector, row, PREFIX, WINDOW)
+            logits = reference.next_logits(host, crouter, history.policy.compressor.projector, row, PREFIX, WINDOW)
             torch.testing.assert_close(score[0, k], logits.log_softmax(-1)[ids[0, 70 - last + k]], atol=1e-4, rtol=0)
 
     def test_a_later_id_changes_no_earlier_score(self, history):
@@ -512,12 +516,10 @@ class TestBadInput:
         for options in ({"window": 0}, {"keep_first": -1}, {"keep_first": "some"}):
             with pytest.raises(InputError):
                 make(host, crouter, **options)
-        with pytest.raises(InputError, match="crouter"):
-            CompressedHistory(host, None)
         with pytest.raises(InputError, match="decoder"):
             CompressedHistory(torch.nn.Linear(2, 2), crouter)
         with pytest.raises(MismatchError, match="hf-crouter align"):
-            CompressedHistory(host, crouter)
+            CompressedHistory(host, crouter, modes=[SoftPrompts()])
 
     def test_ids_outside_the_crouters_vocabulary(self, host):
         crouter = tiny_crouter(vocab_size=50)
@@ -551,8 +553,8 @@ class TestCrossTokenizer:
         projector = tiny_projector(host, crouter, **tokenizers)
         ids = torch.tensor([host_tokenizer.encode(TEXT)[:120]])
         with pytest.raises(MismatchError, match="both tokenizers"):
-            make(host, crouter, projector=projector)
-        options = {"tokenizer": host_tokenizer, "crouter_tokenizer": crouter_tokenizer, "projector": projector}
+            make(host, crouter, soft_prompts=projector)
+        options = {"tokenizer": host_tokenizer, "crouter_tokenizer": crouter_tokenizer, "soft_prompts": projector}
         history = make(host, crouter, **options)
         stepwise = run(host, ids[:, :60], new=60, logits_processor=[history])
         report = history.report()

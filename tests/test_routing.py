@@ -4,7 +4,7 @@ import dataclasses
 import gc
 import math
 import threading
-from dataclasses import replace
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -16,18 +16,16 @@ from hf_crouter.cache.layout import common_columns
 from hf_crouter.cache.policy import ContextPolicy
 from hf_crouter.chunking import make_chunker
 from hf_crouter.errors import InputError, MismatchError
-from hf_crouter.generation.mixin import mount, unmount
-from hf_crouter.history import CompressedHistory
 from hf_crouter.routing.adapters import AdapterStack, Lora
 from hf_crouter.routing.experts import ExpertSet
-from hf_crouter.types import Route
+from hf_crouter.types import Parts, Route
 
 from . import reference
 from .routing.test_adapters import save_adapter
 from .routing.trained_experts import DOMAINS, FOREIGN, texts, trained_set
 from .test_chunking import TEXT, byte_tokenizer
 from .test_history import PREFIX, WINDOW, make, run
-from .tiny import VOCAB, tiny_crouter, tiny_host
+from .tiny import VOCAB, make_history, tiny_crouter, tiny_host
 
 TARGETS = {"gpt_neox": ["query_key_value", "dense_4h_to_h"]}
 NAMES = ("low", "high")
@@ -82,13 +80,24 @@ def crouter():
     return tiny_crouter()
 
 
+@dataclass(frozen=True)
+class MountedByMean:
+    """Two adapters of the host, told apart by the mean of a chunk's ids."""
+
+    name = "mounted_by_mean"
+    gives = ("adapters",)
+    needs_crouter = False
+
+    folders: tuple = ()
+
+    def bind(self, setting):
+        loras = dict(zip(NAMES, map(Lora.load, self.folders), strict=True))
+        stack = AdapterStack(setting.host, loras)
+        return Parts(router=ByMean(), adapters=stack, adapters_key=NAMES, close=stack.remove)
+
+
 def routed(host, crouter, folders, family="llama", **options):
-    history = make(host, crouter, copy=False, **options)
-    loras = dict(zip(NAMES, map(Lora.load, folders[family]), strict=True))
-    history.reader = replace(history.reader, router=ByMean(), adapters=AdapterStack(host, loras), experts=NAMES)
-    unmount(host)
-    mount(host, adapters=True)  # as a history with experts does
-    return history
+    return make(host, crouter, copy=False, extra=[MountedByMean(tuple(folders[family]))], **options)
 
 
 def mixed(*lengths, seed=3):
@@ -111,12 +120,12 @@ def deltas_of(folders, family="llama"):
 
 def assert_matches(out, lengths, host, history, folders, family="llama", atol=2e-4, raw=()):
     width = out.sequences.shape[1] - len(out.logits)
-    with history.reader.serving(torch.full((1, 1), -1)):  # PEFT's own adapters rest
+    with history.policy.serving(torch.full((1, 1), -1)):  # PEFT's own adapters rest
         for i, length in enumerate(lengths):
             for step, logits in enumerate(out.logits):
                 row = out.sequences[i, width - length : width + step]
                 expected = reference.routed_logits(
-                    host, history.crouter, history.reader.projector, row, length, PREFIX, WINDOW,
+                    host, history.crouter, history.policy.compressor.projector, row, length, PREFIX, WINDOW,
                     deltas_of(folders, family), ByMean(), raw,
                 )  # fmt: skip
                 torch.testing.assert_close(logits[i], expected, atol=atol, rtol=0)
@@ -176,7 +185,7 @@ class TestExactness:
         torch.testing.assert_close(scores, expected, atol=2e-4, rtol=0)
 
     def test_scores_do_not_depend_on_batchmates_prompts(self, folders, host, crouter):
-        history = routed(host, crouter, folders, retrieve=1, every=8)
+        history = routed(host, crouter, folders, retrieve=1, retrieve_every=8)
         ids, mask = mixed(90, 90)
         both = history.score(ids, last=[40, 12], attention_mask=mask)
         alone = history.score(ids[1:], last=12)
@@ -192,7 +201,7 @@ class TestExactness:
             assert total.item() / 30 == pytest.approx(out.sequences_scores[i].item(), abs=1e-4)
 
     def test_recalled_chunks_are_served_by_their_own_expert(self, folders, host, crouter):
-        history = routed(host, crouter, folders, retrieve=1, every=1000)
+        history = routed(host, crouter, folders, retrieve=1, retrieve_every=1000)
         out = run(host, *mixed(70), new=3, logits_processor=[history])
         retrieved = [record.chunk for record in history.report().retrievals]
         assert len(retrieved) == 1
@@ -283,15 +292,15 @@ class TestAround:
         run(host, *mixed(70), new=40, logits_processor=[history], num_beams=3)
         report = history.report()
         first = [chunk for chunk in report.chunks if chunk.row == 0]
-        assert history.reader.router.asked <= len(report.rows) * (2 * len(first) + 1)
+        assert history.policy.router.asked <= len(report.rows) * (2 * len(first) + 1)
 
     def test_a_second_turn_keeps_the_routes_of_its_chunks(self, folders, host, crouter):
         history = routed(host, crouter, folders)
         first = run(host, *mixed(70), new=10, logits_processor=[history])
         longer = torch.cat([first.sequences, mixed(20)[0]], dim=1)
-        asked = history.reader.router.asked
+        asked = history.policy.router.asked
         out = run(host, longer, new=10, logits_processor=[history], past_key_values=first.past_key_values)
-        assert isinstance(out.past_key_values, CompressedCache) and history.reader.router.asked - asked <= 4
+        assert isinstance(out.past_key_values, CompressedCache) and history.policy.router.asked - asked <= 4
         assert_matches(out, (longer.shape[1],), host, history, folders)
 
     def test_a_cache_of_other_experts_is_refused(self, folders, host, crouter):
@@ -309,7 +318,7 @@ class TestAround:
     def test_a_dropped_history_leaves_nothing_behind(self, host, crouter):
         make(host, crouter, experts=trained_set())
         with pytest.raises(InputError):
-            make(host, crouter, experts=trained_set(), scorer="/nowhere")
+            make(host, crouter, experts=trained_set(), retrieve_scorer="/nowhere")
         gc.collect()
         assert not any(m._forward_hooks for model in (host, crouter) for m in model.modules())
 
@@ -349,7 +358,7 @@ class TestExperts:
         run(host, self.ids(), new=2, logits_processor=[history])
         report = history.report()
         assert [chunk.expert for chunk in report.chunks] == ["low", "low", "high", None]
-        assert report.chunks[-1].verdict == "unknown"
+        assert report.chunks[-1].route_status == "unknown"
         assert report.routes[0].expert == "high" and report.routes[0].length == self.ids().shape[1]
         history.detach()
         assert not any(m._forward_hooks for model in (host, crouter) for m in model.modules())
@@ -365,28 +374,26 @@ class TestExperts:
         first = ExpertSet.load(trained_set())
         moved = dataclasses.replace(first["low"], centroid=first["high"].centroid)
         other = ExpertSet((moved, first["high"]))
-        same = [{"experts": first}, {"experts": first, "hysteresis": 0, "shortlist": 2}]
-        another = [{"experts": other}, {"experts": first, "known": 0.9}, {"experts": first, "shortlist": 1}]
-        origins = []
+        same = [{"experts": first}, {"experts": first, "experts_top_k_experts": 2}]
+        another = [
+            {"experts": other},
+            {"experts": first, "experts_in_domain_quantile": 0.9},
+            {"experts": first, "experts_top_k_experts": 1},
+        ]
+        keys = []
         for options in (*same, *another):
             history = make(host, crouter, **options)
-            origins.append(history.reader.origin)
+            keys.append(history.policy.key)
             history.detach()
-        assert origins[0] == origins[1] and len({str(origin) for origin in origins}) == 1 + len(another)
-
-    def test_hysteresis_keeps_what_was_before(self, host, crouter):
-        history = make(host, crouter, experts=trained_set(), hysteresis=1000.0)
-        history.reader.router.own = lambda reconstruction_nlls, tokens: torch.tensor([True, True])
-        run(host, self.ids(), new=2, logits_processor=[history])
-        assert [chunk.expert for chunk in history.report().chunks][:3] == ["low", "low", "low"]
+        assert keys[0] == keys[1] and len({str(key) for key in keys}) == 1 + len(another)
 
     def test_a_stricter_known_leaves_chunks_to_the_host(self, host, crouter):
-        history = make(host, crouter, experts=trained_set(), known=0.0)
+        history = make(host, crouter, experts=trained_set(), experts_in_domain_quantile=0.0)
         run(host, self.ids(), new=2, logits_processor=[history])
-        assert {chunk.verdict for chunk in history.report().chunks} == {"unknown"}
+        assert {chunk.route_status for chunk in history.report().chunks} == {"unknown"}
 
     def test_a_shortlist_asks_fewer_experts(self, host, crouter):
-        history = make(host, crouter, experts=trained_set(), top_k_experts=1)
+        history = make(host, crouter, experts=trained_set(), experts_top_k_experts=1)
         run(host, self.ids(), new=2, logits_processor=[history])
         assert [chunk.expert for chunk in history.report().chunks][:3] == ["low", "low", "high"]
         assert all(chunk.margin is None for chunk in history.report().chunks), "there was nobody to compare with"
@@ -394,9 +401,8 @@ class TestExperts:
     @pytest.mark.parametrize(
         "options, message",
         [
-            ({"hysteresis": -1.0}, "expected 0 or more"),
-            ({"known": 1.5}, "a share, 0 to 1"),
-            ({"shortlist": -1}, "a number of experts"),
+            ({"experts": True, "experts_in_domain_quantile": 1.5}, "a share, 0 to 1"),
+            ({"experts": True, "experts_top_k_experts": -1}, "a number of experts"),
             ({"experts": "nowhere"}, "no set of experts"),
         ],
     )
@@ -406,7 +412,7 @@ class TestExperts:
 
     def test_without_a_crouter(self, host):
         with pytest.raises(InputError, match="without a crouter no expert"):
-            CompressedHistory(host, None, soft=False, experts=trained_set())
+            make_history(host, None, soft_prompts=False, experts=trained_set())
 
     def test_experts_of_another_host_or_crouter(self, host, crouter):
         with pytest.raises(MismatchError, match="host"):

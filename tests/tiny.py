@@ -16,6 +16,8 @@ from transformers import (
 
 from hf_crouter.compressors.projector import Projector, new_projector
 from hf_crouter.crouter import CRouterConfig, CRouterModel
+from hf_crouter.history import CompressedHistory
+from hf_crouter.modes import modes_from_options
 
 VOCAB = 97
 CHUNK = 16
@@ -74,3 +76,18 @@ def prompt(*lengths, seed=1):
         ids[i, width - length :] = torch.randint(3, VOCAB, (length,), generator=generator)
         mask[i, width - length :] = 1
     return ids, mask
+
+
+def make_history(
+    host, crouter, *, extra=(), keys=("window", "keep_first", "tokenizer", "crouter_tokenizer"), **options
+):
+    """A history by flat options, as a command line gives them; soft prompts and copying unless they are turned off.
+
+    `extra` are modes made elsewhere.
+    """
+    common = {key: options.pop(key) for key in keys if key in options}
+    if crouter is not None and options.get("soft_prompts", True) is True:
+        options["soft_prompts"] = tiny_projector(host, crouter)
+    modes, rest = modes_from_options({"copy": True, **options})
+    assert not rest
+    return CompressedHistory(host, crouter, modes=[*([] if modes == "auto" else modes), *extra], **common)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ..errors import InputError
 from ..types import Chunk, Entries, Row
 from .capacity import check_capacity
 from .kv_cache import CompressedCache, is_recording
@@ -100,18 +101,24 @@ def with_entries(
         return rows
     if compressor.block:
         return entries_by_reading(host, policy, rows, tokens)
-    wanted: dict[Any, Chunk] = {}
+    wanted: dict[Any, tuple[Chunk, str]] = {}
     for number, row in enumerate(rows):
-        for chunk in row.chunks:
+        for n, chunk in enumerate(row.chunks):
             if chunk.entries is None:
-                wanted.setdefault(_sharing_key(chunk, number, compressor.ids_decide), chunk)
+                key = _sharing_key(chunk, number, compressor.ids_decide)
+                wanted.setdefault(key, (chunk, f"chunk {n} of row {number}"))
     made: dict[Any, Entries] = {}
     items = list(wanted.items())
     with policy.serving(None):
         for first in range(0, len(items), ENCODE_BATCH):
             batch = items[first : first + ENCODE_BATCH]
-            entries = compressor.encode([chunk for _, chunk in batch])
-            made.update({key: some for (key, _), some in zip(batch, entries, strict=True)})
+            entries = compressor.encode([chunk for _, (chunk, _) in batch])
+            for (key, (chunk, name)), some in zip(batch, entries, strict=True):
+                if some.embeddings is not None and not bool(some.embeddings.isfinite().all()):
+                    raise InputError(
+                        f"entries: expected finite numbers, got others in {name} (tokens {chunk.start} to {chunk.end})"
+                    )
+                made[key] = some
     filled = []
     for number, row in enumerate(rows):
         chunks = (chunk if chunk.entries is not None

@@ -7,7 +7,7 @@ else goes to the host's own methods unchanged.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from threading import Lock
@@ -22,7 +22,7 @@ from ..cache.masks import mask_and_positions
 from ..cache.policy import ContextPolicy
 from ..cache.prefill import prefill
 from ..errors import InputError
-from ..types import Row
+from ..types import Row, ScoreState
 from .drafts import trim_drafts
 
 DRAFTS = 64  # slots of a static cache kept free for drafted tokens
@@ -46,13 +46,15 @@ class HistoryProcessor(LogitsProcessor):
     def started(self) -> None:
         """Called when a `generate` call begins."""
 
-    def finished(self, cache: CompressedCache, sequences: torch.Tensor, state: Any, steps: tuple[int, int]) -> None:
+    def finished(
+        self, cache: CompressedCache, sequences: torch.Tensor, states: Sequence[ScoreState], steps: tuple[int, int]
+    ) -> None:
         """Called when a `generate` call has ended well.
 
         Args:
             cache: of the call.
             sequences: the ids that it gave, `[rows, T]`.
-            state: of the call.
+            states: changes of the scores in the call.
             steps: how many of the host there were, and how many tokens a row they gave.
         """
 
@@ -67,7 +69,7 @@ class Call:
         cache: the compressed cache, once there is one.
         steps: of the host, prepared so far.
         read: columns that the first of them read, drafts left out.
-        state: what the processor keeps for this call.
+        states: changes of the scores, once something is compressed.
         rows: prompts in the batch; beams and several sequences make more rows of them.
     """
 
@@ -76,7 +78,7 @@ class Call:
     cache: CompressedCache | None = None
     steps: int = 0
     read: int = 0
-    state: Any = None
+    states: Sequence[ScoreState] | None = None
     rows: int = 1
 
 
@@ -131,7 +133,7 @@ class CompressedGenerationMixin:
                 )
             if call.cache is not None:
                 steps = (call.steps, sequences.shape[1] - call.read)
-                call.processor.finished(call.cache, sequences, call.state, steps)
+                call.processor.finished(call.cache, sequences, call.states or (), steps)
         return result
 
     def prepare_inputs_for_generation(

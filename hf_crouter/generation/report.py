@@ -6,7 +6,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 
-
 @dataclass(frozen=True)
 class ChunkRecord:
     """One compressed (or, without a crouter, dropped) span.
@@ -176,9 +175,7 @@ class HistoryReport:
                 nll = "         -" if c.reconstruction_nll is None else f"{c.reconstruction_nll:>10.3f}"
                 accuracy = "   -" if c.accuracy is None else f"{c.accuracy:>4.0%}"
                 span = f"{f'{c.start}-{c.end}':>10}"
-                line = (
-                    f"{c.row:>3}  {c.index:>5}  {span}  {c.tokens:>6}  {nll}  {accuracy}  {c.copied:>6}"
-                )
+                line = f"{c.row:>3}  {c.index:>5}  {span}  {c.tokens:>6}  {nll}  {accuracy}  {c.copied:>6}"
                 lines.append(line + (f"  {c.expert or 'plain host'} ({c.route_status})" if c.route_status else ""))
         else:
             lines.append("Nothing was compressed: the history is shorter than window and chunk together.")

@@ -14,7 +14,7 @@ from ..compressors.rebuild import Rebuilder
 from ..errors import InputError
 from ..hosts.tokenizers import local_tokenizer, special_ids
 from ..ngram.archive import Matches
-from ..ngram.gate import Gate, find_gate
+from ..ngram.gate import Gate, find_gate, own_gate
 from ..ngram.mixture import Candidates, Mixture, collect, mix
 from ..ngram.row_archive import Archives, RowArchive
 from ..ngram.suffix_index import LONGEST
@@ -69,6 +69,12 @@ class Copy:
     def needs_crouter(self) -> bool:
         """Whether it can do nothing without a crouter."""
         return self.source == "rebuilt"
+
+    @classmethod
+    def ready(cls, setting: Setting) -> Copy | None:
+        """See `Mode`: with a crouter and a gate that was fitted to this host."""
+        gate = own_gate(setting.crouter, setting.host) if setting.crouter is not None else None
+        return cls(gate=gate) if gate is not None else None
 
     def bind(self, setting: Setting) -> Parts:
         """See `Mode.bind`.
@@ -136,7 +142,9 @@ class Copier:
         """The archive of each row of a cache, made of the ids that the cache stands for: a call's may be made up."""
         columns = sys.maxsize if self.archived is None else self.archived
         limits = [columns] * len(cache.rows) if isinstance(columns, int) else columns
-        return self.archives.rows(cache.rows, cache.ids, [n - row.pad for n, row in zip(limits, cache.rows, strict=True)])
+        return self.archives.rows(
+            cache.rows, cache.ids, [n - row.pad for n, row in zip(limits, cache.rows, strict=True)]
+        )
 
     def mix(self, matches: Sequence[Matches], scores: torch.Tensor) -> Mixture | None:
         """Scores `[N, V]` and the archives together; None where nothing matched."""

@@ -45,9 +45,12 @@ class Retrieve:
         if not isinstance(self.every, int) or self.every < 1:
             raise InputError(f"Retrieve(every=): expected a number of tokens, 1 or more, got {self.every!r}")
         if self.scorer is not None and not isinstance(self.scorer, Scorer):
-            raise InputError(
-                f"Retrieve(scorer=): expected an object with scores(), got {type(self.scorer).__name__}"
-            )
+            raise InputError(f"Retrieve(scorer=): expected an object with scores(), got {type(self.scorer).__name__}")
+
+    @classmethod
+    def ready(cls, setting: Setting) -> Retrieve:
+        """See `Mode`: always."""
+        return cls()
 
     def bind(self, setting: Setting) -> Parts:
         """See `Mode.bind`."""

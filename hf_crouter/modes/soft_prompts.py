@@ -8,6 +8,7 @@ from typing import ClassVar
 
 from ..compressors.projector import Projector, find_projector
 from ..compressors.soft_prompts import SoftPromptCompressor
+from ..errors import MismatchError
 from ..types import Contribution, Parts, Setting
 
 
@@ -28,6 +29,16 @@ class SoftPrompts:
     needs_crouter: ClassVar[bool] = True
 
     projector: str | os.PathLike | Projector | None = None
+
+    @classmethod
+    def ready(cls, setting: Setting) -> SoftPrompts | None:
+        """See `Mode`: with a crouter that has a projector for this host."""
+        if setting.crouter is None:
+            return None
+        try:
+            return cls(find_projector(setting.crouter, setting.host))
+        except MismatchError:
+            return None
 
     def bind(self, setting: Setting) -> Parts:
         """See `Mode.bind`.

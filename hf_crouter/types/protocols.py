@@ -312,6 +312,9 @@ class Parts:
 class Mode(Protocol):
     """A way to read the past: a frozen dataclass that checks its own options.
 
+    One that may also be chosen by `modes="auto"` has a class method `ready(setting)`: the mode, or None where it would
+    not work at once.
+
     Attributes:
         name: for the command line and for `modes=["name"]`.
         gives: what it contributes; of "entries", "chunks" and "adapters" a history takes one mode each.

@@ -3,20 +3,38 @@ import copy
 import torch
 
 from hf_crouter.cache.kv_cache import CompressedDynamicCache
-from hf_crouter.cache.layout import PAD, common_columns, row_layout, soft_index, stack_rows
-from hf_crouter.types import Row
+from hf_crouter.cache.layout import PAD, common_columns, entry_chunk, entry_place, row_layout, stack_rows
+from hf_crouter.types import Chunk, Entries, Retrieval, Row
 from tests.tiny import tiny_host
 
 
+def a_row(*counts, retrieved=()):
+    """Two tokens of prefix and chunks of three tokens, with so many entries each; None for a chunk that is dropped."""
+    ids, chunks = torch.zeros(3, dtype=torch.long), []
+    for n, count in enumerate(counts):
+        entries = None if count is None else Entries(embeddings=torch.zeros(count, 4))
+        chunks.append(Chunk(2 + 3 * n, 5 + 3 * n, ids, ids, entries))
+    choice = (Retrieval(0, len(chunks), retrieved, ()),) if retrieved else ()
+    return Row(0, prefix=2, chunks=tuple(chunks), retrievals=choice)
+
+
 def test_a_row_without_chunks_is_its_tokens():
-    assert row_layout(5, 4, [], 2).tolist() == [0, 1, 2, 3, 4]
+    assert row_layout(5, Row(0, prefix=4)).tolist() == [0, 1, 2, 3, 4]
 
 
 def test_a_row_with_chunks():
-    layout = row_layout(12, 2, [(2, 5), (5, 9)], 2)
-    assert layout.tolist()[:2] == [0, 1] and layout.tolist()[6:] == [9, 10, 11]
-    assert soft_index(layout[2:6]).tolist() == [0, 1, 2, 3]
-    assert row_layout(12, 2, [(2, 5), (5, 9)], 0).tolist() == [0, 1, 9, 10, 11]
+    layout = row_layout(10, a_row(1, 3))
+    assert layout.tolist()[:2] == [0, 1] and layout.tolist()[6:] == [8, 9]
+    assert entry_chunk(layout[2:6]).tolist() == [0, 1, 1, 1] and entry_place(layout[2:6]).tolist() == [0, 0, 1, 2]
+    assert row_layout(10, a_row(None, None)).tolist() == [0, 1, 8, 9]
+
+
+def test_a_retrieved_chunk_stands_before_the_window_or_in_its_place():
+    row = a_row(1, 2, 1, retrieved=(1,))
+    entries = row_layout(12, a_row(1, 2, 1)).tolist()[2:6]
+    assert row_layout(12, row).tolist() == [0, 1, *entries, 5, 6, 7, 11]
+    assert row_layout(12, row, beside_raw=False).tolist() == [0, 1, entries[0], entries[3], 5, 6, 7, 11]
+    assert row_layout(12, row, true_positions=True).tolist() == [0, 1, entries[0], 5, 6, 7, entries[3], 11]
 
 
 def test_stacked_rows_are_padded_at_the_left():
@@ -88,12 +106,12 @@ class TestMirror:
         other.crop(-3)
         assert cache.width == cache.get_seq_length() == 5
 
-    def test_heal(self):
+    def test_discard_partial(self):
         cache = filled()
-        cache.heal()
+        cache.discard_partial()
         assert cache.layout.shape[1] == 5
         cache.layers[1].crop(-1)
-        cache.heal()
+        cache.discard_partial()
         assert cache.layout.shape[1] == cache.get_seq_length() == 0
 
 

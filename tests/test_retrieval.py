@@ -2,13 +2,12 @@ import pytest
 import torch
 
 from hf_crouter.errors import CapacityError, InputError
-from hf_crouter.history import CompressedHistory
-from hf_crouter.ngram.scorers import Bm25Scorer, LearnedScorer, RandomScorer, RecencyScorer, ScorerConfig
+from hf_crouter.ngram.scorers import Bm25Scorer, RandomScorer, RecencyScorer
 
 from . import reference
 from .test_chunking import TEXT, byte_tokenizer
 from .test_history import PREFIX, WINDOW, run
-from .tiny import CHUNK, LATENTS, VOCAB, prompt, tiny_crouter, tiny_host, tiny_projector
+from .tiny import CHUNK, LATENTS, VOCAB, make_history, prompt, tiny_crouter, tiny_host, tiny_projector
 
 K, REFRESH, LAST = 2, 5, 12
 torch.set_num_threads(1)
@@ -31,17 +30,19 @@ def history(host, crouter):
 
 def make(host, crouter, **options):
     """A history without copying, whose share in the scores has tests of its own."""
-    defaults = {"window": WINDOW, "keep_first": PREFIX, "recall": K, "refresh": REFRESH, "copy": False}
-    options = {**defaults, "scorer": Bm25Scorer(LAST), **options}
-    if options.get("soft", True):
-        options["projector"] = tiny_projector(host, crouter)
-    return CompressedHistory(host, crouter, **options)
+    defaults = {"window": WINDOW, "keep_first": PREFIX, "retrieve": K, "retrieve_every": REFRESH, "copy": False}
+    options = {**defaults, "retrieve_scorer": Bm25Scorer(LAST), **options}
+    if not options["retrieve"]:
+        options = {name: value for name, value in options.items() if not name.startswith("retrieve")}
+    return make_history(host, crouter, **options)
 
 
 def expected_logits(history, host, crouter, row, prompt_length, options):
-    k, every, last = options.get("recall", K), options.get("refresh", REFRESH), options.get("last", LAST)
+    k, every, last = options.get("retrieve", K), options.get("retrieve_every", REFRESH), options.get("last", LAST)
     raw = reference.retrieved(row.tolist(), prompt_length, PREFIX, CHUNK, WINDOW, k, every, last)
-    return reference.next_logits(host, crouter, history.reader.projector, row, PREFIX, WINDOW, raw)
+    compressor = history.policy.compressor
+    projector = compressor.projector if compressor is not None else None
+    return reference.next_logits(host, crouter, projector, row, PREFIX, WINDOW, raw)
 
 
 def assert_matches_reference(out, lengths, history, host, crouter, **options):
@@ -56,7 +57,7 @@ def assert_matches_reference(out, lengths, history, host, crouter, **options):
 def chosen(history, row=0):
     """Choices of a row as (length, chunks)."""
     found = {}
-    for record in history.report(reconstruction_nlls=False).retrievals:
+    for record in history.report(measure=False).retrievals:
         if record.row == row:
             found.setdefault(record.length, []).append(record.chunk)
     return sorted(found.items())
@@ -75,37 +76,39 @@ class TestExactness:
     @pytest.mark.parametrize("k", [1, 3, 50])
     @pytest.mark.parametrize("every", [1, 7, 1000])
     def test_any_number_and_any_refresh(self, host, crouter, k, every):
-        history = make(host, crouter, retrieve=k, every=every)
+        history = make(host, crouter, retrieve=k, retrieve_every=every)
         out = run(host, *prompt(60), new=25, logits_processor=[history])
-        assert_matches_reference(out, (60,), history, host, crouter, retrieve=k, every=every)
+        assert_matches_reference(out, (60,), history, host, crouter, retrieve=k, retrieve_every=every)
 
     def test_without_soft_prompts(self, host, crouter):
-        history = make(host, crouter, soft=False)
+        history = make(host, crouter, soft_prompts=False)
         out = run(host, *prompt(70, 33), logits_processor=[history])
         assert_matches_reference(out, (70, 33), history, host, crouter)
 
     def test_without_a_crouter_chunks_are_512_tokens(self):
         host = tiny_host(positions=4096)
-        history = CompressedHistory(host, None, window=20, keep_first=2, soft=False, retrieve=1, every=64, copy=False)
+        history = make_history(
+            host, None, window=20, keep_first=2, soft_prompts=False, retrieve=1, retrieve_every=64, copy=False
+        )
         out = run(host, *prompt(1100), new=3, logits_processor=[history])
         row = history.report().rows[0]
-        assert (row.retrieved, row.soft) == (512, 0)
+        assert (row.retrieved, row.entries) == (512, 0)
         raw = reference.retrieved(out.sequences[0, :1100].tolist(), 1100, 2, 512, 20, 1, 64, 128)
         start = 2 + 512 * raw[0]
         kept = [*range(2), *range(start, start + 512), *range(2 + 1024, 1100)]
         logits = host(out.sequences[:, kept], use_cache=False).logits[0, -1]
         torch.testing.assert_close(out.logits[0][0], logits, atol=1e-4, rtol=0)
 
-    def test_nothing_recalled_is_bit_for_bit_what_it_was(self, host, crouter, history):
-        none = make(host, crouter, retrieve=0, every=1)
+    def test_nothing_retrieved_is_bit_for_bit_what_it_was(self, host, crouter, history):
+        none = make(host, crouter, retrieve=0, retrieve_every=1)
         out = run(host, *prompt(70, 33), logits_processor=[none])
         width = out.sequences.shape[1] - len(out.logits)
         for step in (0, 7, 39):
             for i, length in enumerate((70, 33)):
                 row = out.sequences[i, width - length : width + step]
-                expected = reference.next_logits(host, crouter, none.reader.projector, row, PREFIX, WINDOW)
+                expected = reference.next_logits(host, crouter, none.policy.compressor.projector, row, PREFIX, WINDOW)
                 torch.testing.assert_close(out.logits[step][i], expected, atol=1e-4, rtol=0)
-        assert not none.report().retrievals and "recalled" not in str(none.report())
+        assert not none.report().retrievals and "retrieved" not in str(none.report())
         assert all(row.retrieved == 0 for row in none.report().rows)
 
     def test_before_anything_is_compressed_bit_identical_to_the_plain_host(self, host, history):
@@ -115,7 +118,7 @@ class TestExactness:
         assert torch.equal(torch.stack(bare.logits), torch.stack(ours.logits))
         assert not history.report().retrievals
 
-    def test_spans_still_cover_the_input_once_and_recalled_ones_are_among_them(self, host, history):
+    def test_spans_still_cover_the_input_once_and_retrieved_ones_are_among_them(self, host, history):
         out = run(host, *prompt(90, 33, 5), logits_processor=[history])
         report, cache = history.report(), out.past_key_values
         for i, row in enumerate(report.rows):
@@ -123,7 +126,8 @@ class TestExactness:
             covered = list(range(row.prefix)) + [p for s in spans for p in range(*s)]
             covered += list(range(row.tokens - row.raw, row.tokens))
             assert covered == list(range(row.tokens))
-            back = [p for c in cache.rows[i].retrieved for p in range(c.start, c.end)]
+            chunks = [cache.rows[i].chunks[n] for n in cache.rows[i].retrieved]
+            back = [p for c in chunks for p in range(c.start, c.end)]
             codes = cache.layout[i][cache.layout[i] >= 0].tolist()
             assert codes == [*range(row.prefix), *back, *range(row.tokens - row.raw, row.tokens)]
             assert len(back) == row.retrieved and row.slots == int((cache.layout[i] != -1).sum())
@@ -134,9 +138,9 @@ class TestExactness:
         host, crouter = tiny_host(vocab_size=400), tiny_crouter(vocab_size=300)
         tokenizers = {"host_tokenizer": host_tokenizer, "crouter_tokenizer": crouter_tokenizer}
         options = {"tokenizer": host_tokenizer, "crouter_tokenizer": crouter_tokenizer, "copy": False, "window": 2}
-        options |= {"keep_first": PREFIX, "recall": K, "refresh": 9, "scorer": Bm25Scorer(6)}
+        options |= {"keep_first": PREFIX, "retrieve": K, "retrieve_every": 9, "retrieve_scorer": Bm25Scorer(6)}
         projector, ids = tiny_projector(host, crouter, **tokenizers), torch.tensor([host_tokenizer.encode(TEXT)[:120]])
-        history = CompressedHistory(host, crouter, projector=projector, **options)
+        history = make_history(host, crouter, soft_prompts=projector, **options)
         stepwise = run(host, ids[:, :60], new=60, logits_processor=[history])
         steps = chosen(history)
         assert len(steps) > 8
@@ -229,9 +233,9 @@ class TestModes:
         scratch = run(host, turn, mask, logits_processor=[history])
         torch.testing.assert_close(torch.stack(again.logits), torch.stack(scratch.logits), atol=1e-4, rtol=0)
 
-    @pytest.mark.parametrize("scorer", [RandomScorer(3), RecencyScorer(), LearnedScorer()], ids=type)
+    @pytest.mark.parametrize("scorer", [RandomScorer(3), RecencyScorer()], ids=type)
     def test_any_scorer_gives_the_same_in_steps_and_at_once(self, host, crouter, scorer):
-        history = make(host, crouter, scorer=scorer)
+        history = make(host, crouter, retrieve_scorer=scorer)
         out = run(host, *prompt(70), logits_processor=[history])
         score = history.score(out.sequences, last=40)
         steps = torch.stack(out.logits, 1).log_softmax(-1).gather(2, out.sequences[:, -40:, None])[..., 0]
@@ -284,13 +288,13 @@ class TestLimits:
     @pytest.mark.parametrize("positions", [30, 50, 60, 70, 90])
     def test_capacity(self, crouter, positions, soft):
         host = tiny_host(positions=positions)
-        history = make(host, crouter, soft=soft)
+        history = make(host, crouter, soft_prompts=soft)
         try:
             run(host, *prompt(PREFIX + WINDOW + 24 * CHUNK - 1), new=1, logits_processor=[history])
             assert not soft and positions >= PREFIX + WINDOW + CHUNK - 1 + K * CHUNK
             return
         except CapacityError as error:
-            assert f"{K} recalled chunks" in str(error)
+            assert f"{K} retrieved chunks" in str(error)
             capacity = int(str(error).split("at most ")[1].split()[0])
         for length in range(max(1, capacity - 2 * CHUNK), capacity + 1):
             run(host, *prompt(length), new=1, logits_processor=[history])
@@ -313,7 +317,7 @@ class TestLimits:
         assert history.report().peak_slots == max(seen)
 
     def test_a_choice_that_stays_is_not_computed_again(self, host, crouter):
-        history, columns = make(host, crouter, scorer=RecencyScorer(), every=1), []
+        history, columns = make(host, crouter, retrieve_scorer=RecencyScorer(), retrieve_every=1), []
         host.model.layers[0].register_forward_hook(lambda m, a, o: columns.append(a[0].shape[1]))
         run(host, *prompt(70), new=CHUNK, logits_processor=[history])
         assert sum(count > 1 for count in columns[2:]) == 1  # only at the one compaction
@@ -321,18 +325,14 @@ class TestLimits:
 
 class TestBadInput:
     def test_arguments(self, host, crouter, tmp_path):
-        with pytest.raises(InputError, match="recall: expected"):
+        with pytest.raises(InputError, match="chunks=.: expected"):
             make(host, crouter, retrieve=-1)
-        with pytest.raises(InputError, match="refresh: expected"):
-            make(host, crouter, every=0)
-        with pytest.raises(InputError, match="scorer: expected"):
-            make(host, crouter, scorer=3)
+        with pytest.raises(InputError, match="every=.: expected"):
+            make(host, crouter, retrieve_every=0)
+        with pytest.raises(InputError, match="scorer=.: expected"):
+            make(host, crouter, retrieve_scorer=3)
         with pytest.raises(InputError, match="last: expected"):
             Bm25Scorer(0)
-        LearnedScorer(ScorerConfig(features=("bm25",))).save(tmp_path)
-        with pytest.raises(InputError, match="this version's") as error:
-            make(host, crouter, scorer=tmp_path)
-        assert "\n" not in str(error.value)
 
     @pytest.mark.parametrize("value", [[1.0], float("nan")])
     def test_a_scorer_that_gives_no_scores(self, host, crouter, value):
@@ -340,14 +340,14 @@ class TestBadInput:
             def scores(self, index, recent_ids):
                 return torch.zeros(len(index)).numpy() + value if isinstance(value, float) else value
 
-        history = make(host, crouter, scorer=Broken())
+        history = make(host, crouter, retrieve_scorer=Broken())
         with pytest.raises(InputError, match="finite scores"):
             run(host, *prompt(70), logits_processor=[history])
 
 
 class TestReport:
-    def test_what_was_recalled_when_and_why(self, host, crouter):
-        history = make(host, crouter, scorer=Bm25Scorer(LAST, recency=0.5))
+    def test_what_was_retrieved_when_and_why(self, host, crouter):
+        history = make(host, crouter, retrieve_scorer=Bm25Scorer(LAST, recency=0.5))
         out = run(host, *prompt(70), new=20, logits_processor=[history])
         report = history.report()
         record = report.retrievals[0]
@@ -359,9 +359,11 @@ class TestReport:
         assert record.scores["recency"] == pytest.approx(max(expected) * 0.5 / (len(chunks) - record.chunk))
         text = str(report)
         assert (
-            f"{K * CHUNK} recalled" in text and "recalled at 85 tokens: chunks" in text and len(text.splitlines()) < 12
+            f"{K * CHUNK} retrieved" in text
+            and "retrieved at 85 tokens: chunks" in text
+            and len(text.splitlines()) < 12
         )
-        assert report.to_dict()["recalls"][0]["length"] == 70
+        assert report.to_dict()["retrievals"][0]["length"] == 70
 
     def test_a_later_call_reports_its_own_choices(self, host, history):
         first = run(host, *prompt(70), new=20, logits_processor=[history])
