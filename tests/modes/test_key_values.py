@@ -1,0 +1,232 @@
+"""A compressor of keys, values and captured queries, through the door alone: every step against a slow reference."""
+
+import pytest
+import torch
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+from transformers.generation import CompileConfig
+
+from hf_crouter import CapacityError, CompressedHistory, InputError, Retrieve
+from hf_crouter.hosts.attention import caught_queries
+from tests import reference
+from tests.tiny import VOCAB, prompt, tiny_crouter, tiny_host
+
+from .kept_pairs import CHUNK, KeptPairs
+from .reference_pairs import next_logits
+
+FAMILIES = ("llama", "qwen2", "gpt_neox", "gemma3")
+WINDOW, PREFIX, BLOCK = 20, 3, 2 * CHUNK
+GREEDY = {"do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+torch.set_num_threads(1)
+
+
+def make_host(family, positions=512, seed=0):
+    """In float64: which pair is attended to most must not hang on rounding."""
+    if family != "gemma3":
+        return tiny_host(family, seed, positions).double()
+    torch.manual_seed(seed)
+    config = Gemma3TextConfig(
+        vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, max_position_embeddings=positions, initializer_range=0.3, sliding_window=12,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"], pad_token_id=0, bos_token_id=1,
+        eos_token_id=2,
+    )  # fmt: skip
+    host = Gemma3ForCausalLM(config).eval().double()
+    host.generation_config.eos_token_id = None
+    return host
+
+
+def make(host, *more, **options):
+    mode = KeptPairs(PREFIX, options.pop("block", BLOCK))
+    crouter = tiny_crouter(chunk_length=CHUNK)  # for the length of its chunks alone
+    return CompressedHistory(host, crouter, modes=[mode, *more], **{"window": WINDOW, "keep_first": PREFIX, **options})
+
+
+def run(host, history, ids, mask=None, new=45, **options):
+    mask = torch.ones_like(ids) if mask is None else mask
+    options = {**GREEDY, "max_new_tokens": new, **options}
+    return host.generate(ids, attention_mask=mask, logits_processor=[history], **options)
+
+
+def assert_exact(host, out, lengths, every=1, logits_of=lambda out, step, i: out.logits[step][i], block=BLOCK):
+    width = out.sequences.shape[1] - len(out.logits)
+    for i, length in enumerate(lengths):
+        for step in range(0, len(out.logits), every):
+            row = out.sequences[i, width - length : width + step]
+            expected = next_logits(host, row, length, PREFIX, WINDOW, block)
+            torch.testing.assert_close(logits_of(out, step, i).double(), expected, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+class TestExactness:
+    def test_greedy(self, family):
+        host = make_host(family)
+        history = make(host)
+        out = run(host, history, *prompt(200))
+        report = history.report()
+        assert [chunk.slots for chunk in report.chunks] == [8, 16, 8, 16, 8, 16]  # the last one while decoding
+        assert_exact(host, out, [200], every=3)
+
+    def test_sampling(self, family):
+        host = make_host(family)
+        torch.manual_seed(4)
+        out = run(host, make(host), *prompt(120), do_sample=True, num_return_sequences=2)
+        assert not torch.equal(out.sequences[0], out.sequences[1])
+        assert_exact(host, out, [120, 120], every=5)
+
+    def test_beams(self, family):
+        host = make_host(family)
+        history = make(host)
+        out = run(host, history, *prompt(130), num_beams=3, output_scores=True)
+        assert len({*out.beam_indices[0].tolist()}) > 1
+        path = out.beam_indices[0].tolist()
+        assert_exact(host, out, [130], every=4, logits_of=lambda out, step, i: out.logits[step][path[step]])
+        assert history.policy.compressor.asked < 3 * len(history.report().chunks)  # equal rows were read once
+
+    def test_padded_batch(self, family):
+        host = make_host(family)
+        out = run(host, make(host), *prompt(150, 97, 30))
+        assert_exact(host, out, [150, 97, 30], every=4)
+
+    def test_prompt_lookup(self, family):
+        host = make_host(family)
+        ids = prompt(50)[0].repeat(1, 3)
+        drafted = run(host, make(host), ids, prompt_lookup_num_tokens=4)
+        assert torch.equal(drafted.sequences, run(host, make(host), ids).sequences)
+        assert_exact(host, drafted, [150], every=4)
+
+    def test_assistant(self, family):
+        host = make_host(family)
+        ids, mask = prompt(130)
+        drafted = run(host, make(host), ids, mask, assistant_model=make_host(family))
+        assert torch.equal(drafted.sequences, run(host, make(host), ids, mask).sequences)
+        assert_exact(host, drafted, [130], every=6)
+
+    @pytest.mark.parametrize("lengths", [(140,), (140, 60)], ids=str)
+    def test_static_cache(self, family, lengths):
+        host = make_host(family)
+        options = {"cache_implementation": "static", "disable_compile": True}
+        out = run(host, make(host), *prompt(*lengths), **options)
+        assert_exact(host, out, lengths, every=5)
+
+    def test_score(self, family):
+        host = make_host(family)
+        ids = prompt(230)[0]
+        scores = make(host).score(ids, last=40)[0]
+        for step in range(0, 40, 3):
+            logits = next_logits(host, ids[0, : 190 + step], 190, PREFIX, WINDOW, BLOCK)
+            expected = logits.log_softmax(-1)[ids[0, 190 + step]]
+            torch.testing.assert_close(scores[step].double(), expected, atol=1e-5, rtol=0)
+
+    def test_a_later_turn_reads_on(self, family):
+        host = make_host(family)
+        history = make(host)
+        first = run(host, history, *prompt(150), new=10)
+        asked = history.policy.compressor.asked
+        turn = torch.cat([first.sequences, prompt(60, seed=7)[0]], 1)
+        second = run(host, history, turn, new=4, past_key_values=first.past_key_values)
+        assert history.policy.compressor.asked - asked == 2  # what was compressed before stays as it was made
+        assert len(history.report().chunks) == 6 and second.sequences.shape[1] == turn.shape[1] + 4
+
+    def test_nothing_to_compress_is_bit_identical(self, family):
+        host = make_host(family)
+        ids, mask = prompt(40, 25)
+        plain = host.generate(ids, attention_mask=mask, max_new_tokens=10, **GREEDY)
+        ours = run(host, make(host), ids, mask, new=10)
+        assert torch.equal(torch.stack(plain.logits), torch.stack(ours.logits))
+
+
+@pytest.mark.parametrize("block", [CHUNK, 3 * CHUNK, 10 * CHUNK])
+def test_any_block(block):
+    host = make_host("llama")
+    out = run(host, make(host, block=block), *prompt(200), new=3)
+    assert_exact(host, out, [200], block=block)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_without_a_prefix(family):
+    host = make_host(family)
+    mode = KeptPairs(0, BLOCK)
+    history = CompressedHistory(host, tiny_crouter(chunk_length=CHUNK), modes=[mode], window=WINDOW, keep_first=0)
+    out = run(host, history, *prompt(120), new=40)
+    for step in range(0, 40, 4):
+        expected = next_logits(host, out.sequences[0, : 120 + step], 120, 0, WINDOW, BLOCK)
+        torch.testing.assert_close(out.logits[step][0].double(), expected, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_a_retrieved_chunk_stands_in_the_place_of_its_entries(family):
+    host = make_host(family)
+    history = make(host, Retrieve(chunks=2, every=1000))
+    out = run(host, history, *prompt(200), new=30)
+    retrieved = {}
+    for record in history.report().retrievals:
+        retrieved.setdefault(record.length, []).append(record.chunk)
+    for step in range(0, 30, 3):
+        raw = retrieved[max(length for length in retrieved if length <= 200 + step)]
+        expected = next_logits(host, out.sequences[0, : 200 + step], 200, PREFIX, WINDOW, BLOCK, raw)
+        torch.testing.assert_close(out.logits[step][0].double(), expected, atol=1e-6, rtol=0)
+    row = history.report().rows[0]
+    assert row.retrieved == 2 * CHUNK and row.entries < sum(chunk.slots for chunk in history.report().chunks)
+
+
+@pytest.mark.slow
+def test_compiled_static_cache():
+    host = make_host("llama")
+    config = CompileConfig(fullgraph=True, backend="eager")
+    host.generation_config.compile_config = config
+    out = run(host, make(host), *prompt(140), cache_implementation="static")
+    assert_exact(host, out, [140], every=6)
+
+
+def test_the_peak_is_two_blocks():
+    host, seen = make_host("llama"), []
+    host.model.layers[0].register_forward_hook(
+        lambda m, a, k, o: seen.append(k["past_key_values"].get_seq_length()), with_kwargs=True
+    )
+    history = make(host, block=CHUNK)
+    run(host, history, *prompt(480), new=2)
+    entries = sum(chunk.slots for chunk in history.report().chunks)
+    assert max(seen) <= PREFIX + entries + 2 * CHUNK + WINDOW < 300
+
+
+def test_positions_end_where_the_host_s_do():
+    host = make_host("llama", positions=128)
+    with pytest.raises(CapacityError, match="at most 128 tokens"):
+        run(host, make(host), *prompt(140), new=2)
+
+
+def test_other_calls_keep_their_attention(monkeypatch):
+    host, other = make_host("llama"), make_host("llama", seed=1)
+    ids = prompt(20)[0]
+    plain = other(ids).logits
+    with caught_queries(host) as caught:
+        assert torch.equal(other(ids).logits, plain) and not caught.queries
+        host(ids)
+    assert sorted(caught.queries) == [0, 1] and caught.queries[0].shape == (1, 4, 20, 8)
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    assert not ALL_ATTENTION_FUNCTIONS._local_mapping
+
+
+def test_eager_attention_is_caught_as_well():
+    host = make_host("llama")
+    host.set_attn_implementation("eager")
+    ids = prompt(20)[0]
+    plain = host(ids).logits
+    with caught_queries(host) as caught:
+        assert torch.equal(host(ids).logits, plain)
+    assert sorted(caught.queries) == [0, 1]
+
+
+def test_attention_that_hides_its_queries_is_refused():
+    host = make_host("llama")
+    with pytest.raises(InputError, match="common interface"), caught_queries(host):
+        pass
+
+
+def test_the_reference_reads_plain_text_as_the_host_does():
+    for family in FAMILIES:
+        host, ids = make_host(family), prompt(40)[0]
+        expected = host(ids, use_cache=False).logits[0, -1]
+        torch.testing.assert_close(next_logits(host, ids[0], 40, PREFIX, WINDOW, BLOCK), expected, atol=1e-9, rtol=0)
+    assert reference.pieces(40, PREFIX, CHUNK, WINDOW)[1] == []
