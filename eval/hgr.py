@@ -29,7 +29,7 @@ from eval.hgr_pairs import GATE_SETS, collect_pairs, compare, fit_scorer, load_p
 from eval.hgr_passes import (
     ARMS,
     GATES,
-    POOLED,
+    SHIPPED,
     DocumentReader,
     Layout,
     NineWeights,
@@ -55,17 +55,18 @@ from hf_crouter.training.loop import compiled_layers
 NOTES = (
     "Host: SmolLM2-135M-Instruct, 4-bit weights in bf16. hgr: share of what full history is worth over the window"
     " (a ratio of means; for prose the mean of the domains' ratios, and .ratio over all documents); intervals: "
-    "paired bootstrap clustered by package, or by record of prose. .diff: hgr minus that of "
-    "recent_same_slots_copy, for arms with raw recalled chunks minus that of recent_same_slots_recall_copy. "
-    "Recall arms hold no soft prompts; all*, soft_recall2, soft_learned2 and soft_overlap2 do. recall2 is bm25_2;"
-    " overlap2 is the default; arms on fewer documents (.documents, .domains) were collected beside the others, "
-    "overlap2 on a CPU. snapkv, snapkv_window (its observation window is the raw one), expected_attention, "
-    "streaming and knorm are kvpress 0.5.5 at the slots of recent_same_slots or recent_same_slots_recall "
-    "(_recall), at the kept tokens' own positions; mean_pool: means of token embeddings. pairs.<score>.share: "
-    "what a score's two chunks gain, one by one, of what the best two do, on gate sets. Every *_copy arm has a "
-    "gate fitted on the gate sets to what that arm reads; *_pooled share one gate, *_generic one that does not "
-    "see the host. oracle2: the best pair by the target's loss, on fewer documents (.documents), over which "
-    "window and full are taken too."
+    "paired bootstrap clustered by package, or by record of prose. diff.<arm>.<other>: hgr minus that of the other. "
+    "Arms: soft prompts, retrieved chunks and copying are those that the name says. copy: the gate that ships, fitted "
+    "to seven ways of reading; copy_fitted: one fitted on the gate sets to what that arm reads; copy_generic: one that "
+    "does not see the host; copy_nine_weights: one weight an order. retrieve2: two chunks by the default scorer, "
+    "retrieve2_<scorer> by another (retrieve2_oracle: the best pair by the target's loss, which copies by the gate "
+    "fitted for retrieve2_bm25). longer_same_slots: a raw window longer by 8 tokens a chunk, as many as soft prompts "
+    "take; longer_same_slots_retrieve2: by 8 a chunk and two chunks. snapkv, snapkv_window (its observation window "
+    "is the raw one), expected_attention, streaming and knorm are kvpress 0.5.5 at these slots (.at8, "
+    ".at8_retrieve2), at the kept tokens' own positions; mean_pool: means of token embeddings. Arms on fewer "
+    "documents (.documents, .domains) were collected beside the others, retrieve2 on a CPU; window and full are "
+    "taken over the same documents. pairs.<score>.share: what a score's two chunks gain, one by one, of what the "
+    "best two do, on gate sets."
 )
 
 
@@ -92,7 +93,7 @@ def fit(
     name: str, files: Sequence[dict[str, np.ndarray]], config: GateConfig, args: argparse.Namespace, device: Any
 ) -> nn.Module:
     """Fits one gate on what all shards recorded, and saves it."""
-    sources = POOLED if name == "pooled" else ("copy",) if name in ("generic", "nine") else (name,)
+    sources = SHIPPED if name == "shipped" else ("copy",) if name in ("generic", "nine_weights") else (name,)
 
     def load(field: str) -> np.ndarray:
         arrays = [file[f"{source}.{field}"] for source in sources for file in files]
@@ -102,7 +103,7 @@ def fit(
     target = files[0][f"{sources[0]}.host"].shape[1]
     groups = np.concatenate([np.repeat(file["groups"], target) for _ in sources for file in files])
     options = {"groups": groups, "steps": args.steps, "seed": args.seed}
-    if name == "nine":
+    if name == "nine_weights":
         gate: Any = NineWeights().to(device)
         record = fit_weights(gate, **fields, **options, learning_rate=0.05)
         save_arrays(args.save / name / "gate.safetensors", {"logit": gate.logit.detach().cpu().numpy()}, record)
@@ -120,7 +121,7 @@ def load_gates(folder: Path, device: torch.device | str) -> dict[str, nn.Module]
     """All gates as saved."""
     gates: dict[str, nn.Module] = {}
     for name in GATES:
-        if name == "nine":
+        if name == "nine_weights":
             gates[name] = NineWeights()
             logit = load_file(folder / name / "gate.safetensors")["logit"]
             gates[name].load_state_dict({"logit": torch.from_numpy(logit)})
@@ -132,7 +133,7 @@ def load_gates(folder: Path, device: torch.device | str) -> dict[str, nn.Module]
 
 def finished(folder: Path, name: str) -> Path:
     """The file that is written last for a gate."""
-    return folder / name / ("gate.safetensors" if name == "nine" else "gate.json")
+    return folder / name / ("gate.safetensors" if name == "nine_weights" else "gate.json")
 
 
 def collect_losses(reader: DocumentReader, args: argparse.Namespace, name: str, gates: dict[str, nn.Module]) -> None:
@@ -212,7 +213,7 @@ def run_collect(args: argparse.Namespace) -> None:
             wait_for([finished(args.save, name) for name in GATES])
         gates = load_gates(args.save, device)
         if args.pairs:
-            reader.scorers["learned2"] = learned_scorer(reader, args, gates["pooled"])
+            reader.scorers["learned"] = learned_scorer(reader, args, gates["shipped"])
         for name in args.sets:
             collect_losses(reader, args, name, gates)
         print(f"{reader.forwarded:,} tokens forwarded", flush=True)
@@ -233,7 +234,7 @@ def run_report(args: argparse.Namespace) -> None:
     for name in GATES:
         path = finished(args.save, name)
         if path.exists():
-            record = about_of(path) if name == "nine" else json.loads(path.read_text())["training"]
+            record = about_of(path) if name == "nine_weights" else json.loads(path.read_text())["training"]
             found |= {f"gate.{name}.{key}": record[key] for key in ("train_gain", "held_out_gain", "places", "groups")}
     if any(args.save.glob("pairs.*of*[0-9].safetensors")):
         found |= compare(load_pairs(args), args.seed)
@@ -241,7 +242,16 @@ def run_report(args: argparse.Namespace) -> None:
     save_arrays(args.save / "losses.safetensors", arrays, about(args))
     print(table(found))
     config = {"layout": asdict(layout), "chunks": args.chunks, "gate_documents": args.gate_documents}
-    print(write_result(args.result, found, seed=args.seed, config=config, notes=NOTES, device=args.device))
+    print(
+        write_result(
+            args.result or f"hgr-{Path(args.host).name}",
+            found,
+            seed=args.seed,
+            config=config,
+            notes=NOTES,
+            device=args.device,
+        )
+    )
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -267,7 +277,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--compile", action="store_true", help="torch.compile each layer of the host")
     parser.add_argument("--device", help="report: where the losses were collected; this machine by default")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--result", default="hgr")
+    parser.add_argument("--result", help="hgr-HOST by default")
 
 
 def run(args: argparse.Namespace) -> None:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from hf_crouter.training.scorer import fit
 from safetensors.numpy import load_file
 from torch import nn
 
@@ -26,7 +27,6 @@ from hf_crouter.errors import InputError
 from hf_crouter.ngram.archive import Archive
 from hf_crouter.ngram.postings import ChunkIndex
 from hf_crouter.ngram.scorers import FEATURES, QUERY, LearnedScorer, features
-from hf_crouter.training.scorer import fit
 
 GATE_SETS = ("gate_code", "gate_prose")
 TAKEN = 2  # chunks that a score chooses
@@ -212,7 +212,7 @@ def _ranks(values: np.ndarray) -> np.ndarray:
 
 
 def fit_scorer(pairs: dict[str, np.ndarray], seed: int) -> LearnedScorer:
-    """The scorer that `learned2` uses."""
+    """The scorer that `retrieve2_learned` uses."""
     return fit(pairs["features"], pairs["gains"], pairs["groups"], sources=pairs["sources"], k=TAKEN, seed=seed,
                training={"sets": list(GATE_SETS)})  # fmt: skip
 

@@ -74,7 +74,7 @@ class Layout:
         """Tokens by which a raw window is longer: `""`, `soft`, `retrieve` (as many slots as those take), `full`."""
         if kind == "full":
             return count * self.chunk
-        return {"": 0, "soft": count * self.latents, "recall": count * self.latents + self.retrieved * self.chunk}[
+        return {"": 0, "soft": count * self.latents, "retrieve": count * self.latents + self.retrieved * self.chunk}[
             kind
         ]
 
@@ -120,42 +120,48 @@ class Arm:
 
     def exists(self, layout: Layout, count: int) -> bool:
         """Whether recalling is less than reading everything."""
-        return count > layout.retrieved or not (self.retrieve or self.longer == "recall")
+        return count > layout.retrieved or not (self.retrieve or self.longer == "retrieve")
 
 
-def _own(key: str, archive: str = "past") -> tuple[str, str, str]:
-    return key, archive, key
+def _fitted(key: str, archive: str = "past") -> tuple[str, str, str]:
+    return f"{key}_fitted", archive, f"{key}_fitted"
 
 
 ARMS = {
-    "window": Arm(readings=(_own("copy"), ("copy_pooled", "past", "pooled"), ("copy_generic", "past", "generic"),
-                            ("nine", "past", "nine"), _own("copy_rebuilt", "rebuilt"),
-                            ("copy_rebuilt_pooled", "rebuilt", "pooled"),
+    "window": Arm(readings=(_fitted("copy"), ("copy", "past", "shipped"), ("copy_generic", "past", "generic"),
+                            ("copy_nine_weights", "past", "nine_weights"), _fitted("copy_rebuilt", "rebuilt"),
+                            ("copy_rebuilt", "rebuilt", "shipped"),
                             ("copy_rebuilt_generic", "rebuilt", "generic"))),
-    "soft": Arm("own", readings=(_own("soft_copy"), ("soft_copy_pooled", "past", "pooled"),
-                                 _own("soft_copy_rebuilt", "rebuilt"))),
+    "soft": Arm("own", readings=(_fitted("soft_copy"), ("soft_copy", "past", "shipped"),
+                                 _fitted("soft_copy_rebuilt", "rebuilt"))),
     "shuffled": Arm("other"),
     "mean_pool": Arm("mean"),
-    "recent_same_slots": Arm(longer="soft", readings=(_own("recent_same_slots_copy"),)),
-    "recent_same_slots_recall": Arm(longer="recall", readings=(_own("recent_same_slots_recall_copy"),)),
-    "last2": Arm(retrieve="last2", readings=(_own("last2_copy"),)),
-    "bm25_2": Arm(retrieve="bm25_2", readings=(_own("recall2_copy"), ("recall2_copy_pooled", "past", "pooled"))),
-    "random2": Arm(retrieve="random2", readings=(_own("random2_copy"),)),
-    "learned2": Arm(retrieve="learned2", readings=(("learned2_copy_pooled", "past", "pooled"),)),
-    "soft_recall2": Arm("own", retrieve="bm25_2", readings=(_own("all"), ("all_pooled", "past", "pooled"))),
-    "soft_learned2": Arm("own", retrieve="learned2", readings=(("all_learned_pooled", "past", "pooled"),)),
-    "overlap2": Arm(retrieve="overlap2", readings=(("overlap2_copy_pooled", "past", "pooled"),)),
-    "soft_overlap2": Arm("own", retrieve="overlap2", readings=(("all_overlap_pooled", "past", "pooled"),)),
-    "full": Arm(longer="full", readings=(_own("full_copy"), ("full_copy_pooled", "past", "pooled"))),
+    "longer_same_slots": Arm(longer="soft", readings=(_fitted("longer_same_slots_copy"),)),
+    "longer_same_slots_retrieve2": Arm(longer="retrieve", readings=(_fitted("longer_same_slots_retrieve2_copy"),)),
+    "retrieve2_last": Arm(retrieve="last", readings=(_fitted("retrieve2_last_copy"),)),
+    "retrieve2_bm25": Arm(retrieve="bm25", readings=(_fitted("retrieve2_bm25_copy"),
+                                                     ("retrieve2_bm25_copy", "past", "shipped"))),
+    "retrieve2_random": Arm(retrieve="random", readings=(_fitted("retrieve2_random_copy"),)),
+    "retrieve2_learned": Arm(retrieve="learned", readings=(("retrieve2_learned_copy", "past", "shipped"),)),
+    "soft_retrieve2_bm25": Arm("own", retrieve="bm25", readings=(_fitted("soft_retrieve2_bm25_copy"),
+                                                                 ("soft_retrieve2_bm25_copy", "past", "shipped"))),
+    "soft_retrieve2_learned": Arm("own", retrieve="learned",
+                                  readings=(("soft_retrieve2_learned_copy", "past", "shipped"),)),
+    "retrieve2": Arm(retrieve="overlap", readings=(("retrieve2_copy", "past", "shipped"),)),
+    "soft_retrieve2": Arm("own", retrieve="overlap", readings=(("soft_retrieve2_copy", "past", "shipped"),)),
+    "full": Arm(longer="full", readings=(_fitted("full_copy"), ("full_copy", "past", "shipped"))),
 }  # fmt: skip
-SOURCES = {key: (name, archive) for name, arm in ARMS.items() for key, archive, gate in arm.readings if key == gate
-           and key != "nine"}  # fmt: skip
-POOLED = ("copy", "copy_rebuilt", "soft_copy", "soft_copy_rebuilt", "recall2_copy", "all", "full_copy")
-GATES = (*SOURCES, "pooled", "generic", "nine")
-GREEDY = ("window", "copy", "all", "full")
-ALIASES = {"recall2": "bm25_2"}
+"""By name. A variant with copying is called after what it reads; it weighs by the gate that ships, unless it says so:
+`_fitted` (to what this arm reads), `_generic` (does not see the host), `_nine_weights`."""
+SOURCES = {key: (name, archive) for name, arm in ARMS.items() for key, archive, gate in arm.readings if key == gate}
+SHIPPED = tuple(f"{key}_fitted" for key in ("copy", "copy_rebuilt", "soft_copy", "soft_copy_rebuilt",
+                                            "retrieve2_bm25_copy", "soft_retrieve2_bm25_copy", "full_copy"))  # fmt: skip
+"""What the gate that ships is fitted to."""
+GATES = (*SOURCES, "shipped", "generic", "nine_weights")
+GREEDY = ("window", "copy", "soft_retrieve2_copy", "full")
 KVPRESS = ("snapkv", "snapkv_window", "expected_attention", "streaming", "knorm")
-"""Methods of `eval.kvpress_arms`: as many slots as `recent_same_slots`, or `recent_same_slots_recall` (`_recall`)."""
+"""Methods of `eval.kvpress_arms`: as many slots as `longer_same_slots` (`.at8`), or `longer_same_slots_retrieve2`
+(`.at8_retrieve2`)."""
 
 
 class NineWeights(nn.Module):
@@ -397,7 +403,7 @@ class DocumentReader:
         seed: of the random arm.
 
     Attributes:
-        scorers: choose what is recalled, by name; `learned2` is there once it is fitted.
+        scorers: choose what is recalled, by name; `learned` is there once it is fitted.
     """
 
     def __init__(
@@ -414,8 +420,8 @@ class DocumentReader:
         self.host, self.crouter, self.projector, self.layout = host, crouter, projector, layout
         self.stop_ids, self.searchers, self.tokens = stop_ids, searchers, tokens
         self.scorers: dict[str, Scorer] = {
-            "bm25_2": Bm25Scorer(), "last2": RecencyScorer(), "random2": RandomScorer(seed),
-            "overlap2": OverlapScorer(),
+            "bm25": Bm25Scorer(), "last": RecencyScorer(), "random": RandomScorer(seed),
+            "overlap": OverlapScorer(),
         }  # fmt: skip
         self.device = host.device
         self.forwarded = 0  # tokens
@@ -601,7 +607,7 @@ def measure(
         if "window" in arms:  # not of arms that are measured beside the others
             out[f"n{count}.tra"] = block.tra[:, -count:].mean(1).astype(np.float32)
         if len(oracle) and count > layout.retrieved:
-            out |= best_pairs(reader, block, count, gates["recall2_copy"], oracle)
+            out |= best_pairs(reader, block, count, gates["retrieve2_bm25_copy_fitted"], oracle)
     return out
 
 
@@ -621,13 +627,13 @@ def single_losses(
 def best_pairs(
     reader: DocumentReader, block: Block, count: int, gate: nn.Module, oracle: Sequence[int]
 ) -> dict[str, np.ndarray]:
-    """`oracle2` and `oracle2_copy`: the least loss of any pair of chunks, without and with copying, and the pair."""
+    """`retrieve2_oracle` and `retrieve2_oracle_copy_fitted`: the least loss of any pair of chunks, without and with copying, and the pair."""
     layout = reader.layout
     pairs = list(itertools.combinations(range(layout.chunks - count, layout.chunks), layout.retrieved))
     wanted = [(i, pair) for pair in pairs for i in oracle]
     losses = single_losses(reader, block, count, gate, wanted).reshape(len(pairs), len(oracle), 2).swapaxes(0, 1)
     out = {}
-    for column, key in enumerate(("oracle2", "oracle2_copy")):
+    for column, key in enumerate(("retrieve2_oracle", "retrieve2_oracle_copy_fitted")):
         out[f"n{count}.{key}"] = np.full(len(block.rows), np.nan, np.float32)
         out[f"n{count}.{key}"][list(oracle)] = losses[:, :, column].min(1)
         out[f"n{count}.{key}.chunks"] = np.full((len(block.rows), layout.retrieved), -1, np.int16)

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 
 from eval.documents import Record, Windows
 from eval.hgr_files import joined_arrays
-from eval.hgr_passes import ALIASES, ARMS, GREEDY, KVPRESS, Layout
+from eval.hgr_passes import ARMS, GREEDY, KVPRESS, Layout
 from hf_crouter.errors import InputError
 
 
@@ -90,7 +90,14 @@ def interval(key: str, draws: np.ndarray) -> dict[str, float]:
     return {key: float(draws[0]), f"{key}.lo": float(low), f"{key}.hi": float(high)}
 
 
-BESIDE_BM25 = {"all_overlap_pooled": "all_pooled", "all_learned_pooled": "all_pooled"}  # other choices, and BM25's
+def difference(arm: str, other: str, draws: np.ndarray) -> dict[str, float]:
+    """`diff.<arm>.<other>.{mean,lo,hi}` from `[1 + draws]`, the sample itself first."""
+    key = f"diff.{arm}.{other}"
+    found = interval(key, draws)
+    return {f"{key}.mean": found.pop(key), **found}
+
+
+BESIDE_BM25 = {"soft_retrieve2_copy", "soft_retrieve2_learned_copy"}  # held against BM25's choice
 FEWEST = 8  # documents of a domain below which its own ratio says nothing
 LEAST_WORTH = 0.01  # nats/token that full history must be worth in a domain for a ratio to say something
 
@@ -131,12 +138,13 @@ def set_metrics(losses: Losses, n: int, seed: int, draws: int, layout: Layout) -
     keys = [
         key.split(".", 1)[1]
         for key, values in losses.arrays.items()
-        if key.startswith(f"n{n}.") and key.count(".") == 1 and values.ndim == 1 and not key.endswith(".tra")
+        if key.startswith(f"n{n}.") and values.ndim == 1 and not key.endswith((".tra", ".right"))
     ]
     owner = {key: name for name, arm in ARMS.items() for key in (name, *(r[0] for r in arm.readings))}
-    owner |= {"oracle2": "bm25_2", "oracle2_copy": "bm25_2", "kvpress_full": "full"}
-    owner |= {method: "recent_same_slots" for method in KVPRESS}
-    owner |= {f"{method}_recall": "recent_same_slots_recall" for method in KVPRESS}
+    owner |= {"retrieve2_oracle": "retrieve2_bm25", "retrieve2_oracle_copy_fitted": "retrieve2_bm25"}
+    owner |= {"full_kvpress": "full"}
+    owner |= {f"{method}.at8": "longer_same_slots" for method in KVPRESS}
+    owner |= {f"{method}.at8_retrieve2": "longer_same_slots_retrieve2" for method in KVPRESS}
     for key in keys:
         arm = ARMS[owner[key]]
         values = losses.arrays[f"n{n}.{key}"]
@@ -156,22 +164,22 @@ def set_metrics(losses: Losses, n: int, seed: int, draws: int, layout: Layout) -
         if names:
             out |= interval(f"{key}.ratio", gain_ratio(part, key, "window", n, boot, []))
         if key in BESIDE_BM25:
-            out |= interval(f"{key}.over_bm25", gain_ratio(part, key, BESIDE_BM25[key], n, boot, names))
-        base = "recent_same_slots_recall_copy" if arm.retrieve or arm.longer == "recall" else "recent_same_slots_copy"
-        if key not in ("window", "full", "full_copy", "full_copy_pooled", base) and base in keys:
-            out |= interval(f"{key}.diff", gain_ratio(part, key, base, n, boot, names))
+            other = "soft_retrieve2_bm25_copy"
+            out |= difference(key, other, gain_ratio(part, key, other, n, boot, names))
+        retrieves = arm.retrieve or arm.longer == "retrieve"
+        base = "longer_same_slots_retrieve2_copy_fitted" if retrieves else "longer_same_slots_copy_fitted"
+        if key not in ("window", "full", "full_copy", "full_copy_fitted", base) and base in keys:
+            out |= difference(key, base, gain_ratio(part, key, base, n, boot, names))
     for name in ("window", "full"):
         out[f"loss.{name}"] = out[f"{name}.loss"]
-    out |= interval("soft_minus_shuffled", gain_ratio(losses, "soft", "shuffled", n, bootstrap, domains))
+    out |= difference("soft", "shuffled", gain_ratio(losses, "soft", "shuffled", n, bootstrap, domains))
     out["tra"] = float(losses.arrays[f"n{n}.tra"].mean())
     for key in GREEDY:
         if f"n{n}.{key}.right" in losses.arrays:
             out[f"{key}.accuracy"] = float(losses.arrays[f"n{n}.{key}.right"].mean())
-    if f"n{n}.bm25_2.chunks" in losses.arrays:
-        same = losses.arrays[f"n{n}.bm25_2.chunks"] == losses.arrays[f"n{n}.last2.chunks"]
-        out["bm25_is_last2"] = float(same.all(1).mean())
-    for alias, key in ALIASES.items():
-        out |= {alias + name[len(key) :]: v for name, v in list(out.items()) if name.startswith(f"{key}.")}
+    if f"n{n}.retrieve2_bm25.chunks" in losses.arrays:
+        same = losses.arrays[f"n{n}.retrieve2_bm25.chunks"] == losses.arrays[f"n{n}.retrieve2_last.chunks"]
+        out["retrieve2_bm25_is_last"] = float(same.all(1).mean())
     out["copy.worst_document"] = float((losses.arrays[f"n{n}.window"] - losses.arrays[f"n{n}.copy"]).min())
     return out
 
@@ -185,7 +193,7 @@ def detail_metrics(losses: Losses, n: int, seed: int, draws: int) -> tuple[dict[
         if not len(rows):
             continue
         boot = Bootstrap([record.cluster for record in part.records], seed, draws)
-        for key in ("copy", "all"):
+        for key in ("copy", "soft_retrieve2_copy"):
             if f"n{n}.{key}" in part.arrays:
                 thirds |= interval(f"{key}.third{third}.hgr", gain_ratio(part, key, "window", n, boot, []))
         thirds[f"third{third}.repetition"] = float(np.mean([record.repetition for record in part.records]))
@@ -198,7 +206,7 @@ def detail_metrics(losses: Losses, n: int, seed: int, draws: int) -> tuple[dict[
         by_domain |= {f"{key}.documents": len(part.records), f"{key}.copy.worst_document": float(gain.min())}
         by_domain |= {f"{key}.loss.{arm}": float(part.arrays[f"n{n}.{arm}"].mean()) for arm in ("window", "full")}
         by_domain[f"{key}.copy.loss"] = float(part.arrays[f"n{n}.copy"].mean())
-        for arm in ("copy", "copy_rebuilt", "copy_pooled", "all"):
+        for arm in ("copy", "copy_fitted", "copy_rebuilt", "copy_rebuilt_fitted", "soft_retrieve2_copy"):
             if f"n{n}.{arm}" in part.arrays:
                 by_domain |= interval(f"{key}.{arm}.hgr", gain_ratio(part, arm, "window", n, boot, []))
     return thirds, by_domain
@@ -228,7 +236,7 @@ def metrics(
 
 
 def table(found: dict[str, float]) -> str:
-    """HGR, slots, loss and difference of every arm, a line each."""
+    """HGR, slots and loss of every arm, a line each."""
     lines = []
     for key, value in found.items():
         if key.endswith(".hgr"):
@@ -237,8 +245,5 @@ def table(found: dict[str, float]) -> str:
             line = f"{arm:48} {value:7.3f} [{low:6.3f}, {high:6.3f}]"
             if f"{arm}.slots" in found:
                 line += f" {found[f'{arm}.slots']:6.0f} slots, loss {found[f'{arm}.loss']:.4f}"
-            if f"{arm}.diff" in found:
-                line += f", diff {found[f'{arm}.diff']:+.3f} [{found[f'{arm}.diff.lo']:+.3f}, "
-                line += f"{found[f'{arm}.diff.hi']:+.3f}]"
             lines.append(line)
     return "\n".join(lines)

@@ -4,7 +4,7 @@ Runs by itself, in an environment of its own: kvpress 0.5.5 takes transformers b
 of hf_crouter is imported. kvpress, transformers 5.2.0 and tokenizers 0.22.2 are all that it needs beside torch.
 
 A host reads `[prefix | the last n chunks | window]`; each press keeps as many positions of every layer and head as
-soft prompts leave (or soft prompts and two recalled chunks, `_recall`); the target follows at its true positions.
+soft prompts leave (`.at8`), or soft prompts and two retrieved chunks (`.at8_retrieve2`); the target follows at its true positions.
 As a press works on what an unshortened pass has cached, one pass serves all presses and budgets.
 
     python -m eval.kvpress_arms --data SETS --host FOLDER --save S
@@ -45,7 +45,7 @@ PRESSES: dict[str, tuple[str, str, dict[str, int]]] = {  # module, class, what i
     "streaming": ("streaming_llm_press", "StreamingLLMPress", {"n_sink": 4}),
     "knorm": ("knorm_press", "KnormPress", {}),
 }
-FULL = "kvpress_full"
+FULL = "full_kvpress"
 DENSE = 2048  # places whose logits are held in float32 at once
 
 
@@ -77,9 +77,9 @@ class Layout:
         return np.concatenate([rows[:, : self.prefix], rows[:, start:end]], axis=1)
 
     def kept(self, count: int) -> dict[str, int]:
-        """Positions of each budget by what follows a method's name: `""`, and `_recall` where that is not all."""
+        """Positions of each budget by what follows a method's name: `.at8`, and `.at8_retrieve2` where it leaves something out."""
         soft = self.prefix + count * self.latents + self.window
-        return {"": soft} | ({"_recall": soft + self.retrieved * self.chunk} if count > self.retrieved else {})
+        return {".at8": soft} | ({".at8_retrieve2": soft + self.retrieved * self.chunk} if count > self.retrieved else {})
 
 
 def ratio(length: int, kept: int) -> float:
@@ -251,7 +251,7 @@ class Measurement:
         self.forwarded = 0  # tokens
 
     def __call__(self, rows: np.ndarray) -> dict[str, np.ndarray]:
-        """Losses of rows `[D, length]`, nats/token: `n<k>.<method>`, `n<k>.<method>_recall`, `n<k>.kvpress_full`."""
+        """Losses of rows `[D, length]`, nats/token: `n<k>.<method>.at8`, `n<k>.<method>.at8_retrieve2`, `n<k>.full_kvpress`."""
         layout, out = self.layout, {}
         targets = torch.from_numpy(rows[:, -layout.target :].astype(np.int64)).to(self.model.device)
         for count in self.counts:

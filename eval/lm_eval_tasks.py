@@ -28,12 +28,12 @@ from hf_crouter.hosts.fetch import resolve_host
 
 TASKS = ("niah_single_1", "niah_multikey_2", "niah_multikey_3", "ruler_vt", "ruler_cwe", "ruler_fwe")
 LENGTHS = (4096, 8192)
-ARMS = ("full", "window", "ours", "ours_recall")
+ARMS = ("full", "window", "soft_copy", "soft_retrieve2_copy")
 ROOM = 128  # tokens of a prompt that RULER does not count: how the answer begins, fwe's whole answer, a chat template
 NOTES = (
     "RULER by lm-evaluation-harness, accuracy 0..1, greedy; .se: standard error over documents. full: the plain host "
-    "on the whole prompt; window: the raw window alone, older chunks dropped; ours: CompressedHistory with the "
-    "options of config.ours; ours_recall: the same with recall=2. slots.*: most KV slots of a prompt and its answer. "
+    "on the whole prompt; window: the raw window alone, older chunks dropped; soft_copy: CompressedHistory with "
+    "soft prompts and copying by the shipped gate; soft_retrieve2_copy: with two retrieved chunks as well. slots.*: most KV slots of a prompt and its answer. "
     "Documents are RULER's, written for 128 tokens less than the length, so that no arm has to cut a prompt."
 )
 
@@ -79,8 +79,8 @@ def run(args: argparse.Namespace) -> None:
     makers: dict[str, Callable[[], Any]] = {
         "full": lambda: HFLM(**common),
         "window": lambda: CompressedHFLM(**common, crouter="none", copy=False, window=args.window),
-        "ours": lambda: CompressedHFLM(**own),
-        "ours_recall": lambda: CompressedHFLM(**{**own, "recall": 2}),
+        "soft_copy": lambda: CompressedHFLM(**own),
+        "soft_retrieve2_copy": lambda: CompressedHFLM(**{**own, "recall": 2}),
     }
     manager = TaskManager(include_path=ruler_folder(), include_defaults=False)  # all defaults take long to index
     tasks = {n: load_tasks(manager, args.tasks, host, n, args.limit, args.seed) for n in args.lengths}

@@ -1,4 +1,7 @@
-"""The README's figure, made from `eval/results/hgr.json`: `python -m eval.plots [--check]`. Needs matplotlib."""
+"""The README's figure, made from `eval/results/hgr-smollm2-135m.json`: `python -m eval.plots [--check]`.
+
+Needs matplotlib.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ from hf_crouter.errors import InputError
 from hf_crouter.utils.io import replaced_file
 
 FIGURE = "hgr.svg"
+RESULT = "hgr-smollm2-135m.json"
 SET = "young"
 CHUNKS = (2, 4, 8)
 WIDTH, HEIGHT, DPI = 9.2, 5.2, 100  # inches
@@ -23,7 +27,7 @@ class Way(NamedTuple):
     """A line of the figure.
 
     Attributes:
-        arm: key of hgr.json.
+        arm: key of the result.
         label: its name.
         color: of line, points and label.
         right: in the right panel.
@@ -42,27 +46,46 @@ class Way(NamedTuple):
 
 
 WAYS = (
-    Way("soft_copy_pooled", "soft prompts + copying", "#1b6ca8", False, (592, 0.815), numbers=(0, 10)),
-    Way("recent_same_slots_copy", "as many more raw tokens\n+ copying", "#777777", False, (592, 0.725),
-        numbers=(7, -7)),
-    Way("copy_pooled", "copying\n(no slots)", "#c44e00", False, (511, 0.69), "right", (6, -3)),
-    Way("copy_rebuilt_pooled", "copying, from\nrebuilt latents", "#8a5a00", False, (511, 0.565), "right", (6, -3)),
+    Way("soft_copy", "soft prompts + copying", "#1b6ca8", False, (592, 0.815), numbers=(0, 10)),
+    Way(
+        "longer_same_slots_copy_fitted",
+        "as many more raw tokens\n+ copying",
+        "#777777",
+        False,
+        (592, 0.725),
+        numbers=(7, -7),
+    ),
+    Way("copy", "copying\n(no slots)", "#c44e00", False, (511, 0.69), "right", (6, -3)),
+    Way("copy_rebuilt", "copying, from\nrebuilt latents", "#8a5a00", False, (511, 0.565), "right", (6, -3)),
     Way("soft", "soft prompts", "#1b6ca8", False, (592, 0.11), numbers=(0, 6)),
-    Way("recent_same_slots", "as many more raw tokens", "#777777", False, (592, 0.045), numbers=(0, -12)),
-    Way("snapkv_window", "SnapKV, window kept", "#6a3d9a", False, (592, -0.045), numbers=None),
-    Way("streaming", "StreamingLLM", "#2e7d32", False, (592, -0.12), numbers=None),
-    Way("expected_attention", "ExpectedAttention", "#a0522d", False, (592, -0.24), numbers=None),
-    Way("full_copy_pooled", "full history + copying", "#333333", True, (3600, 1.105), "right", (8, -9)),
+    Way("longer_same_slots", "as many more raw tokens", "#777777", False, (592, 0.045), numbers=(0, -12)),
+    Way("snapkv_window.at8", "SnapKV, window kept", "#6a3d9a", False, (592, -0.045), numbers=None),
+    Way("streaming.at8", "StreamingLLM", "#2e7d32", False, (592, -0.12), numbers=None),
+    Way("expected_attention.at8", "ExpectedAttention", "#a0522d", False, (592, -0.24), numbers=None),
+    Way("full_copy", "full history + copying", "#333333", True, (3600, 1.105), "right", (8, -9)),
     Way("full", "full history", "#333333", True, (4612, 0.965), "right", (-7, 5)),
-    Way("all_pooled", "soft prompts + copying + recall of 2", "#1b6ca8", True, (1690, 0.967), numbers=(7, -3)),
-    Way("recall2_copy_pooled", "copying + recall of 2", "#c44e00", True, (1452, 0.85), numbers=(-9, -3)),
-    Way("recent_same_slots_recall_copy", "a window longer by as much, + copying", "#777777", True, (1690, 0.912),
-        numbers=(7, -5)),
-    Way("recent_same_slots_recall", "a window longer by as much", "#777777", True, (1690, 0.588), numbers=(7, -5)),
-    Way("streaming_recall", "StreamingLLM", "#2e7d32", True, (1690, 0.528), numbers=None),
-    Way("snapkv_window_recall", "SnapKV, window kept", "#6a3d9a", True, (1690, 0.474), numbers=None),
-    Way("expected_attention_recall", "ExpectedAttention", "#a0522d", True, (1690, 0.399), numbers=None),
-)  # fmt: skip
+    Way(
+        "soft_retrieve2_bm25_copy",
+        "soft prompts + copying + recall of 2",
+        "#1b6ca8",
+        True,
+        (1690, 0.967),
+        numbers=(7, -3),
+    ),
+    Way("retrieve2_bm25_copy", "copying + recall of 2", "#c44e00", True, (1452, 0.85), numbers=(-9, -3)),
+    Way(
+        "longer_same_slots_retrieve2_copy_fitted",
+        "a window longer by as much, + copying",
+        "#777777",
+        True,
+        (1690, 0.912),
+        numbers=(7, -5),
+    ),
+    Way("longer_same_slots_retrieve2", "a window longer by as much", "#777777", True, (1690, 0.588), numbers=(7, -5)),
+    Way("streaming.at8_retrieve2", "StreamingLLM", "#2e7d32", True, (1690, 0.528), numbers=None),
+    Way("snapkv_window.at8_retrieve2", "SnapKV, window kept", "#6a3d9a", True, (1690, 0.474), numbers=None),
+    Way("expected_attention.at8_retrieve2", "ExpectedAttention", "#a0522d", True, (1690, 0.399), numbers=None),
+)
 
 
 def drawn(metrics: dict[str, float]) -> dict[str, list[list[float]]]:
@@ -77,14 +100,14 @@ def drawn(metrics: dict[str, float]) -> dict[str, list[list[float]]]:
         names = (".slots", ".hgr", ".hgr.lo", ".hgr.hi")
         found = [[n, *(metrics[key + name] for name in names)] for n, key in keys.items() if f"{key}.hgr" in metrics]
         if not found:
-            raise InputError(f"hgr.json: expected {SET}.n8.{way.arm}.hgr, got nothing")
+            raise InputError(f"{RESULT}: expected {SET}.n8.{way.arm}.hgr, got nothing")
         points[way.arm] = found
     return points
 
 
 def digest(points: dict[str, list[list[float]]]) -> str:
     """What the figure says about the result that it was made from."""
-    return "hgr.json " + hashlib.sha256(json.dumps(points).encode()).hexdigest()[:16]
+    return f"{RESULT} " + hashlib.sha256(json.dumps(points).encode()).hexdigest()[:16]
 
 
 def draw(points: dict[str, list[list[float]]], result: dict[str, Any]) -> Any:
@@ -117,7 +140,7 @@ def draw(points: dict[str, list[list[float]]], result: dict[str, Any]) -> Any:
     left.set_title("few slots", fontsize=10)
     right.set_ylim(0.36, 1.14)
     right.set_title("many slots (another scale of HGR)", fontsize=10)
-    knorm = [result["metrics"][f"{SET}.n{CHUNKS[-1]}.{arm}.hgr"] for arm in ("knorm", "knorm_recall")]
+    knorm = [result["metrics"][f"{SET}.n{CHUNKS[-1]}.{arm}.hgr"] for arm in ("knorm.at8", "knorm.at8_retrieve2")]
     documents = result["metrics"][f"{SET}.n{CHUNKS[-1]}.documents"]
     figure.text(
         0.01, 0.012,
@@ -162,9 +185,9 @@ def stale(folder: Path) -> bool:
 
 def _result(folder: Path) -> dict[str, Any]:
     try:
-        return json.loads((folder / "hgr.json").read_text(encoding="utf-8"))
+        return json.loads((folder / RESULT).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise InputError(f"{folder / 'hgr.json'}: expected a result of eval.run, got {error!r}") from error
+        raise InputError(f"{folder / RESULT}: expected a result of eval.run, got {error!r}") from error
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -31,7 +31,7 @@ PARTS = (
     "manners",
     "drafts",
 )
-RETRIEVAL = ("full", "window", "soft", "copy", "all", "copy_rebuilt")
+RETRIEVAL = ("full", "window", "soft", "copy", "soft_retrieve2_copy", "copy_rebuilt")
 NOTES = (
     "Host: SmolLM2-135M-Instruct, 4-bit weights in config.dtype; greedy. passkey, kv: prompts 64 tokens shorter "
     "than their names say, all records of one statement's wording, near misses among them, in the compressed "
@@ -112,13 +112,15 @@ def parts(bench: Bench, args: argparse.Namespace, shape: reading_code.Shape | No
 
     known: dict[str, Callable[[], dict[str, float]]] = {name: retrieval(name) for name in PARTS[:4]}
     known["nextline"] = lambda: reading_code.next_lines(
-        bench, shape, arms("full", "window", "copy", "copy_half", "all"), args.documents, args.each
+        bench, shape, arms("full", "window", "copy", "copy_half", "soft_retrieve2_copy"), args.documents, args.each
     )
-    known["identifiers"] = lambda: reading_code.identifiers(scores, arms("full", "window", "soft", "copy", "all"))
+    known["identifiers"] = lambda: reading_code.identifiers(
+        scores, arms("full", "window", "soft", "copy", "soft_retrieve2_copy")
+    )
     known["residual"] = lambda: reading_code.reconstruction_nlls(scores, list(bench.sets))
     known["manners"] = manners
     known["drafts"] = lambda: reading_manners.drafts(
-        bench, shape, arms("window", "copy", "all"), args.free, args.tokens
+        bench, shape, arms("window", "copy", "soft_retrieve2_copy"), args.free, args.tokens
     )
     return {name: known[name] for name in PARTS if name in args.parts}
 

@@ -29,7 +29,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "copy_half": {"soft": False, "copy": True, "copy_strength": 0.5, "recall": 0},
     "copy_rebuilt": {"soft": False, "copy": "rebuilt", "recall": 0},
     "copy_generated": {"soft": False, "copy": True, "copy_generated": True, "recall": 0},
-    "all": {"soft": True, "copy": True, "recall": 2},
+    "soft_retrieve2_copy": {"soft": True, "copy": True, "recall": 2},
 }
 """Options of `CompressedHistory`; `full` is the plain host."""
 

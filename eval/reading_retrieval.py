@@ -16,6 +16,7 @@ import numpy as np
 
 from eval.reading_arms import PREFIX, Bench, Progress, batches, with_interval
 
+DEFAULT = "soft_retrieve2_copy"  # the arm whose accuracy also stands without a name
 MARGIN = 64  # tokens by which a prompt is shorter than its name says: the answer must fit a host's positions too
 
 STATEMENTS = {
@@ -250,6 +251,6 @@ def summary(key: str, arm: str, samples: Sequence[Sample], verdicts: Sequence[st
         chosen = [r for r, sample in zip(right, samples, strict=True) if sample.aligned == flag]
         if chosen:
             metrics[f"{key}.{arm}.{name}"] = float(np.mean(chosen))
-    if arm == "all":
-        metrics |= {f"{key}{k.removeprefix(f'{key}.all')}": v for k, v in metrics.items() if ".accuracy" in k}
+    if arm == DEFAULT:
+        metrics |= {f"{key}{k.removeprefix(f'{key}.{arm}')}": v for k, v in metrics.items() if ".accuracy" in k}
     return metrics

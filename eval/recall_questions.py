@@ -57,7 +57,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--chosen", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--scorer", type=Path, help="folder of a learned scorer to compare")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--result", default="recall-questions")
+    parser.add_argument("--result", default="retrieval-questions")
 
 
 def passages(data: Path, name: str) -> list[tuple[str, list[tuple[str, int]]]]:

@@ -33,53 +33,66 @@ HGR_SETS = ("young", "files", "packages", "prose")
 FITTED = " †"  # behind arms whose gate was fitted for them, where the others use the shipped one
 HGR_WAYS = {
     "window": "raw window",
-    "recent_same_slots": "more raw tokens in the soft prompts' slots",
+    "longer_same_slots": "more raw tokens in the soft prompts' slots",
     "soft": "soft prompts",
     "shuffled": "soft prompts of another file",
-    "copy_pooled": "copying",
-    "copy_rebuilt_pooled": "copying from rebuilt latents",
-    "soft_copy_pooled": "soft prompts + copying (the defaults)",
-    "recent_same_slots_copy": "more raw tokens in their slots + copying" + FITTED,
-    "last2_copy": "last 2 chunks raw + copying" + FITTED,
-    "recall2_copy_pooled": "recall of 2 by BM25 + copying",
-    "all_pooled": "soft prompts + copying + recall of 2 by BM25",
-    "all_learned_pooled": "the same, recall by a learned scorer",
-    "all_overlap_pooled": "the same, recall as it is by default §",
-    "recent_same_slots_recall_copy": "a window longer by their slots + copying" + FITTED,
-    "oracle2_copy": "best 2 chunks, by an oracle, + copying" + FITTED + "‡",
+    "copy": "copying",
+    "copy_rebuilt": "copying from rebuilt latents",
+    "soft_copy": "soft prompts + copying (the defaults)",
+    "longer_same_slots_copy_fitted": "more raw tokens in their slots + copying" + FITTED,
+    "retrieve2_last_copy_fitted": "last 2 chunks raw + copying" + FITTED,
+    "retrieve2_bm25_copy": "recall of 2 by BM25 + copying",
+    "soft_retrieve2_bm25_copy": "soft prompts + copying + recall of 2 by BM25",
+    "soft_retrieve2_learned_copy": "the same, recall by a learned scorer",
+    "soft_retrieve2_copy": "the same, recall as it is by default §",
+    "longer_same_slots_retrieve2_copy_fitted": "a window longer by their slots + copying" + FITTED,
+    "retrieve2_oracle_copy_fitted": "best 2 chunks, by an oracle, + copying" + FITTED + "‡",
     "full": "full history",
-    "full_copy_pooled": "full history + copying",
+    "full_copy": "full history + copying",
 }
-HGR_DIFFERENCES = {
-    "soft_minus_shuffled": ("soft prompts", "soft prompts of another file"),
-    "soft_copy_pooled.diff": ("soft prompts + copying", "more raw tokens in their slots + copying" + FITTED),
-    "soft_copy.diff": ("soft prompts + copying" + FITTED, "more raw tokens in their slots + copying" + FITTED),
-    "recall2_copy_pooled.diff": ("recall of 2 by BM25 + copying", "a longer window (1,604 slots) + copying" + FITTED),
-    "all_pooled.diff": ("all three ways, recall by BM25", "a longer window (1,604 slots) + copying" + FITTED),
-    "all.diff": ("all three ways, recall by BM25" + FITTED, "a longer window (1,604 slots) + copying" + FITTED),
-    "all_learned_pooled.diff": ("all three ways, learned recall", "a longer window (1,604 slots) + copying" + FITTED),
-    "all_overlap_pooled.diff": (
-        "all three ways, default recall §",
-        "a longer window (1,604 slots) + copying" + FITTED,
+LONGER = "a longer window (1,604 slots) + copying" + FITTED
+HGR_DIFFERENCES = {  # an arm and the other one
+    "soft.shuffled": ("soft prompts", "soft prompts of another file"),
+    "soft_copy.longer_same_slots_copy_fitted": (
+        "soft prompts + copying",
+        "more raw tokens in their slots + copying" + FITTED,
     ),
-    "all_learned_pooled.over_bm25": ("all three ways, learned recall", "all three ways, recall by BM25"),
-    "all_overlap_pooled.over_bm25": ("all three ways, default recall §", "all three ways, recall by BM25 §"),
+    "soft_copy_fitted.longer_same_slots_copy_fitted": (
+        "soft prompts + copying" + FITTED,
+        "more raw tokens in their slots + copying" + FITTED,
+    ),
+    "retrieve2_bm25_copy.longer_same_slots_retrieve2_copy_fitted": ("recall of 2 by BM25 + copying", LONGER),
+    "soft_retrieve2_bm25_copy.longer_same_slots_retrieve2_copy_fitted": ("all three ways, recall by BM25", LONGER),
+    "soft_retrieve2_bm25_copy_fitted.longer_same_slots_retrieve2_copy_fitted": (
+        "all three ways, recall by BM25" + FITTED,
+        LONGER,
+    ),
+    "soft_retrieve2_learned_copy.longer_same_slots_retrieve2_copy_fitted": ("all three ways, learned recall", LONGER),
+    "soft_retrieve2_copy.longer_same_slots_retrieve2_copy_fitted": ("all three ways, default recall §", LONGER),
+    "soft_retrieve2_learned_copy.soft_retrieve2_bm25_copy": (
+        "all three ways, learned recall",
+        "all three ways, recall by BM25",
+    ),
+    "soft_retrieve2_copy.soft_retrieve2_bm25_copy": (
+        "all three ways, default recall §",
+        "all three ways, recall by BM25 §",
+    ),
 }
-KVPRESS_WAYS = {  # at the slots of the soft prompts, then at those of recall as well
-    "streaming": "StreamingLLM",
-    "snapkv": "SnapKV",
-    "snapkv_window": "SnapKV that keeps the raw window",
-    "expected_attention": "ExpectedAttention",
-    "knorm": "Knorm",
-    "recent_same_slots": "as many raw tokens, read anew",
-    "soft_copy_pooled": "ours: soft prompts + copying",
-    "streaming_recall": "StreamingLLM",
-    "snapkv_recall": "SnapKV",
-    "snapkv_window_recall": "SnapKV that keeps the raw window",
-    "expected_attention_recall": "ExpectedAttention",
-    "knorm_recall": "Knorm",
-    "recent_same_slots_recall": "as many raw tokens, read anew",
-    "all_pooled": "ours: soft prompts + copying + recall of 2 by BM25",
+KVPRESS_WAYS = {  # at the slots of the soft prompts, then at those of retrieved chunks as well
+    "streaming.at8": "StreamingLLM",
+    "snapkv.at8": "SnapKV",
+    "snapkv_window.at8": "SnapKV that keeps the raw window",
+    "expected_attention.at8": "ExpectedAttention",
+    "knorm.at8": "Knorm",
+    "longer_same_slots": "as many raw tokens, read anew",
+    "soft_copy": "ours: soft prompts + copying",
+    "streaming.at8_retrieve2": "StreamingLLM",
+    "snapkv.at8_retrieve2": "SnapKV",
+    "snapkv_window.at8_retrieve2": "SnapKV that keeps the raw window",
+    "expected_attention.at8_retrieve2": "ExpectedAttention",
+    "knorm.at8_retrieve2": "Knorm",
+    "longer_same_slots_retrieve2": "as many raw tokens, read anew",
+    "soft_retrieve2_bm25_copy": "ours: soft prompts + copying + recall of 2 by BM25",
 }
 PROSE = {
     "csv_tables": "CSV tables",
@@ -108,8 +121,9 @@ READERS = {
     "soft": "soft prompts",
     "copy": "copying",
     "copy_rebuilt": "copying from rebuilt latents",
-    "all": "soft prompts + copying + recall of 2",
+    "soft_retrieve2_bm25_copy": "soft prompts + copying + recall of 2",
 }
+DRAFTERS = {"copy": "copying", "soft_retrieve2_copy": "soft prompts + copying + recall of 2"}
 RULER_TASKS = {
     "niah_single_1": "one needle in repeated noise",
     "niah_multikey_2": "one needle among needles",
@@ -118,7 +132,7 @@ RULER_TASKS = {
     "ruler_cwe": "most common words",
     "ruler_fwe": "most frequent coded words",
 }
-RULER_ARMS = {"full": "full", "window": "window", "ours": "ours", "ours_recall": "ours + recall of 2"}
+RULER_ARMS = {"full": "full", "window": "window", "soft_copy": "ours", "soft_retrieve2_copy": "ours + recall of 2"}
 RULER_LENGTHS = {"4096": "4k", "8192": "8k"}
 QUESTION_SETS = {"nq": "Natural Questions", "xquad": "XQuAD"}
 QUESTION_CELLS = (("nq", 8), ("nq", 64), ("nq", 256), ("xquad", 8), ("xquad", 64))
@@ -159,7 +173,7 @@ def hgr_table(metrics: dict[str, float]) -> list[str]:
     lines = _table(["way", "KV slots", *HGR_SETS], rows if metrics else [])
     if metrics:
         worth = [_per_set(metrics, f"loss.{arm}", lambda value: _number(value, 3)) for arm in ("window", "full")]
-        oracle = {metrics.get(f"{name}.n8.oracle2.documents") for name in HGR_SETS}
+        oracle = {metrics.get(f"{name}.n8.retrieve2_oracle.documents") for name in HGR_SETS}
         few = ", ".join(sorted(_number(value) for value in oracle))
         lines += ["", f"HGR in %, with 95% intervals. † A gate fitted for this way; else the shipped one. "
                       f"‡ The pair of least loss on the very tokens that are scored; {few} documents each. "
@@ -173,7 +187,7 @@ def hgr_table(metrics: dict[str, float]) -> list[str]:
 
 def _partly(metrics: dict[str, float]) -> str:
     """What is to be known of the arm that was read on fewer documents; nothing where it was read on all."""
-    key = "all_overlap_pooled"
+    key = "soft_retrieve2_copy"
     counts = {name: metrics.get(f"{name}.n8.{key}.documents") for name in HGR_SETS}
     if not any(counts.values()):
         return ""
@@ -253,7 +267,7 @@ def routing_costs_table(metrics: dict[str, float]) -> list[str]:
 def difference_table(metrics: dict[str, float]) -> list[str]:
     """Paired differences of HGR at 8 chunks: what wins against what."""
     rows = [
-        [*labels, *(_share(metrics, f"{name}.n8.{key}", sign=True) for name in HGR_SETS)]
+        [*labels, *(_share(metrics, f"{name}.n8.diff.{key}.mean", sign=True) for name in HGR_SETS)]
         for key, labels in HGR_DIFFERENCES.items()
     ]
     lines = _table(["way", "minus", *HGR_SETS], rows if metrics else [])
@@ -263,7 +277,7 @@ def difference_table(metrics: dict[str, float]) -> list[str]:
 def prose_table(metrics: dict[str, float]) -> list[str]:
     """What copying recovers by kind of text that is no Python."""
     rows = [
-        [label, *(_share(metrics, f"prose.{key}.n8.{arm}.hgr") for arm in ("copy_pooled", "copy_rebuilt")),
+        [label, *(_share(metrics, f"prose.{key}.n8.{arm}.hgr") for arm in ("copy", "copy_rebuilt_fitted")),
          *(_number(metrics.get(f"prose.{key}.n8.loss.{arm}"), 3) for arm in ("window", "full")),
          _number(metrics.get(f"prose.{key}.n8.documents"))]
         for key, label in PROSE.items()
@@ -280,7 +294,7 @@ def nextline_table(metrics: dict[str, float]) -> list[str]:
     """The next line of code, written greedily."""
     columns = ("exact", "edit", "right_tokens", "repetition", "known_names")
     rows = []
-    for arm in ("window", "copy", "all", "full"):
+    for arm in ("window", "copy", "soft_retrieve2_bm25_copy", "full"):
         keys = [f"nextline.{arm}.{column}" for column in columns]
         rows.append([READERS[arm], *(_plain(metrics, key) if key.endswith("right_tokens") else _share(metrics, key)
                                      for key in keys)])  # fmt: skip
@@ -288,7 +302,9 @@ def nextline_table(metrics: dict[str, float]) -> list[str]:
             "repeated trigrams", "names that the file knows"]  # fmt: skip
     lines = _table(head, rows if metrics else [])
     if metrics:
-        gains = [_share(metrics, f"nextline.{arm}_minus_window", sign=True) for arm in ("copy", "all")]
+        gains = [
+            _share(metrics, f"nextline.{arm}_minus_window", sign=True) for arm in ("copy", "soft_retrieve2_bm25_copy")
+        ]
         lines += ["", f"In %, but for the tokens. {_number(metrics.get('nextline.lines'))} lines of "
                       f"{_number(metrics.get('nextline.packages'))} packages younger than the host. Exact lines "
                       f"beyond those of the raw window: copying {gains[0]}, all three ways {gains[1]}."]  # fmt: skip
@@ -314,7 +330,7 @@ def identifiers_table(metrics: dict[str, float]) -> list[str]:
     """Names that the raw window does not hold."""
     rows = [
         [READERS[arm], *(_share(metrics, f"identifiers.{arm}.{key}") for key in ("accuracy", "whole"))]
-        for arm in ("window", "soft", "copy", "all", "full")
+        for arm in ("window", "soft", "copy", "soft_retrieve2_bm25_copy", "full")
     ]
     lines = _table(["what the host reads", "tokens right", "whole names right"], rows if metrics else [])
     if metrics:
@@ -391,9 +407,9 @@ def choice_table(metrics: dict[str, float]) -> list[str]:
 
 def drafts_table(metrics: dict[str, float]) -> list[str]:
     """Tokens a step of the host with drafts from the history."""
-    arms = [arm for arm in READERS if f"drafts.{arm}.tokens_a_step" in metrics]
+    arms = [arm for arm in DRAFTERS if f"drafts.{arm}.tokens_a_step" in metrics]
     rows = [
-        [READERS[arm], _with_interval(metrics, f"drafts.{arm}.tokens_a_step", 1, 2, ""),
+        [DRAFTERS[arm], _with_interval(metrics, f"drafts.{arm}.tokens_a_step", 1, 2, ""),
          _share(metrics, f"drafts.{arm}.same", 0)]
         for arm in arms
     ]  # fmt: skip
@@ -496,10 +512,10 @@ class Shown(NamedTuple):
 
 TABLES = {
     "demo": Shown("demo", HOST, demo_table),
-    "hgr": Shown("hgr", HOST, hgr_table),
-    "hgr-differences": Shown("hgr", HOST, difference_table),
-    "kvpress": Shown("hgr", HOST, kvpress_table),
-    "hgr-prose": Shown("hgr", HOST, prose_table),
+    "hgr": Shown("hgr-smollm2-135m", HOST, hgr_table, "hgr"),
+    "hgr-differences": Shown("hgr-smollm2-135m", HOST, difference_table, "hgr"),
+    "kvpress": Shown("hgr-smollm2-135m", HOST, kvpress_table, "hgr"),
+    "hgr-prose": Shown("hgr-smollm2-135m", HOST, prose_table, "hgr"),
     "nextline": Shown("reading", HOST, nextline_table),
     "identifiers": Shown("reading", HOST, identifiers_table),
     "retrieval": Shown("reading", HOST, retrieval_table),
@@ -512,8 +528,8 @@ TABLES = {
     "routing-host": Shown("routing", HOST, routing_host_table),
     "routing-costs": Shown("routing", HOST, routing_costs_table),
     "drafts": Shown("reading-drafts", HOST, drafts_table, "reading"),
-    "recall-questions": Shown("recall-questions", "none, the choice alone", questions_table),
-    "recall-choice": Shown("recall-choice", "none, the choice alone", choice_table),
+    "retrieval-questions": Shown("retrieval-questions", "none, the choice alone", questions_table),
+    "retrieval-choice": Shown("retrieval-choice", "none, the choice alone", choice_table),
     "lm-eval": Shown("lm-eval", HOST, ruler_table),
     "training-gpu": Shown("training-gpu", "none, the crouter alone", training_table),
 }
@@ -610,7 +626,8 @@ def _with_error(metrics: dict[str, float], key: str) -> str:
 def _with_interval(metrics: dict[str, float], key: str, factor: float, digits: int, sign: str) -> str:
     if key not in metrics:
         return "–"
-    value, *ends = (metrics.get(name) for name in (key, f"{key}.lo", f"{key}.hi"))
+    base = key.removesuffix(".mean")
+    value, *ends = (metrics.get(name) for name in (key, f"{base}.lo", f"{base}.hi"))
     shown = [f"{factor * end:{sign}.{digits}f}".replace("-", "−") for end in (value, *ends) if end is not None]
     if len(shown) < 3 or value == ends[0] == ends[1]:
         return shown[0]

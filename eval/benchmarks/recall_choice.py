@@ -35,7 +35,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--choices", type=int, default=100)
     parser.add_argument("--turns", type=int, default=3, help="walks; the fastest counts, choice by choice")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--result", default="recall-choice")
+    parser.add_argument("--result", default="retrieval-choice")
 
 
 def library_tokens(tokenizer: Tokenizer) -> np.ndarray:
@@ -107,5 +107,5 @@ def run(args: argparse.Namespace) -> None:
         key = f"{count // 1000}k" if count % 1000 == 0 else str(count)
         print(key, {name: round(float(value), 3) for name, value in figures.items()}, flush=True)
         metrics |= {f"{key}.{name}": float(value) for name, value in figures.items()}
-    config = {"chunks": args.chunks, "length": args.length, "choices": args.choices, "turns": args.turns, "recall": 2}
+    config = {"chunks": args.chunks, "length": args.length, "choices": args.choices, "turns": args.turns, "chosen": 2}
     print(write_result(args.result, metrics, seed=args.seed, config=config, notes=NOTES))

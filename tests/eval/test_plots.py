@@ -9,7 +9,7 @@ from hf_crouter.errors import InputError
 
 
 def result(**changes):
-    metrics = {"young.n8.documents": 375.0, "young.n8.knorm.hgr": -1.2, "young.n8.knorm_recall.hgr": -0.5}
+    metrics = {"young.n8.documents": 375.0, "young.n8.knorm.at8.hgr": -1.2, "young.n8.knorm.at8_retrieve2.hgr": -0.5}
     for arm, n in ((way.arm, n) for way in plots.WAYS for n in plots.CHUNKS):
         metrics |= {f"young.n{n}.{arm}.slots": 500.0 + n, f"young.n{n}.{arm}.hgr": n / 10}
         metrics |= {f"young.n{n}.{arm}.hgr.lo": n / 10 - 0.1, f"young.n{n}.{arm}.hgr.hi": n / 10 + 0.1}
@@ -25,7 +25,7 @@ def test_the_figure_of_the_readme_shows_what_was_measured():
 
 def test_the_same_figure_from_the_same_result(tmp_path, capsys):
     pytest.importorskip("matplotlib")
-    (tmp_path / "hgr.json").write_text(json.dumps(result()))
+    (tmp_path / plots.RESULT).write_text(json.dumps(result()))
     words = ["--results", str(tmp_path)]
     assert plots.main([*words, "--check"]) == 1 and "run python -m eval.plots" in capsys.readouterr().err
     assert plots.main([*words, "--png", str(tmp_path / "x.png")]) == 0 and (tmp_path / "x.png").stat().st_size
@@ -33,7 +33,7 @@ def test_the_same_figure_from_the_same_result(tmp_path, capsys):
     ElementTree.fromstring(first)
     assert plots.main(words) == 0 and (tmp_path / plots.FIGURE).read_bytes() == first
     assert plots.main([*words, "--check"]) == 0
-    (tmp_path / "hgr.json").write_text(json.dumps(result(**{"young.n8.soft.hgr": 0.5})))
+    (tmp_path / plots.RESULT).write_text(json.dumps(result(**{"young.n8.soft.hgr": 0.5})))
     assert plots.main([*words, "--check"]) == 1
 
 

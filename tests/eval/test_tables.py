@@ -54,16 +54,23 @@ def interval(key, value, low, high):
     return {key: value, f"{key}.lo": low, f"{key}.hi": high}
 
 
+def difference(key, value, low, high):
+    return {f"{key}.mean": value, f"{key}.lo": low, f"{key}.hi": high}
+
+
 def rows_of(text):
     return [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("|")][2:]
 
 
 def test_hgr(tmp_path):
     metrics = {"young.n8.window.slots": 516.0, **interval("young.n8.window.hgr", 0.0, 0.0, 0.0)}
-    metrics |= {"young.n8.copy_pooled.slots": 516.0, **interval("young.n8.copy_pooled.hgr", 0.7281, 0.7025, 0.7537)}
-    metrics |= {"young.n8.copy.hgr": 0.9, **interval("prose.n8.oracle2_copy.hgr", 1.365, 1.28, 1.4781)}
-    metrics |= {f"{name}.n8.oracle2.documents": 150.0 for name in tables.HGR_SETS} | {"young.n8.tra": 0.96071}
-    write(tmp_path, "hgr", metrics)
+    metrics |= {"young.n8.copy.slots": 516.0, **interval("young.n8.copy.hgr", 0.7281, 0.7025, 0.7537)}
+    metrics |= {
+        "young.n8.copy_fitted.hgr": 0.9,
+        **interval("prose.n8.retrieve2_oracle_copy_fitted.hgr", 1.365, 1.28, 1.4781),
+    }
+    metrics |= {f"{name}.n8.retrieve2_oracle.documents": 150.0 for name in tables.HGR_SETS} | {"young.n8.tra": 0.96071}
+    write(tmp_path, "hgr-smollm2-135m", metrics)
     text = render("hgr", tmp_path)
     rows = {row[0]: row[1:] for row in rows_of(text)}
     assert rows["raw window"] == ["516", "0.0", "–", "–", "–"]
@@ -74,11 +81,11 @@ def test_hgr(tmp_path):
 
 def test_only_ways_with_a_gate_of_their_own_are_marked():
     with_gate = {arm for arm, label in tables.HGR_WAYS.items() if "†" in label}
-    assert with_gate == {arm for arm in tables.HGR_WAYS if arm.endswith("_copy")}
+    assert with_gate == {arm for arm in tables.HGR_WAYS if arm.endswith("_fitted")}
 
 
 def test_lm_eval(tmp_path):
-    metrics = {"ruler_vt.4096.full": 0.125, "ruler_vt.4096.full.se": 0.0312, "ruler_vt.8192.ours_recall": 1.0}
+    metrics = {"ruler_vt.4096.full": 0.125, "ruler_vt.4096.full.se": 0.0312, "ruler_vt.8192.soft_retrieve2_copy": 1.0}
     write(tmp_path, "lm-eval", {**metrics, "slots.4096.full": 4012.0})
     text = render("lm-eval", tmp_path)
     rows = {row[0]: row[1:] for row in rows_of(text)}
@@ -87,8 +94,10 @@ def test_lm_eval(tmp_path):
 
 
 def test_kvpress_and_routing(tmp_path):
-    metrics = interval("young.n8.snapkv.hgr", -0.276, -0.449, -0.138)
-    write(tmp_path, "hgr", {**metrics, "young.n8.snapkv.slots": 580.0, "prose.n8.snapkv.hgr": -0.4})
+    metrics = interval("young.n8.snapkv.at8.hgr", -0.276, -0.449, -0.138)
+    write(
+        tmp_path, "hgr-smollm2-135m", {**metrics, "young.n8.snapkv.at8.slots": 580.0, "prose.n8.snapkv.at8.hgr": -0.4}
+    )
     rows = {row[0]: row[1:] for row in rows_of(render("kvpress", tmp_path))}
     assert rows["SnapKV that keeps the raw window"] == ["–"] * 5
     assert ["SnapKV", "580", "−27.6 [−44.9, −13.8]", "–", "–", "−40.0"] in rows_of(render("kvpress", tmp_path))
@@ -119,27 +128,27 @@ def test_drafts(tmp_path):
     assert rows_of(render("drafts", tmp_path)) == [["copying", "1.50 [1.25, 2.00]", "100"]]
 
 
-def test_recall_questions(tmp_path):
+def test_retrieval_questions(tmp_path):
     metrics = interval("nq.64.overlap.k2.found", 0.453, 0.414, 0.494)
-    write(tmp_path, "recall-questions", {**metrics, "nq.64.questions": 600.0})
-    text = render("recall-questions", tmp_path)
+    write(tmp_path, "retrieval-questions", {**metrics, "nq.64.questions": 600.0})
+    text = render("retrieval-questions", tmp_path)
     assert rows_of(text)[0][1:] == ["–", "45.3 [41.4, 49.4]", "–", "–", "–"] and "Questions: –, 600, –" in text
 
 
 def test_hgr_differences(tmp_path):
-    metrics = interval("young.n8.soft_copy.diff", 0.034, 0.0266, 0.0415)
-    write(tmp_path, "hgr", metrics | interval("packages.n8.soft_minus_shuffled", 0.004, -0.005, 0.008))
+    metrics = difference("young.n8.diff.soft_copy_fitted.longer_same_slots_copy_fitted", 0.034, 0.0266, 0.0415)
+    write(tmp_path, "hgr-smollm2-135m", metrics | difference("packages.n8.diff.soft.shuffled", 0.004, -0.005, 0.008))
     rows = rows_of(render("hgr-differences", tmp_path))
     assert rows[0][2:] == ["–", "–", "+0.4 [−0.5, +0.8]", "–"]
     assert rows[2][0].endswith("†") and rows[2][2] == "+3.4 [+2.7, +4.2]"
 
 
 def test_hgr_prose(tmp_path):
-    metrics = interval("prose.logs.n8.copy_pooled.hgr", 0.79, 0.68, 0.86) | {"prose.logs.n8.documents": 16.0}
-    write(tmp_path, "hgr", metrics | {"prose.n8.tra": 0.6})
+    metrics = interval("prose.logs.n8.copy.hgr", 0.79, 0.68, 0.86) | {"prose.logs.n8.documents": 16.0}
+    write(tmp_path, "hgr-smollm2-135m", metrics | {"prose.n8.tra": 0.6})
     row = next(row for row in rows_of(render("hgr-prose", tmp_path)) if row[0] == "logs")
     assert row == ["logs", "79.0 [68.0, 86.0]", "–", "–", "–", "16"]
-    write(tmp_path, "hgr", {"prose.recipes.n8.documents": 3.0})
+    write(tmp_path, "hgr-smollm2-135m", {"prose.recipes.n8.documents": 3.0})
     with pytest.raises(InputError, match="no name for the prose of recipes"):
         render("hgr-prose", tmp_path)
 
@@ -150,7 +159,7 @@ def test_reading(tmp_path):
     )
     metrics |= interval("nextline.copy_minus_window", 0.017, -0.003, 0.032)
     metrics |= interval("passkey.32k.copy.accuracy", 0.46, 0.32, 0.6) | {"passkey.4k.copy.samples": 50.0}
-    metrics |= interval("identifiers.all.whole", 0.32, 0.27, 0.38)
+    metrics |= interval("identifiers.soft_retrieve2_bm25_copy.whole", 0.32, 0.27, 0.38)
     metrics |= interval("manners.near.copy.wrong_copied", 0.96, 0.9, 1.0)
     write(tmp_path, "reading", metrics)
     assert rows_of(text := render("nextline", tmp_path))[1] == [
@@ -165,10 +174,10 @@ def test_reading(tmp_path):
 def test_costs(tmp_path):
     write(tmp_path, "training-gpu", {"wide.b128.mfu": 0.410646, "wide.b128.tokens_per_second": 773930.2})
     write(tmp_path, "suffix-index", {"1m.query.us": 97.1, "1m.build.seconds": 0.2527})
-    write(tmp_path, "recall-choice", {"2k.choose.ms": 0.9025})
+    write(tmp_path, "retrieval-choice", {"2k.choose.ms": 0.9025})
     assert rows_of(render("training-gpu", tmp_path))[1] == ["6 + 6 layers, 512 wide", "128", "773,930", "41.1%"]
     assert rows_of(render("suffix-index", tmp_path))[2] == ["1m", "97", "–", "0.25", "–", "–"]
-    assert rows_of(render("recall-choice", tmp_path))[1] == ["2k", "0.9", "–", "–", "–"]
+    assert rows_of(render("retrieval-choice", tmp_path))[1] == ["2k", "0.9", "–", "–", "–"]
 
 
 def test_demo(tmp_path):
@@ -183,22 +192,26 @@ def test_demo(tmp_path):
 
 
 def test_what_the_readme_says_beside_its_tables_was_measured():
-    metrics = json.loads((FOLDER / "hgr.json").read_text())["metrics"]
+    metrics = json.loads((FOLDER / "hgr-smollm2-135m.json").read_text())["metrics"]
+    everything_arm = "soft_retrieve2_bm25_copy"
     copy, everything, longer, fitted, generic = (
         f"{100 * metrics[f'young.n8.{arm}.hgr']:.0f}%"
-        for arm in ("copy_pooled", "all_pooled", "recent_same_slots_recall_copy", "copy", "copy_generic")
+        for arm in ("copy", everything_arm, "longer_same_slots_retrieve2_copy_fitted", "copy_fitted", "copy_generic")
     )
-    slots, full = (f"{metrics[f'young.n8.{arm}.slots']:,.0f}" for arm in ("all_pooled", "full"))
+    slots, full = (f"{metrics[f'young.n8.{arm}.slots']:,.0f}" for arm in (everything_arm, "full"))
     text = " ".join(README.read_text(encoding="utf-8").split())
     assert f"copying takes no KV slot and recovers {copy} of what full history is worth" in text
     assert f"all three ways {everything} with {slots} slots of {full}" in text
     assert f"where a raw window of {slots} slots that copies as well recovers {longer}" in text
-    assert metrics["young.n8.copy_pooled.slots"] == metrics["young.n8.window.slots"]
-    difference = [f"{100 * metrics[f'young.n8.soft_copy.diff{end}']:.1f}" for end in ("", ".lo", ".hi")]
+    assert metrics["young.n8.copy.slots"] == metrics["young.n8.window.slots"]
+    difference = [
+        f"{100 * metrics[f'young.n8.diff.soft_copy_fitted.longer_same_slots_copy_fitted.{end}']:.1f}"
+        for end in ("mean", "lo", "hi")
+    ]
     assert "by {} points [{}, {}] on young code".format(*difference) in text
-    ratio = metrics["young.n8.full.slots"] / metrics["young.n8.all_pooled.slots"]
+    ratio = metrics["young.n8.full.slots"] / metrics[f"young.n8.{everything_arm}.slots"]
     assert f"{slots} instead of {full} is {ratio:.1f}x fewer" in text
-    prose = [f"{100 * metrics[f'prose.n8.{key}']:.0f}%" for key in ("tra", "copy_rebuilt_pooled.hgr")]
+    prose = [f"{100 * metrics[f'prose.n8.{key}']:.0f}%" for key in ("tra", "copy_rebuilt.hgr")]
     assert "of prose {} of the tokens are rebuilt, and HGR is {}.".format(*prose) in text
     gates = f"The generic gate recovers {generic} on young code, the shipped one {copy}, "
     gates += f"one fitted to copying alone {fitted}."
