@@ -62,7 +62,8 @@ def run(args: argparse.Namespace) -> None:
             continue
         score = reconstruction_score(crouter, ids, mask, bf16=device == "cuda")
         full = mask.sum(-1) == length
-        metrics |= {f"{key}.tra": score.accuracy, f"{key}.nll": score.nats, f"{key}.chunks": score.chunks}
+        tra, nll = score.accuracy, score.reconstruction_nll
+        metrics |= {f"{key}.tra": tra, f"{key}.nll": nll, f"{key}.chunks": score.chunks}
         if key.startswith("code.") and bool(full.any()):
             cut = ids[full][:, : length - 12]
             short = reconstruction_score(crouter, cut, bf16=device == "cuda")
@@ -70,7 +71,7 @@ def run(args: argparse.Namespace) -> None:
                 f"{key}.full.tra": float(score.chunk_accuracy[full].mean()),
                 f"{key}.ragged500.tra": short.accuracy,
             }
-        print(f"{key:16s} TRA {score.accuracy:7.2%}  {score.nats:.3f} nats/token  {score.chunks} chunks", flush=True)
+        print(f"{key:16s} TRA {tra:7.2%}  {nll:.3f} nats/token  {score.chunks} chunks", flush=True)
     record = Path(crouter.name_or_path, "training.json")
     if record.exists():
         runs = json.loads(record.read_text())

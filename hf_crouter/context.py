@@ -23,13 +23,15 @@ from .chunking import tokenizer_fingerprint
 from .crouter import CRouterModel
 from .crouter.fingerprint import crouter_fingerprint
 from .errors import InputError, MismatchError
+from .utils.batching import padded
 from .utils.io import replaced_file
 
 FORMAT = "crouter-context-1"
+ON_DISK = {"reconstruction_nll": "residual"}  # tensors that files call otherwise since their first version
 DTYPES = {
     "latents": torch.bfloat16,
     "tokens": torch.int32,
-    "residual": torch.float32,
+    "reconstruction_nll": torch.float32,
     "accuracy": torch.float32,
 }
 
@@ -76,7 +78,7 @@ class CompressedContext:
                 raise InputError(f"{name}: expected {self.latents.shape[0]} values, got shape {list(tensor.shape)}")
         if bool((self.tokens < 1).any()):
             raise InputError("tokens: expected at least one token in every chunk")
-        for name in ("latents", "residual", "accuracy"):
+        for name in ("latents", "reconstruction_nll", "accuracy"):
             check_finite(getattr(self, name), name)
 
     def __len__(self) -> int:
@@ -95,7 +97,7 @@ class CompressedContext:
             InputError: the disk is full or the folder cannot be written.
             OSError: any other failure while writing.
         """
-        tensors = {name: getattr(self, name).cpu().contiguous() for name in DTYPES}
+        tensors = {ON_DISK.get(name, name): getattr(self, name).cpu().contiguous() for name in DTYPES}
         metadata = {f.name: str(getattr(self, f.name)) for f in fields(self) if f.name not in DTYPES}
         metadata |= {"format": FORMAT, "chunks": str(len(self)), "num_tokens": str(self.num_tokens)}
         metadata["digest"] = _digest(tensors, metadata)
@@ -121,7 +123,11 @@ class CompressedContext:
         except (SafetensorError, ValueError, OSError) as error:
             raise InputError(f"{path}: truncated, altered or no safetensors file ({error})") from error
         form = metadata.get("format", "")
-        if not form.startswith("crouter-context-") or form == FORMAT and set(tensors) != set(DTYPES):
+        if (
+            not form.startswith("crouter-context-")
+            or form == FORMAT
+            and set(tensors) != {ON_DISK.get(name, name) for name in DTYPES}
+        ):
             raise InputError(f"{path}: a safetensors file, but not a compressed context")
         if form != FORMAT:
             raise InputError(f"{path}: expected a context of version {FORMAT!r}, got {form!r}")
@@ -130,7 +136,8 @@ class CompressedContext:
         names = [f.name for f in fields(cls) if f.name not in DTYPES and f.name != "num_bytes"]
         try:
             texts = {name: metadata[name] for name in names}
-            return cls(**tensors, **texts, num_bytes=int(metadata["num_bytes"]))
+            named = {name: tensors[ON_DISK.get(name, name)] for name in DTYPES}
+            return cls(**named, **texts, num_bytes=int(metadata["num_bytes"]))
         except (KeyError, ValueError) as error:
             raise InputError(f"{path}: not a usable context ({error})") from error
 
@@ -178,7 +185,7 @@ def compress_text(
 ) -> CompressedContext:
     """Compresses a text, chunk after chunk; the last chunk may be shorter.
 
-    The residual is measured on the latents as they are stored, rounded to bfloat16.
+    The reconstruction NLL is measured on the latents as they are stored, rounded to bfloat16.
 
     Args:
         text: any text of at least one token.
@@ -203,15 +210,14 @@ def compress_text(
     for start in range(0, len(chunks), batch_size):
         rows = chunks[start : start + batch_size]
         tokens = torch.tensor([len(row) for row in rows])
-        batch = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(crouter.device)
-        mask = (torch.arange(batch.shape[1]) < tokens[:, None]).to(crouter.device)
+        batch, mask = padded(rows, crouter.device)
         latents = crouter.encode(batch, mask).to(torch.bfloat16)
         check_finite(latents, "latents", first=start)
         logits = crouter.decode(latents.to(crouter.dtype), length=batch.shape[1]).float()
-        nats = F.cross_entropy(logits.flatten(0, 1), batch.flatten(), reduction="none").view_as(batch) * mask
+        nll = F.cross_entropy(logits.flatten(0, 1), batch.flatten(), reduction="none").view_as(batch) * mask
         hits = (logits.argmax(-1) == batch) & mask
         count = mask.sum(-1)
-        results = (latents, tokens.int(), nats.sum(-1) / count, hits.sum(-1) / count)
+        results = (latents, tokens.int(), nll.sum(-1) / count, hits.sum(-1) / count)
         for part, result in zip(parts.values(), results, strict=True):
             part.append(result.cpu())
         progress(start + len(rows), len(chunks))

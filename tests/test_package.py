@@ -138,7 +138,7 @@ def test_it_rebuilds_the_standard_library_and_not_noise(crouter):
     print(f"TRA of code {code.accuracy:.4f}, of random ids {random.accuracy:.4f}")
     assert code.accuracy >= 0.9
     assert code.accuracy >= random.accuracy + 0.5
-    assert float(code.reconstruction_nll.max()) < float(random.reconstruction_nll.min())
+    assert float(code.chunk_reconstruction_nll.max()) < float(random.chunk_reconstruction_nll.min())
 
 
 PATCHES = """

@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from hf_crouter import CRouterConfig, CRouterModel
+from hf_crouter.utils.batching import padded
 
 TEXT = "".join(Path(json.__file__).read_text(encoding="utf-8").splitlines(keepends=True)[:12])
 LENGTH = 16
@@ -42,8 +43,7 @@ def trained_crouter() -> Path:
     model = CRouterModel(config)
     ids = tokenizer(TEXT)["input_ids"]
     rows = [torch.tensor(ids[i : i + LENGTH]) for i in range(0, len(ids), LENGTH)]
-    batch = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-    mask = torch.arange(LENGTH) < torch.tensor([len(row) for row in rows])[:, None]
+    batch, mask = padded(rows)
     optimiser = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # far faster than many threads on matrices this small

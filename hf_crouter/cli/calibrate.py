@@ -1,4 +1,4 @@
-"""`hf-crouter calibrate`: which residual is usual for a crouter, from documents that it was not trained on."""
+"""`hf-crouter calibrate`: which reconstruction NLL is usual for a crouter, from held-out documents."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from ..data.dedup import deduplicate
 from ..data.tokens import encode_documents
 from ..errors import InputError
 from ..training.reconstruct import calibrate
-from ..utils.progress import Meter
+from ..utils.progress import Progress
 from .console import Column, print_json, print_table
 from .inputs import device, positive
 
 NAME = "calibrate"
-HELP = "measure which residual is usual on new documents, and write the crouter's calibration.json"
+HELP = "measure which reconstruction NLL is usual on new documents, and write the crouter's calibration.json"
 EXAMPLE = "hf-crouter calibrate --crouter runs/code/crouter --corpus wheels:flask,tornado"
 
 
@@ -38,8 +38,8 @@ def run(args: argparse.Namespace) -> int:
     if not Path(args.crouter).is_dir():
         raise InputError(f"--crouter: expected a local folder, got {args.crouter}")
     crouter, tokenizer = load_crouter(args.crouter)
-    with Meter(enabled=not args.json) as meter:
-        found = [document for spec in args.corpus for document in load_corpus(spec, progress=meter)]
+    with Progress(enabled=not args.json) as progress:
+        found = [document for spec in args.corpus for document in load_corpus(spec, progress=progress)]
         documents = deduplicate(found).documents
         if not documents:
             raise InputError(f"--corpus: expected documents, got none in {', '.join(args.corpus)}")
@@ -53,5 +53,5 @@ def run(args: argparse.Namespace) -> int:
     else:
         print(f"{path}: {calibration.chunks} chunks of {calibration.documents} documents")
         rows = [(f"{quantile:g}", f"{nats:.3f}") for quantile, nats in calibration.quantiles.items()]
-        print_table([Column("quantile"), Column("residual nats/token")], rows)
+        print_table([Column("quantile"), Column("reconstruction NLL nats/token")], rows)
     return 0

@@ -8,13 +8,12 @@ from __future__ import annotations
 import json
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TextIO
 
 import rich.console
-import rich.progress
 import rich.table
 from rich.text import Text
 from transformers.utils import logging as transformers_logging
@@ -75,22 +74,6 @@ def print_json(value: Any) -> None:
 def note(message: str) -> None:
     """Prints one line to stderr."""
     print(message, file=sys.stderr, flush=True)
-
-
-@contextmanager
-def progress(what: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar on stderr, gone when done and silent in a pipe.
-
-    Args:
-        what: what is being done.
-
-    Yields:
-        A function that takes the units done and their total.
-    """
-    console = rich.console.Console(stderr=True)
-    with rich.progress.Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(what, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 @contextmanager

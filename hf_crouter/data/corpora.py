@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from ..errors import InputError
-from ..utils.progress import Meter
+from ..utils.progress import Progress
 from .documents import Document
 from .installed import installed_python
 from .text_files import text_files
@@ -13,10 +13,10 @@ from .wheels import wheels
 
 __all__ = ["Document", "load_corpus", "register_corpus"]
 
-CorpusReader = Callable[[str, Meter], Iterator[Document]]
+CorpusReader = Callable[[str, Progress], Iterator[Document]]
 
 
-def load_corpus(spec: str, *, progress: Meter | None = None) -> Iterator[Document]:
+def load_corpus(spec: str, *, progress: Progress | None = None) -> Iterator[Document]:
     """Yields the documents of a corpus, in an order that is the same in every run.
 
     Args:
@@ -30,18 +30,18 @@ def load_corpus(spec: str, *, progress: Meter | None = None) -> Iterator[Documen
     name, _, argument = spec.partition(":")
     if name not in _READERS:
         raise InputError(f"no corpus is called {name!r}; there are {', '.join(sorted(_READERS))}")
-    return _READERS[name](argument.strip(), progress or Meter(enabled=False))
+    return _READERS[name](argument.strip(), progress or Progress(enabled=False))
 
 
 def register_corpus(name: str, reader: CorpusReader) -> None:
-    """Makes `reader(argument, meter) -> documents` a corpus called `name`."""
+    """Makes `reader(argument, progress) -> documents` a corpus called `name`."""
     _READERS[name] = reader
 
 
-def _hub(argument: str, meter: Meter) -> Iterator[Document]:
+def _hub(argument: str, progress: Progress) -> Iterator[Document]:
     from .hub import hub  # only when asked for: `datasets` belongs to an extra
 
-    return hub(argument, meter)
+    return hub(argument, progress)
 
 
 _READERS: dict[str, CorpusReader] = {}

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..errors import InputError
-from ..utils.progress import Meter
+from ..utils.progress import Progress
 from .documents import Document
 
 try:
@@ -75,33 +75,33 @@ def parse(argument: str) -> HubCorpus:
     return replace(KNOWN.get(name, HubCorpus(name)), **chosen)
 
 
-def hub(argument: str, meter: Meter | None = None) -> Iterator[Document]:
+def hub(argument: str, progress: Progress | None = None) -> Iterator[Document]:
     """Yields the documents of a data set as they arrive; nothing but the read part is downloaded.
 
     Args:
         argument: as `parse` reads it.
-        meter: shows progress.
+        progress: shows it.
 
     Raises:
         InputError: if the data set cannot be reached or has no such split, or a row lacks the field.
     """
     corpus = parse(argument)
-    meter = meter or Meter(enabled=False)
+    progress = progress or Progress(enabled=False)
     try:
         rows: Iterable[Any] = load_dataset(corpus.name, corpus.config, split=corpus.split, streaming=True)
     except Exception as error:  # datasets raises errors of many kinds: connection, missing files, unknown names
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise InputError(f"cannot open the data set {corpus.name} (split {corpus.split}): {reason[:200]}") from error
     documents = _articles(corpus, rows) if corpus.articles else _rows(corpus, rows)
-    return _counted(itertools.islice(documents, corpus.limit), corpus, meter)
+    return _counted(itertools.islice(documents, corpus.limit), corpus, progress)
 
 
-def _counted(documents: Iterable[Document], corpus: HubCorpus, meter: Meter) -> Iterator[Document]:
-    meter.start(f"streaming {corpus.name}", corpus.limit)
+def _counted(documents: Iterable[Document], corpus: HubCorpus, progress: Progress) -> Iterator[Document]:
+    progress.start(f"streaming {corpus.name}", corpus.limit, "files", "bytes")
     for document in documents:
-        meter.advance(1, len(document.text))
+        progress.advance(1, len(document.text))
         yield document
-    meter.finish()
+    progress.finish()
 
 
 def _field(corpus: HubCorpus, row: Any) -> str:

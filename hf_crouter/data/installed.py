@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from ..errors import InputError
-from ..utils.progress import Meter
+from ..utils.progress import Progress
 from .documents import MAXIMUM, MINIMUM, Document, read_source
 
 STDLIB = "<stdlib>"
@@ -21,7 +21,7 @@ _SKIPPED = frozenset({"lm_eval", "hf_crouter"})
 _PACKAGE_FOLDERS = ("site-packages", "dist-packages")
 
 
-def installed_python(argument: str = "", meter: Meter | None = None) -> Iterator[Document]:
+def installed_python(argument: str = "", progress: Progress | None = None) -> Iterator[Document]:
     """Yields source files of every package folder of this interpreter, then of its standard library, by id.
 
     Ids are paths below the package folder, groups are top-level packages; the standard library's ids begin with
@@ -29,14 +29,14 @@ def installed_python(argument: str = "", meter: Meter | None = None) -> Iterator
 
     Args:
         argument: must be empty.
-        meter: shows progress.
+        progress: shows it.
 
     Raises:
         InputError: if an argument is given.
     """
     if argument:
         raise InputError(f"the corpus installed-python takes no argument, not {argument!r}")
-    meter = meter or Meter(enabled=False)
+    progress = progress or Progress(enabled=False)
     families: dict[str, dict[str, tuple[Path, int]]] = {}
     for root in package_folders():
         for path, size in _python_files(root):
@@ -49,23 +49,23 @@ def installed_python(argument: str = "", meter: Meter | None = None) -> Iterator
     families[STDLIB] = {
         f"{STDLIB}/{path.relative_to(library).as_posix()}": (path, size) for path, size in _python_files(library)
     }
-    meter.start("reading installed Python source", sum(map(len, families.values())))
+    progress.start("reading installed Python source", sum(map(len, families.values())), "files", "bytes")
     with ThreadPoolExecutor(8) as pool:
         for group in sorted(families):
-            yield from _family(group, families[group], meter, pool)
-    meter.finish()
+            yield from _family(group, families[group], progress, pool)
+    progress.finish()
 
 
 def package_folders() -> list[Path]:
     """Existing package folders: on `sys.path`, the interpreter's own, and those of the interpreter beneath a venv."""
     version = f"python{sys.version_info.major}.{sys.version_info.minor}"
-    places = [Path(entry) for entry in sys.path if Path(entry).name in _PACKAGE_FOLDERS]
-    places += [Path(sysconfig.get_path(name)) for name in ("purelib", "platlib")]
+    folders = [Path(entry) for entry in sys.path if Path(entry).name in _PACKAGE_FOLDERS]
+    folders += [Path(sysconfig.get_path(name)) for name in ("purelib", "platlib")]
     for prefix in (sys.base_prefix, sys.base_exec_prefix):
         for middle in (f"lib/{version}", f"local/lib/{version}", f"lib64/{version}", "lib/python3"):
-            places += [Path(prefix, middle, name) for name in _PACKAGE_FOLDERS]
+            folders += [Path(prefix, middle, name) for name in _PACKAGE_FOLDERS]
     # The same folder may be named twice through a link.
-    return list({place.resolve(): None for place in places if place.is_dir()})
+    return list({folder.resolve(): None for folder in folders if folder.is_dir()})
 
 
 def _python_files(root: Path) -> Iterator[tuple[Path, int]]:
@@ -84,7 +84,7 @@ def _python_files(root: Path) -> Iterator[tuple[Path, int]]:
 
 
 def _family(
-    group: str, files: dict[str, tuple[Path, int]], meter: Meter, pool: ThreadPoolExecutor
+    group: str, files: dict[str, tuple[Path, int]], progress: Progress, pool: ThreadPoolExecutor
 ) -> Iterator[Document]:
     # The standard library is never in training, so its size harms nothing.
     capped = group != STDLIB and sum(size for _, size in files.values()) > FAMILY_CAP
@@ -99,9 +99,9 @@ def _family(
                 chosen.append(Document(name, group, text))
                 characters += len(text)
                 read += len(text)
-        meter.advance(len(names), read)
+        progress.advance(len(names), read)
         if capped and characters > 0.999 * FAMILY_CAP:
-            meter.advance(len(order) - start - len(names), 0)
+            progress.advance(len(order) - start - len(names), 0)
             break
     yield from sorted(chosen, key=lambda document: document.id)
 

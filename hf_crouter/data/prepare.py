@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
-from ..utils.progress import Meter
+from ..utils.progress import Progress
 from .corpora import load_corpus
 from .dedup import deduplicate
 from .documents import Document
@@ -51,33 +51,33 @@ def prepare(
     """
     folder = Path(folder)
     separator = _separator(tokenizer) if separator_id is None else separator_id
-    with Meter(enabled=progress) as meter:
+    with Progress(progress) as shown:
         documents: dict[str, Document] = {}
         repeated = 0
         for spec in specs:
-            for document in load_corpus(spec, progress=meter):
+            for document in load_corpus(spec, progress=shown):
                 repeated += document.id in documents
                 documents.setdefault(document.id, document)
-        meter.start("dropping duplicates", len(documents))
-        unique = deduplicate(documents.values(), threshold=threshold, workers=workers, advance=meter.advance)
+        shown.start("dropping duplicates", len(documents), "files", "bytes")
+        unique = deduplicate(documents.values(), threshold=threshold, workers=workers, advance=shown.advance)
         del documents
-        meter.finish(f"{unique.exact:,} exact and {unique.near:,} near duplicates")
-        meter.start("splitting")
+        shown.finish(f"{unique.exact:,} exact and {unique.near:,} near duplicates")
+        shown.start("splitting", None, "files", "bytes")
         split, parts = make_split(unique.documents, rules, workers=workers)
-        meter.advance(len(unique.documents), sum(part.characters for part in split.parts.values()))
-        meter.finish(f"{sum(part.dropped for part in split.parts.values()):,} dropped for overlap with training")
+        shown.advance(len(unique.documents), sum(part.characters for part in split.parts.values()))
+        shown.finish(f"{sum(part.dropped for part in split.parts.values()):,} dropped for overlap with training")
         if not parts["train"]:
             raise InputError(f"no document is left to train on in {', '.join(specs)}")
-        meter.start("encoding", sum(map(len, parts.values())))
+        shown.start("encoding", sum(map(len, parts.values())), "files", "bytes")
         paths: dict[str, Path] = {}
         tokens: dict[str, int] = {}
         for name in PARTS:
             array = encode_documents(
-                parts[name], tokenizer, separator_id=separator, workers=workers, advance=meter.advance
+                parts[name], tokenizer, separator_id=separator, workers=workers, advance=shown.advance
             )
             paths[name], tokens[name] = folder / f"{name}.safetensors", len(array)
             array.save(paths[name])
-        meter.finish(f"{sum(tokens.values()):,} tokens")
+        shown.finish(f"{sum(tokens.values()):,} tokens")
     notes = {
         **split.notes,
         "corpora": list(specs),

@@ -26,7 +26,7 @@ class SplitRules:
     Attributes:
         held_out_packages: packages that are tests, with the copies of them that other packages carry.
         files_share: share of the remaining documents that are tests, by a hash of the id.
-        calibration_share: share that is in no training and no test: quantiles of residuals come from it.
+        calibration_share: share that is in no training and no test: quantiles of the reconstruction NLL come from it.
         maximum_overlap: a held-out document of which more 13-grams than this share occur in training is dropped.
     """
 
@@ -49,10 +49,10 @@ class SplitRules:
         if components & names:
             return "packages"
         digest = hashlib.blake2b(document.id.encode("utf-8", "surrogatepass"), digest_size=8).digest()
-        place = int.from_bytes(digest, "big") / 2**64
-        if place < self.files_share:
+        share = int.from_bytes(digest, "big") / 2**64
+        if share < self.files_share:
             return "files"
-        return "calibration" if place < self.files_share + self.calibration_share else "train"
+        return "calibration" if share < self.files_share + self.calibration_share else "train"
 
 
 @dataclass(frozen=True)

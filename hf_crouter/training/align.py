@@ -2,8 +2,8 @@
 
 Loss: next-token cross-entropy plus, as far as the host's positions reach, the KL divergence to the same host with full
 raw history. Tokens are not weighted by how much history helped on them: such a weight depends on the target and the
-objective is no longer proper. Tasks, mixed over the batches: continue the document; go on copying from a place in the
-older chunks whose first tokens end the window (`copy`); recite the older chunks without a window (`rebuild`).
+objective is no longer proper. Tasks, mixed over the batches: continue the document; go on copying from a position in
+the older chunks whose first tokens end the window (`copy`); recite the older chunks without a window (`rebuild`).
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class AlignArguments(LoopArguments):
             raise InputError(f"{self.crouter}: expected a crouter's local folder, which gets projector and gate")
 
 
-CUE = 64  # tokens of the place to copy from that end the window
+CUE = 64  # tokens before what is to be copied that end the window
 Task = Literal["continue", "copy", "rebuild"]
 
 
@@ -98,7 +98,7 @@ def cut_sample(
     chunks: int,
     arguments: AlignArguments,
     task: Task = "continue",
-    place: float = 0.0,
+    start_at: float = 0.0,
 ) -> Sample | None:
     """Cuts a document window `[L]` into prefix, `chunks` chunks, window and target; none if it is too short.
 
@@ -108,7 +108,7 @@ def cut_sample(
         chunks: their number.
         arguments: lengths of prefix, window and target; the target of the other tasks is half as long.
         task: what stands in window and target.
-        place: where in the older chunks `copy` starts, 0 to 1.
+        start_at: where in the older chunks `copy` starts, 0 to 1.
     """
     start = arguments.keep_first
     pieces = chunker.chunk(ids.tolist(), start=start, limit=chunks)
@@ -122,7 +122,7 @@ def cut_sample(
     if task != "continue":
         cue = min(CUE, arguments.window, (end - start) // 2) if task == "copy" else 0
         length = min(max(1, arguments.target // 2), end - start - cue)
-        first = start + int(place * (end - start - cue - length)) if task == "copy" else start
+        first = start + int(start_at * (end - start - cue - length)) if task == "copy" else start
         window = np.concatenate([window[: len(window) - cue], ids[first : first + cue]]) if cue else ids[:0]
         target = ids[first + cue : first + cue + length]
     return Sample(np.concatenate([ids[:end], window]), ids[:start], pieces.input_ids, pieces.attention_mask,
@@ -213,7 +213,7 @@ class AlignmentData:
         tokens: the host's ids.
         chunker: cuts them.
         arguments: chunk counts, window, target and seed.
-        separator: id that pads; its place is masked.
+        separator: id that pads; it is masked.
         positions: most positions that the host was trained on.
         latents: slots a chunk.
 

@@ -1,7 +1,7 @@
 """Stage 2, second part: records what a host and the archives say of real documents, and fits the gate of copying.
 
 Every document is read once, in one of the ways in which the gate will be used: with soft prompts, without, with a
-longer raw window (as recall makes it), with its full history; its archive holds the true ids or what the crouter
+longer raw window (as retrieval makes it), with its full history; its archive holds the true ids or what the crouter
 rebuilds.
 """
 
@@ -29,16 +29,17 @@ from ..ngram.gate import Gate, GateConfig
 from ..ngram.mixture import BLOCK, Candidates, collect, gate_features, view_host
 from ..ngram.suffix_index import LONGEST
 from ..types import Chunk
+from ..utils.progress import Progress
 from .align import AlignArguments, Sample, compressed_logits, cut_sample, load_pair
 from .gate import fit_gate
-from .loop import device_name, make_accelerator, progress_bar
+from .loop import device_name, make_accelerator
 
 WAYS = ("window", "soft", "longer", "full")
 
 
 @dataclass(frozen=True, eq=False)
-class Places:
-    """What a gate learns from, at N places.
+class GateExamples:
+    """What a gate learns from, at N positions.
 
     Attributes:
         features: `[N, F]`, float16, from `gate_features`.
@@ -54,7 +55,7 @@ class Places:
 
 
 def copied_by_order(candidates: Candidates, targets: torch.Tensor) -> torch.Tensor:
-    """`[N, K]`: the probability that each order gives to one token a place."""
+    """`[N, K]`: the probability that each order gives to one token at each of N positions."""
     count = len(ORDERS)
     hit = targets[candidates.places] == candidates.tokens
     cells = candidates.places * count + candidates.orders
@@ -63,29 +64,29 @@ def copied_by_order(candidates: Candidates, targets: torch.Tensor) -> torch.Tens
 
 
 @torch.no_grad()
-def record_places(logits: torch.Tensor, targets: torch.Tensor, past: np.ndarray, archive: Archive) -> Places:
-    """Places of one text.
+def record_examples(logits: torch.Tensor, targets: torch.Tensor, before: np.ndarray, archive: Archive) -> GateExamples:
+    """Examples of one text.
 
     Args:
         logits: `[T, V]`, the host's.
         targets: `[T]`, what came, on the same device.
-        past: `[P]`, the text's ids before the first target.
-        archive: what can be copied at all T places.
+        before: `[P]`, the text's ids before the first target.
+        archive: what can be copied at all T positions.
     """
-    text, parts = np.concatenate([past[-LONGEST:], targets.cpu().numpy()]), []
-    known = len(text) - len(targets)
+    text, parts = np.concatenate([before[-LONGEST:], targets.cpu().numpy()]), []
+    first = len(text) - len(targets)
     for start in range(0, len(targets), BLOCK):
         some, came = logits[start : start + BLOCK], targets[start : start + BLOCK]
         matches = [
-            archive.match(text[max(0, known + place - LONGEST) : known + place])
-            for place in range(start, start + len(came))
+            archive.match(text[max(0, first + position - LONGEST) : first + position])
+            for position in range(start, start + len(came))
         ]
         candidates = collect(matches).to(logits.device)
         view, normaliser = view_host(some, candidates)
         host = some.gather(1, came[:, None])[:, 0].float() - normaliser
         parts.append((gate_features(candidates, view).half(), candidates.available,
                       copied_by_order(candidates, came), host))  # fmt: skip
-    return Places(*(torch.cat(values) for values in zip(*parts, strict=True)))
+    return GateExamples(*(torch.cat(values) for values in zip(*parts, strict=True)))
 
 
 class GateReader:
@@ -108,8 +109,8 @@ class GateReader:
         self.positions = max_positions(host)
 
     @torch.no_grad()
-    def places(self, sample: Sample, way: str, rebuilt: bool, longer: int = 512) -> Places:
-        """Places of a sample's target.
+    def examples(self, sample: Sample, way: str, rebuilt: bool, longer: int = 512) -> GateExamples:
+        """Examples of a sample's target.
 
         Args:
             sample: prefix, chunks, window and target.
@@ -150,13 +151,12 @@ class GateReader:
         logits = compressed_logits(self.host, soft, tensor(sample.prefix), inputs, target.shape[1])[0]
         archive = Archive.empty(logits.shape[-1], self.stop_ids)
         if rebuilt:
-            chunks = [Chunk(0, 0, ids[mask.bool()])
-                      for ids, mask in zip(sample.chunks, sample.chunk_mask, strict=True)]  # fmt: skip
-            for ids, confidence in self.rebuild(chunks):
+            pieces = [ids[mask.bool()] for ids, mask in zip(sample.chunks, sample.chunk_mask, strict=True)]
+            for ids, confidence in self.rebuild([Chunk(0, 0, piece, piece) for piece in pieces]):
                 archive = archive.extended(ids, confidence)
         else:
             archive = archive.extended(older)
-        return record_places(logits, target[0], sample.history, archive)
+        return record_examples(logits, target[0], sample.history, archive)
 
 
 def gate_samples(tokens: TokenArray, chunker: Any, arguments: AlignArguments, limit: int) -> list[tuple[Sample, str]]:
@@ -200,7 +200,7 @@ def train_gate(
         reader: of the host.
         samples: with the group (package, work) of each; groups are held out together.
         seed: of the ways, the held-out groups and the weights.
-        title: shown at the progress bar.
+        title: shown with the progress.
 
     Returns:
         The gate, on the CPU, and the record of its fit: counts and the likelihood gained, nats/token.
@@ -211,22 +211,21 @@ def train_gate(
     names = {name: number for number, name in enumerate(sorted({group for _, group in samples}))}
     if len(names) < 2:
         raise InputError(f"gate: expected documents of at least two groups, got {len(names)}")
-    generator, parts, groups, start, tokens = np.random.default_rng(seed), [], [], time.monotonic(), 0
-    with progress_bar(title, True, 0.0) as show:
-        for number, (sample, group) in enumerate(samples, 1):
+    generator, parts, groups, start = np.random.default_rng(seed), [], [], time.monotonic()
+    with Progress() as shown:
+        shown.start(title, len(samples), "documents", "tokens")
+        for sample, group in samples:
             way = reader.ways[int(generator.integers(len(reader.ways)))]
             longer = int(generator.choice([64, 512, 1024, 1536]))
-            places = reader.places(sample, way, bool(generator.random() < 0.4), longer)
-            parts.append(places)
-            groups += [names[group]] * len(places.host)
-            tokens += len(places.host)
-            if number % 20 == 0 or number == len(samples):
-                show(number / len(samples), {"documents": float(number)}, tokens / (time.monotonic() - start))
+            examples = reader.examples(sample, way, bool(generator.random() < 0.4), longer)
+            parts.append(examples)
+            groups += [names[group]] * len(examples.host)
+            shown.advance(1, len(examples.host))
     fields = ("features", "available", "copied", "host")
     tensors = [torch.cat([getattr(part, name) for part in parts]) for name in fields]
     config = GateConfig(host_name=display_name(reader.host), host_fingerprint=host_fingerprint(reader.host))
-    features, available, copied, own = tensors
-    gate, record = fit_gate(features, available, copied, own, np.array(groups), config=config, seed=seed)
+    features, available, copied, host = tensors
+    gate, record = fit_gate(features, available, copied, host, np.array(groups), config=config, seed=seed)
     return gate, {**record, "documents": len(samples), "seconds": round(time.monotonic() - start, 1)}
 
 

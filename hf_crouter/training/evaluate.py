@@ -15,16 +15,16 @@ class ReconstructionScore:
 
     Attributes:
         accuracy: share of tokens rebuilt exactly at their position (TRA), 0 to 1.
-        nats: negative log-likelihood, nats/token.
+        reconstruction_nll: negative log-likelihood, nats/token.
         chunks: number of chunks.
-        reconstruction_nll: each chunk's own nats/token, `[N]`, float32.
+        chunk_reconstruction_nll: each chunk's own nats/token, `[N]`, float32.
         chunk_accuracy: each chunk's own TRA, `[N]`, float32.
     """
 
     accuracy: float
-    nats: float
+    reconstruction_nll: float
     chunks: int
-    reconstruction_nll: torch.Tensor
+    chunk_reconstruction_nll: torch.Tensor
     chunk_accuracy: torch.Tensor
 
 
@@ -53,18 +53,18 @@ def reconstruction_score(
         raise ValueError("expected at least one chunk, got none")
     crouter.eval()
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-    reconstruction_nll, accuracy = [], []
+    nll, accuracy = [], []
     for start in range(0, len(input_ids), batch_size):
         ids = input_ids[start : start + batch_size].to(crouter.device)
         with torch.autocast(crouter.device.type, torch.bfloat16, enabled=bf16):
             out = crouter(ids, mask[start : start + batch_size].to(crouter.device))
-        reconstruction_nll.append(out.reconstruction_nll.float().cpu())
+        nll.append(out.reconstruction_nll.float().cpu())
         accuracy.append(out.reconstruction_accuracy.float().cpu())
-    reconstruction_nll, accuracy, weight = torch.cat(reconstruction_nll), torch.cat(accuracy), mask.sum(-1).double()
+    nll, accuracy, weight = torch.cat(nll), torch.cat(accuracy), mask.sum(-1).double()
     return ReconstructionScore(
         accuracy=float((accuracy * weight).sum() / weight.sum()),
-        nats=float((reconstruction_nll * weight).sum() / weight.sum()),
-        chunks=len(reconstruction_nll),
-        reconstruction_nll=reconstruction_nll,
+        reconstruction_nll=float((nll * weight).sum() / weight.sum()),
+        chunks=len(nll),
+        chunk_reconstruction_nll=nll,
         chunk_accuracy=accuracy,
     )

@@ -1,6 +1,6 @@
 """Fits the gate of copying: by the likelihood of the mixture, on recorded passes of a host.
 
-Axes: `N` places, `F` features, `K` orders. What was recorded at a place suffices: neither host nor archive is run.
+Axes: `N` positions, `F` features, `K` orders. What was recorded there suffices: neither host nor archive is run.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ..ngram.gate import Gate, GateConfig
 
 _NEVER = 50.0  # nats by which the host outweighs every order in a gate that copies nothing
 _LEAST = 1e-30  # probability that stands for none: its logarithm is finite
-_BLOCK = 1 << 18  # places that are evaluated at once
+_BLOCK = 1 << 18  # positions that are evaluated at once
 
 
 def mixture_log_likelihood(
@@ -62,12 +62,12 @@ def fit_weights(
         available: `[N, K]`, bool.
         copied: `[N, K]`.
         host: `[N]`.
-        groups: `[N]`, integers; places of one group (a package, a record) are held out together.
+        groups: `[N]`, integers; positions of one group (a package, a record) are held out together.
         steps: at most.
-        batch_size: places a step.
+        batch_size: positions a step.
         learning_rate: of AdamW at the start; it falls to 0 along a cosine.
         held_out: share of the groups.
-        every: steps between two looks at the held-out places.
+        every: steps between two looks at the held-out positions.
         patience: looks without a gain after which it stops.
         seed: of the held-out groups and the batches.
 
@@ -80,7 +80,7 @@ def fit_weights(
     generator = np.random.default_rng(seed)
     names = generator.permutation(np.unique(groups))
     if len(names) < 2:
-        raise InputError(f"gate: expected places of at least two groups, got {len(names)}")
+        raise InputError(f"gate: expected positions of at least two groups, got {len(names)}")
     outside = np.isin(groups, names[: max(1, round(held_out * len(names)))])
     parts = [torch.from_numpy(np.flatnonzero(mask)).to(host.device) for mask in (~outside, outside)]
     data = features, available, copied, host
@@ -129,7 +129,7 @@ def fit_gate(
     seed: int = 0,
     **options: Any,
 ) -> tuple[Gate, dict[str, Any]]:
-    """A gate fitted to recorded places, on the CPU, and the record of the fit, which it carries as well.
+    """A gate fitted to recorded positions, on the CPU, and the record of the fit, which it carries as well.
 
     One that does not help the held-out groups is replaced by one that never copies: weight 0 is always there.
 
@@ -138,7 +138,7 @@ def fit_gate(
         available: `[N, K]`, bool: the order has candidates.
         copied: `[N, K]`, probability that each order gave to the token that came.
         host: `[N]`, the host's log-probability of it, float32.
-        groups: `[N]`, integers; places of one group are held out together.
+        groups: `[N]`, integers; positions of one group are held out together.
         config: of the gate, with the host that it is for.
         seed: of its weights, the held-out groups and the batches.
         **options: of `fit_weights`.

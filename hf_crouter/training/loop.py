@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
@@ -19,12 +18,11 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import TorchDynamoPlugin, broadcast, set_seed
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import PreTrainedModel
 
 from ..errors import InputError
 from ..utils.io import clear_write_errors, replaced_file
+from ..utils.progress import Progress
 from .checkpointing import latest_checkpoint, load_checkpoint, save_checkpoint
 from .optim import build_optimizers, learning_rate_factor
 
@@ -148,7 +146,7 @@ def run_loop(
         arguments: the run's box, rates and folder.
         accelerator: from `make_accelerator`.
         positions_per_sequence: mean token positions a sequence, for a box in tokens.
-        title: shown at the progress bar.
+        title: shown with its progress.
 
     Raises:
         InputError: no box, an output folder with a checkpoint but no `resume`, a checkpoint that is damaged or of
@@ -193,7 +191,8 @@ def run_loop(
 
     model.train()
     share = used()
-    with progress_bar(title, main, share) as show:
+    with Progress(main, interval=0) as shown:
+        shown.start(title, 1.0, done=share)
         while share < 1:
             factor = learning_rate_factor(result.steps, share, arguments.warmup_steps)
             for optimizer in optimizers:
@@ -220,7 +219,7 @@ def run_loop(
                 _check_finite(result, norm)
                 log.write({"step": result.steps, "tokens": result.tokens, "seconds": round(result.seconds, 3),
                            "rate": factor, **result.final})  # fmt: skip
-                show(min(share, 1.0), result.final, _rate(result, earlier))
+                shown.update(min(share, 1.0), text=_summary(result, earlier))
             # what is not finite is never saved over what is; the next line of the log ends the run
             if main and time.monotonic() - saved > 60 * arguments.save_minutes and bool(torch.isfinite(norm)):
                 save()
@@ -298,10 +297,11 @@ def _check_finite(result: LoopResult, norm: torch.Tensor) -> None:
         )
 
 
-def _rate(result: LoopResult, earlier: LoopResult) -> float:
-    """Real tokens a second since the run was started or resumed."""
+def _summary(result: LoopResult, earlier: LoopResult) -> str:
+    """Metrics, and real tokens a second since the run was started or resumed."""
     seconds = result.seconds - earlier.seconds
-    return (result.timed_tokens - earlier.timed_tokens) / seconds if seconds > 0 else 0.0
+    rate = (result.timed_tokens - earlier.timed_tokens) / seconds if seconds > 0 else 0.0
+    return "  ".join([*(f"{name} {value:.4f}" for name, value in result.final.items()), f"{rate:,.0f} tokens/s"])
 
 
 class _Log:
@@ -326,38 +326,3 @@ class _Log:
         if self.enabled:
             with self.path.open("a") as file:
                 file.write(json.dumps(row) + "\n")
-
-
-@contextlib.contextmanager
-def progress_bar(
-    title: str, enabled: bool, start: float
-) -> Iterator[Callable[[float, dict[str, float], float], None]]:
-    """A live bar on a terminal; a plain line for each log entry elsewhere.
-
-    Args:
-        title: in front of it.
-        enabled: false shows nothing.
-        start: share of the box that earlier sessions used; it says nothing about the time left.
-    """
-    console = Console(stderr=True)
-    started = time.monotonic()
-
-    def text(metrics: dict[str, float], rate: float) -> str:
-        values = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
-        return f"{values}  {rate:,.0f} tokens/s"
-
-    if not enabled or not console.is_terminal:
-
-        def line(used: float, metrics: dict[str, float], rate: float) -> None:
-            if enabled:
-                left = (time.monotonic() - started) * (1 - used) / (used - start) if used > start else math.inf
-                print(f"{title} {used:6.1%}  {text(metrics, rate)}  {left:,.0f} s left", file=sys.stderr, flush=True)
-
-        yield line
-        return
-    share, values = TextColumn("{task.percentage:5.1f}%"), TextColumn("{task.fields[text]}")
-    columns = (TextColumn(title), BarColumn(), share, values, TimeRemainingColumn())
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task(title, total=1.0, text="")
-        progress.update(task, completed=start)
-        yield lambda used, metrics, rate: progress.update(task, completed=used, text=text(metrics, rate))

@@ -205,7 +205,7 @@ def _history(path: Path) -> list[Any]:
 
 
 def calibrate(crouter: CRouterModel, tokens: TokenArray, *, bf16: bool = False, limit: int = 2048) -> Calibration:
-    """Quantiles of the residual on documents kept out of fitting and of every test.
+    """Quantiles of the reconstruction NLL on documents kept out of fitting and of every test.
 
     Args:
         crouter: measured in float32 on its device, with the weights that it holds (or was saved with).
@@ -214,7 +214,7 @@ def calibrate(crouter: CRouterModel, tokens: TokenArray, *, bf16: bool = False, 
         limit: chunks measured, at most, evenly spread.
 
     Raises:
-        InputError: a residual that is not finite.
+        InputError: a reconstruction NLL that is not finite.
     """
     ids, mask = tokens.chunks(crouter.config.chunk_length, limit)
     weights = CRouterModel(crouter.config)
@@ -222,7 +222,7 @@ def calibrate(crouter: CRouterModel, tokens: TokenArray, *, bf16: bool = False, 
     nn.Module.to(weights, crouter.device)
     score = reconstruction_score(weights, torch.from_numpy(ids), torch.from_numpy(mask), bf16=bf16, batch_size=8)
     return Calibration.fit(
-        score.reconstruction_nll.tolist(), len(tokens.names), crouter_fingerprint(crouter, decoder=True)
+        score.chunk_reconstruction_nll.tolist(), len(tokens.names), crouter_fingerprint(crouter, decoder=True)
     )
 
 

@@ -9,10 +9,18 @@ import torch
 from ..errors import MismatchError
 
 
-def padded(pieces: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Texts of any lengths as one batch: ids and mask, `[N, T]`, on the CPU."""
+def padded(
+    pieces: Sequence[torch.Tensor], device: torch.device | str | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Texts of any lengths as one batch: ids and mask, `[N, T]`.
+
+    Args:
+        pieces: token ids on one device, `[tokens]` each, padded with zeros behind.
+        device: where the batch goes; as the pieces, with a mask on the CPU, by default.
+    """
     ids = torch.nn.utils.rnn.pad_sequence(list(pieces), batch_first=True)
-    return ids, torch.arange(ids.shape[1]) < torch.tensor([[len(piece)] for piece in pieces])
+    mask = torch.arange(ids.shape[1]) < torch.tensor([[len(piece)] for piece in pieces])
+    return (ids, mask) if device is None else (ids.to(device), mask.to(device))
 
 
 def check_ids(pieces: Sequence[torch.Tensor], vocab_size: int) -> None:

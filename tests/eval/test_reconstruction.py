@@ -46,7 +46,7 @@ def test_every_set_is_measured(crouter, tmp_path, monkeypatch, capsys):
     ids, mask = pick(*TokenArray.load(data / "files.safetensors").chunks(LENGTH), 40, 0)
     score = reconstruction_score(model, ids, mask)
     assert metrics["code.files.tra"] == pytest.approx(score.accuracy, abs=1e-5)
-    assert metrics["code.files.nll"] == pytest.approx(score.nats, abs=1e-3)
+    assert metrics["code.files.nll"] == pytest.approx(score.reconstruction_nll, abs=1e-3)
 
 
 def test_few_chunks_are_all_taken_and_many_at_random_in_order():

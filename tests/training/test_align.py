@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from hf_crouter import CompressedHistory
+from hf_crouter import CompressedHistory, SoftPrompts
 from hf_crouter.chunking import make_chunker
 from hf_crouter.compressors.projector import Projector, find_projector
 from hf_crouter.crouter.loading import load_crouter
@@ -103,7 +103,7 @@ def test_training_sees_what_score_sees(family, chunks):
         logits = compressed_logits(host, soft, torch.from_numpy(sample.prefix)[None], raw, TARGET)
     trained = logits.log_softmax(-1).gather(2, torch.from_numpy(sample.target)[None, :, None])[..., 0]
     # the layout of the training window: no chunk is compressed while the target is read
-    history = CompressedHistory(host, crouter, copy=False, window=WINDOW, keep_first=FIRST, projector=projector)
+    history = CompressedHistory(host, crouter, modes=[SoftPrompts(projector)], window=WINDOW, keep_first=FIRST)
     scored = history.score(torch.from_numpy(ids)[None], last=TARGET)
     assert len(history.report().chunks) == chunks
     history.detach()
@@ -320,7 +320,7 @@ def test_the_projector_learns_and_is_found_beside_the_crouter(pair):
     assert written == {key: value for key, value in record.items() if key != "path"}
     assert not any(str(value).startswith("/") for value in written["arguments"].values())
     assert projector.config.host_tokenizer == projector.config.crouter_tokenizer != ""
-    history = CompressedHistory(host, crouter, copy=False, window=WINDOW, keep_first=FIRST)
+    history = CompressedHistory(host, crouter, modes=[SoftPrompts()], window=WINDOW, keep_first=FIRST)
     ids = torch.from_numpy(
         next(TokenArray.load(Path(pair.data) / "train.safetensors").documents())[2][:120].astype(int)
     )

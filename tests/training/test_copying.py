@@ -5,12 +5,12 @@ import numpy as np
 import pytest
 import torch
 
+from hf_crouter import CompressedHistory, Copy
 from hf_crouter.chunking import make_chunker
 from hf_crouter.compressors.rebuild import Rebuilder
 from hf_crouter.crouter.loading import load_crouter
 from hf_crouter.data.tokens import TokenArray
 from hf_crouter.errors import InputError
-from hf_crouter.history import CompressedHistory
 from hf_crouter.hosts.loading import load_host
 from hf_crouter.ngram.archive import ORDERS, Archive
 from hf_crouter.ngram.gate import Gate, find_gate
@@ -21,7 +21,7 @@ from hf_crouter.training.copying import (
     GateReader,
     copied_by_order,
     gate_samples,
-    record_places,
+    record_examples,
     train_copying,
     train_gate,
 )
@@ -50,13 +50,13 @@ def sample_of(length=90, chunks=3, seed=0):
     return cut_sample(text(length, seed), make_chunker(CHUNK), chunks, options())
 
 
-def test_recorded_places_give_the_likelihood_of_the_mixture(reader):
+def test_recorded_examples_give_the_likelihood_of_the_mixture(reader):
     sample = sample_of()
     torch.manual_seed(0)
     gate = Gate()
     torch.nn.init.normal_(gate.down.weight, std=0.5)
-    places = reader.places(sample, "window", False)
-    found = mixture_log_likelihood(gate, places.features.float(), places.available, places.copied, places.host)
+    examples = reader.examples(sample, "window", False)
+    found = mixture_log_likelihood(gate, examples.features.float(), examples.available, examples.copied, examples.host)
     ids = np.concatenate([sample.history, sample.target])
     archive = Archive.empty(VOCAB, (0, 1, 2)).extended(sample.history[FIRST : len(sample.history) - WINDOW])
     raw = torch.from_numpy(np.concatenate([sample.window, sample.target[:-1]]))[None]
@@ -83,9 +83,9 @@ def test_every_way_reads_what_it_says(reader, monkeypatch):
     sample = sample_of()
     for way in WAYS:
         for rebuilt in (False, True):
-            places = reader.places(sample, way, rebuilt, longer=20)
-            assert places.host.shape == (TARGET,) and places.copied.shape == (TARGET, len(ORDERS))
-            assert torch.isfinite(places.host).all() and (places.copied.sum(1) <= len(ORDERS)).all()
+            examples = reader.examples(sample, way, rebuilt, longer=20)
+            assert examples.host.shape == (TARGET,) and examples.copied.shape == (TARGET, len(ORDERS))
+            assert torch.isfinite(examples.host).all() and (examples.copied.sum(1) <= len(ORDERS)).all()
     latents = 3 * tiny_projector(reader.host, reader.crouter).config.num_latents
     older = 3 * CHUNK
     assert seen[::2] == seen[1::2] == [(0, WINDOW), (latents, WINDOW), (0, WINDOW + 20), (0, WINDOW + older)]
@@ -93,8 +93,8 @@ def test_every_way_reads_what_it_says(reader, monkeypatch):
 
 def test_beyond_the_hosts_positions_full_history_is_not_asked_for(reader, monkeypatch):
     monkeypatch.setattr(reader, "positions", 40)
-    short = reader.places(sample_of(), "full", False, longer=5)
-    longer = reader.places(sample_of(), "longer", False, longer=5)
+    short = reader.examples(sample_of(), "full", False, longer=5)
+    longer = reader.examples(sample_of(), "longer", False, longer=5)
     assert torch.equal(short.host, longer.host)
 
 
@@ -109,12 +109,12 @@ def test_no_way_reads_beyond_the_hosts_positions(reader, monkeypatch):
     for positions in (FIRST + WINDOW + TARGET, 30):
         monkeypatch.setattr(reader, "positions", positions)
         for way in WAYS:
-            reader.places(sample_of(), way, False, longer=1536)
+            reader.examples(sample_of(), way, False, longer=1536)
         assert max(seen) <= positions
         seen.clear()
     monkeypatch.setattr(reader, "positions", 12)
     with pytest.raises(InputError, match="within the host's 12 positions"):
-        reader.places(sample_of(), "window", False)
+        reader.examples(sample_of(), "window", False)
 
 
 def test_copied_by_order_is_the_share_of_the_target():
@@ -133,8 +133,8 @@ def test_half_precision_keeps_the_features(reader):
     candidates = collect([archive.match(text(60)[:20])])
     logits = torch.randn(1, VOCAB, generator=torch.Generator().manual_seed(0))
     features = gate_features(candidates, view_host(logits, candidates)[0])
-    places = record_places(logits, torch.tensor([7]), text(60)[:20], archive)
-    torch.testing.assert_close(places.features.float(), features, atol=1e-3, rtol=1e-3)
+    examples = record_examples(logits, torch.tensor([7]), text(60)[:20], archive)
+    torch.testing.assert_close(examples.features.float(), features, atol=1e-3, rtol=1e-3)
 
 
 def test_a_gate_learns_to_copy_repetitive_text_and_leaves_random_text_alone(reader):
@@ -172,8 +172,8 @@ def test_the_gate_is_written_beside_the_crouter_and_found(pair):  # noqa: F811
     assert written["training"]["stage"] == "gate" and not any("/" in str(v) for v in written["training"].values())
     host, crouter = load_host(pair.host)[0], load_crouter(pair.crouter)[0]
     assert find_gate(crouter, host).config.host_name == "tiny-host"
-    history = CompressedHistory(host, None, soft=False, gate=str(folder), window=WINDOW, keep_first=FIRST)
-    assert history.gate is not None and history.gate.config.sees_host
+    assert find_gate(None, host, folder).config.sees_host
+    CompressedHistory(host, modes=[Copy(gate=folder)], window=WINDOW, keep_first=FIRST).detach()
 
 
 @pytest.mark.parametrize(("changes", "match"), [({"only": "encoder"}, "--only: expected"),

@@ -25,29 +25,29 @@ def test_means_are_over_real_tokens_whatever_the_batches():
         nats -= float(logits.log_softmax(-1).gather(1, alone[0][:, None]).sum())
     assert hits > 0
     assert score.accuracy == pytest.approx(hits / int(mask.sum()))
-    assert score.nats == pytest.approx(nats / int(mask.sum()), abs=1e-5)
-    assert score.chunks == len(score.reconstruction_nll) == len(score.chunk_accuracy) == 7
+    assert score.reconstruction_nll == pytest.approx(nats / int(mask.sum()), abs=1e-5)
+    assert score.chunks == len(score.chunk_reconstruction_nll) == len(score.chunk_accuracy) == 7
     whole = reconstruction_score(crouter, ids, mask)
-    torch.testing.assert_close(score.reconstruction_nll, whole.reconstruction_nll)
+    torch.testing.assert_close(score.chunk_reconstruction_nll, whole.chunk_reconstruction_nll)
 
 
 def test_without_a_mask_every_token_counts():
     crouter, (ids, _) = tiny_crouter(), chunks()
     score = reconstruction_score(crouter, ids)
-    assert score.nats == pytest.approx(crouter(ids).loss.item(), abs=1e-5)
+    assert score.reconstruction_nll == pytest.approx(crouter(ids).loss.item(), abs=1e-5)
     assert score.accuracy == pytest.approx(float(score.chunk_accuracy.mean()))
 
 
 def test_the_crouter_is_left_in_evaluation_mode_without_gradients():
     crouter = tiny_crouter().train()
     score = reconstruction_score(crouter, chunks()[0])
-    assert not crouter.training and not score.reconstruction_nll.requires_grad
+    assert not crouter.training and not score.chunk_reconstruction_nll.requires_grad
 
 
 def test_bfloat16_is_near():
     crouter, (ids, mask) = tiny_crouter(), chunks()
     exact, near = (reconstruction_score(crouter, ids, mask, bf16=bf16) for bf16 in (False, True))
-    assert near.nats == pytest.approx(exact.nats, rel=0.05)
+    assert near.reconstruction_nll == pytest.approx(exact.reconstruction_nll, rel=0.05)
 
 
 def test_no_chunk_is_refused():

@@ -25,9 +25,9 @@ from hf_crouter.routing.router import Router
 from hf_crouter.training.experts import (
     ExpertArguments,
     HostLoss,
-    _latents,
+    chunk_latents,
     cut,
-    host_nats,
+    host_nll,
     host_tokens,
     join,
     load_models,
@@ -168,12 +168,12 @@ def test_a_centroid_is_of_whole_chunks_where_there_are_any():
     tokens = TokenArray(ids, starts, ("a", "b", "c"), ("a", "b", "c"), 0, 200)
     whole = torch.from_numpy(ids[5 : 5 + 2 * LENGTH].astype(np.int64)).view(2, LENGTH)
     with torch.no_grad():
-        assert torch.allclose(_latents(models.crouter, tokens, 9, 4), models.crouter.encode(whole), atol=1e-5)
+        assert torch.allclose(chunk_latents(models.crouter, tokens, 9, 4), models.crouter.encode(whole), atol=1e-5)
         short = TokenArray(ids[:12], np.array([0, 5, 12]), ("a", "b"), ("a", "b"), 0, 200)
         alone = [
             models.crouter.encode(torch.from_numpy(ids[a:b].astype(np.int64))[None]) for a, b in ((0, 4), (5, 11))
         ]
-        assert torch.allclose(_latents(models.crouter, short, 9, 4), torch.cat(alone), atol=1e-5)
+        assert torch.allclose(chunk_latents(models.crouter, short, 9, 4), torch.cat(alone), atol=1e-5)
 
 
 def test_an_expert_on_disk_is_whole_and_names_no_path():
@@ -292,7 +292,7 @@ def test_bad_arguments_are_one_line_and_leave_nothing(tmp_path, changes, text):
 
 
 @pytest.mark.parametrize(("name", "text"), [("code", "an expert of this name already"), ("../x", "expected a name")])
-def test_names_that_cannot_be_mounted(name, text):
+def test_names_that_cannot_be_added(name, text):
     with pytest.raises(InputError, match=text):
         train_expert(name, world().arguments())
 
@@ -349,8 +349,8 @@ def test_a_host_with_another_tokenizer_reads_the_same_text():
 def test_losses_of_texts_are_those_of_one_at_a_time():
     host, tokens = tiny_host(vocab_size=300), world().held_out("prose")
     pieces = [piece[: 5 + 9 * i] for i, piece in enumerate(cut(tokens, 40, 3, 40)[0])]
-    nats, counts = host_nats(host, pieces, rows=2)
-    for piece, total, count in zip(pieces, nats, counts, strict=True):
+    nll, counts = host_nll(host, pieces, rows=2)
+    for piece, total, count in zip(pieces, nll, counts, strict=True):
         mean = HostLoss(host)(piece[None])["loss"].item()
         assert count == len(piece) - 1 and total.item() == pytest.approx(mean * count.item(), rel=1e-4)
 

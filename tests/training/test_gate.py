@@ -12,8 +12,8 @@ from hf_crouter.training.gate import fit_gate, mixture_log_likelihood
 FEATURES, K = INDEX_FEATURES + HOST_FEATURES, len(ORDERS)
 
 
-def places(useful, count=4000, seed=0):
-    """Places whose first feature says whether order 0 is right; without `useful` it says nothing."""
+def examples(useful, count=4000, seed=0):
+    """Positions whose first feature says whether order 0 is right; without `useful` it says nothing."""
     generator = torch.Generator().manual_seed(seed)
     features = torch.rand(count, FEATURES, generator=generator)
     available = torch.rand(count, K, generator=generator) > 0.3
@@ -24,10 +24,10 @@ def places(useful, count=4000, seed=0):
 
 
 def test_a_useful_archive_is_used():
-    data, groups = places(useful=True)
+    data, groups = examples(useful=True)
     gate, record = fit_gate(*data, groups, steps=150, config=GateConfig(host_name="tiny"))
     assert record["held_out_gain"] > 0.3 and record["train_gain"] > 0.3 and record["copies"]
-    fresh, _ = places(useful=True, seed=1)
+    fresh, _ = examples(useful=True, seed=1)
     with torch.no_grad():
         gain = mixture_log_likelihood(gate, *fresh) - fresh[3]
     assert gain.mean() > 0.3
@@ -35,7 +35,7 @@ def test_a_useful_archive_is_used():
 
 
 def test_noise_is_never_copied():
-    data, groups = places(useful=False)
+    data, groups = examples(useful=False)
     gate, record = fit_gate(*data, groups, steps=100)
     assert record["held_out_gain"] >= -1e-6 and record["train_gain"] >= -1e-6
     with torch.no_grad():
@@ -43,7 +43,7 @@ def test_noise_is_never_copied():
 
 
 def test_the_same_seed_gives_the_same_gate_and_a_saved_one_is_equal(tmp_path):
-    data, groups = places(useful=True, count=1000)
+    data, groups = examples(useful=True, count=1000)
     first, second = (fit_gate(*data, groups, steps=20, seed=3)[0] for _ in range(2))
     first.save(tmp_path)
     for other in (second, Gate.load(tmp_path)):
@@ -51,13 +51,13 @@ def test_the_same_seed_gives_the_same_gate_and_a_saved_one_is_equal(tmp_path):
 
 
 def test_a_generic_gate_reads_the_archive_alone():
-    data, groups = places(useful=True, count=1000)
+    data, groups = examples(useful=True, count=1000)
     gate, _ = fit_gate(*data, groups, steps=20, config=GateConfig(sees_host=False))
     assert gate.up.in_features == INDEX_FEATURES
 
 
 def test_without_candidates_the_host_stays_as_it_is():
-    data, groups = places(useful=True, count=1000)
+    data, groups = examples(useful=True, count=1000)
     gate, _ = fit_gate(*data, groups, steps=20)
     alone = (data[0], torch.zeros_like(data[1]), torch.zeros_like(data[2]), data[3])
     with torch.no_grad():
@@ -65,7 +65,7 @@ def test_without_candidates_the_host_stays_as_it_is():
 
 
 def test_one_group_cannot_be_held_out():
-    data, _ = places(useful=True, count=100)
+    data, _ = examples(useful=True, count=100)
     with pytest.raises(InputError, match="two groups"):
         fit_gate(*data, np.zeros(100, np.int64))
 

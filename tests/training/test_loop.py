@@ -249,15 +249,6 @@ def test_the_progress_line_shows_metrics_rate_and_time_left_beside_stdout(tmp_pa
     assert last.startswith("toy 100.0%") and last.endswith(" 0 s left")
 
 
-def test_time_left_of_a_resumed_run_counts_this_session_only(capsys, monkeypatch):
-    now = [100.0]
-    monkeypatch.setattr(loop.time, "monotonic", lambda: now[0])
-    with loop.progress_bar("toy", True, 0.5) as show:
-        now[0] = 110.0
-        show(0.75, {"loss": 1.0}, 5.0)
-    assert capsys.readouterr().err.endswith("5 tokens/s  10 s left\n")
-
-
 def test_a_terminal_gets_a_bar(tmp_path, monkeypatch):
     monkeypatch.setenv("FORCE_COLOR", "1")  # rich then takes any stream for a terminal
     train(tmp_path, steps=2)

@@ -74,7 +74,7 @@ def test_the_folder_holds_all_that_a_crouter_is(trained):
     ids, mask = held_out.chunks(LENGTH, 2048)
     again = reconstruction_score(load_crouter(folder)[0], torch.from_numpy(ids), torch.from_numpy(mask))
     assert calibration.chunks == again.chunks
-    assert calibration.quantiles[0.5] == pytest.approx(float(np.median(again.reconstruction_nll)), abs=1e-4)
+    assert calibration.quantiles[0.5] == pytest.approx(float(np.median(again.chunk_reconstruction_nll)), abs=1e-4)
     assert folder.stat().st_mode & 0o777 == 0o755
     assert sorted(p.name for p in trained[0].iterdir()) == ["checkpoint-00000150", "crouter", "log.jsonl"]
 
