@@ -1,10 +1,11 @@
-"""A language model continues a long file that it reads through 64x compressed history.
+"""A language model continues a long file whose past it reads compressed.
 
     python examples/01_read_a_long_file.py [FILE]
 
 What comes out: the continuation, what the file itself says there, and the report: every compressed chunk with the
 error of its latents and how many tokens were copied from it, and the bytes of keys and values beside those of the full
-history. Soft prompts carry the gist; exact names come from copying, where the far past said them before.
+history. Soft prompts carry the gist, copying brings exact names from where the far past said them before, and the two
+chunks that share most words with the end stand raw again.
 """
 
 import argparse
@@ -13,9 +14,7 @@ from pathlib import Path
 
 import torch
 
-from hf_crouter import CompressedHistory
-from hf_crouter.crouter.loading import load_crouter
-from hf_crouter.hosts.loading import load_host
+from hf_crouter import CompressedHistory, Copy, Retrieve, SoftPrompts, load_crouter, load_host
 
 NEW = 40  # tokens
 
@@ -28,7 +27,8 @@ def main() -> None:
 
     host, tokenizer = load_host("smollm2-135m", dtype=torch.float32)  # any folder or hub name of a Llama-like model
     crouter, _ = load_crouter()  # the small one that comes with the package
-    history = CompressedHistory(host, crouter, window=512)
+    modes = [SoftPrompts(), Copy(), Retrieve(chunks=2)]
+    history = CompressedHistory(host, crouter, modes=modes, window=512)
 
     ids = tokenizer(path.read_text(encoding="utf-8"), return_tensors="pt", verbose=False).input_ids
     prompt, truth = ids[:, :-NEW], ids[0, -NEW:]

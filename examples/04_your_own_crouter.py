@@ -56,7 +56,8 @@ def main() -> None:
     chunks = TokenArray.load(data / "files.safetensors").chunks(8)
     ids, mask = (torch.from_numpy(array[:1000]) for array in chunks)
     score = reconstruction_score(crouter, ids, mask)
-    print(f"TRA on {score.chunks} chunks of held-out files: {score.accuracy:.1%}, {score.nats:.3f} nats/token")
+    accuracy, nll = score.accuracy, score.reconstruction_nll
+    print(f"TRA on {score.chunks} chunks of held-out files: {accuracy:.1%}, {nll:.3f} nats/token")
     rebuilt = crouter.reconstruct(crouter.encode(ids[:6], mask[:6])).input_ids
     print(f"the first of them:    {tokenizer.decode(ids[:6][mask[:6]])!r}")
     print(f"rebuilt from latents: {tokenizer.decode(rebuilt[mask[:6]])!r}")

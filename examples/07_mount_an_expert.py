@@ -4,8 +4,8 @@
 
 What comes out: the strip before and after the expert for encyclopaedic prose joins the one for code: four characters a
 chunk, a colour an expert, dots where the plain host serves. What the first expert says does not change by a bit. Then
-the borders that the residuals of single tokens show, and the route of every stretch. The document is code, an article
-and a reference manual by turns.
+the borders that the reconstruction NLL of single tokens shows, and the route of every stretch. The document is code,
+an article and a reference manual by turns.
 """
 
 import argparse
@@ -17,7 +17,7 @@ import torch
 from rich.console import Console
 from rich.text import Text
 
-from hf_crouter.crouter.loading import load_crouter
+from hf_crouter import load_crouter
 from hf_crouter.routing.experts import ExpertSet, expert_folder
 from hf_crouter.routing.profile import Evidence
 from hf_crouter.routing.router import Router
@@ -55,10 +55,10 @@ def main() -> None:
     experts, evidence = ExpertSet.load(expert_folder()), Evidence.load(expert_folder())
     console, before = Console(highlight=False), None
     for count in range(1, len(experts) + 1):
-        router = Router(crouter, experts.mounted(count, evidence))
+        router = Router(crouter, experts.first(count, evidence))
         routes = router(chunks)
         console.print(f"{', '.join(router.names)}:", strip(routes, [len(chunk) for chunk in chunks]), sep="\n")
-        first = [route.nats.get(router.names[0]) for route in routes]
+        first = [route.reconstruction_nll.get(router.names[0]) for route in routes]
         assert before in (None, first), "mounting another expert changed what the first one says"
         before = first
         if count == len(experts):
@@ -66,7 +66,7 @@ def main() -> None:
             found = route_spans(router, ids, spans)
             console.print("the same, by borders inside chunks:", strip(found, [len(span) for span in spans]), sep="\n")
             for span, route in zip(spans, found, strict=True):
-                console.print(f"  tokens {span.start}-{span.end}: {route.expert or 'plain host'} ({route.verdict})")
+                console.print(f"  tokens {span.start}-{span.end}: {route.expert or 'plain host'} ({route.status})")
         router.remove()
 
 

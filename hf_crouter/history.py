@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any, Literal, overload
 
 import torch
@@ -159,7 +160,8 @@ class CompressedHistory(HistoryProcessor):
         """
         if self._trace is None:
             return HistoryReport((), (), 0, 0, 0, 0, self.policy.compressor is not None)
-        return self._trace.report(self.crouter if measure else None)
+        report = self._trace.report(self.crouter if measure else None)
+        return replace(report, modes=tuple(mode.name for mode in self.modes))
 
     @overload
     def score(

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from hf_crouter.context import CompressedContext, _digest, compress_text, restore_text
+from hf_crouter.context import ON_DISK, CompressedContext, _digest, compress_text, restore_text
 from hf_crouter.crouter.loading import load_crouter, shipped_crouter
 from hf_crouter.errors import InputError, MismatchError
 
@@ -59,7 +59,7 @@ def test_batch_size_changes_nothing(crouter, context, batch_size):
 
 def test_round_trip_is_exact_and_the_text_comes_back(crouter, context, saved):
     loaded = CompressedContext.load(saved)
-    for name in ("latents", "tokens", "residual", "accuracy"):
+    for name in ("latents", "tokens", "reconstruction_nll", "accuracy"):
         assert torch.equal(getattr(loaded, name), getattr(context, name))
     assert loaded.sha256 == hashlib.sha256(TEXT.encode()).hexdigest()
     assert (loaded.source, loaded.crouter, loaded.num_bytes) == ("text", "crouter-tiny", len(TEXT.encode()))
@@ -67,6 +67,11 @@ def test_round_trip_is_exact_and_the_text_comes_back(crouter, context, saved):
     assert restored.text == TEXT
     assert restored.confidence.shape == (context.num_tokens,)
     assert restored.certain_share == (restored.confidence >= 0.9).float().mean() > 0.9
+
+
+def test_a_file_keeps_the_names_of_its_first_version(context, saved):
+    assert set(load_file(saved)) == {"latents", "tokens", "residual", "accuracy"}
+    assert torch.equal(load_file(saved)["residual"], context.reconstruction_nll)
 
 
 def test_certain_share_follows_the_threshold(crouter, context):
@@ -162,7 +167,7 @@ def test_foreign_and_newer_files(saved, context, tmp_path):
      ("latents", lambda x: x[0], "shape"),
      ("tokens", lambda x: x[1:], "values"),
      ("tokens", torch.zeros_like, "at least one token"),
-     ("residual", lambda x: x / 0, "not finite")],
+     ("reconstruction_nll", lambda x: x / 0, "not finite")],
 )  # fmt: skip
 def test_bad_values_cannot_be_held_or_loaded(saved, context, name, change, message):
     value = change(getattr(context, name)).contiguous()
@@ -170,7 +175,7 @@ def test_bad_values_cannot_be_held_or_loaded(saved, context, name, change, messa
         replace(context, **{name: value})
     metadata = {"format": "crouter-context-1", "crouter": "c", "crouter_fingerprint": "f", "num_bytes": "3",
                 "tokenizer_fingerprint": "t", "source": "", "sha256": ""}  # fmt: skip
-    tensors = load_file(saved) | {name: value}
+    tensors = load_file(saved) | {ON_DISK.get(name, name): value}
     save_file(tensors, saved, metadata | {"digest": _digest(tensors, metadata)})
     with pytest.raises(InputError, match=message):
         CompressedContext.load(saved)
@@ -235,6 +240,6 @@ def test_load_crouter_refuses_what_is_no_crouter(folder, tmp_path):
 
 
 def test_the_shipped_crouter_is_named_when_missing(monkeypatch, tmp_path):
-    monkeypatch.setattr("hf_crouter.hosts.loading.SHIPPED", tmp_path / "crouter-code-mini")
+    monkeypatch.setattr("hf_crouter.crouter.loading.SHIPPED", tmp_path / "crouter-code-mini")
     with pytest.raises(InputError, match="shipped crouter is missing"):
         shipped_crouter()

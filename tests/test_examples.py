@@ -45,9 +45,10 @@ def test_read_a_long_file(tmp_path):
     assert end.strip() and continuation.strip() and truth.strip()
     source = Path(graphlib.__file__).read_text(encoding="utf-8")
     assert source.endswith(end.removeprefix("\n").removesuffix("\n") + truth.removeprefix("\n").removesuffix("\n"))
-    prefix, soft, raw = map(int, re.search(r"\((\d+) prefix, (\d+) soft, (\d+) raw window\)", report).groups())
+    slots = r"\((\d+) prefix, (\d+) entries, (\d+) retrieved, (\d+) raw window\)"
+    prefix, entries, retrieved, raw = map(int, re.search(slots, report).groups())
     chunks = re.findall(rf"^ +0 +\d+ +\d+-\d+ +512 +{NUMBER} +\d+% +\d+$", report, flags=re.MULTILINE)
-    assert len(chunks) >= 2 and soft == 8 * len(chunks) and raw >= 512
+    assert len(chunks) >= 2 and entries == 8 * len(chunks) and retrieved == 1024 and raw >= 512
     kv = report[report.index("KV: ") :]
     used, full = (int(word.replace(",", "")) for word in re.findall(r"([\d,]+) (?:bytes|for the full)", kv))
     assert used < full
@@ -71,7 +72,7 @@ def test_what_can_be_rebuilt(tmp_path):
     out = run("03_what_can_be_rebuilt.py", tmp_path)
     found = re.findall(rf"^(\w+ \w+) +\d +{NUMBER} +{NUMBER}% +(\w+)$", out, flags=re.MULTILINE)
     assert [name for name, _ in found] == ["Python code"] * 4 + ["English prose"] * 4 + ["random ids"] * 4
-    assert {verdict for name, verdict in found if name == "random ids"} == {"foreign"}
+    assert {grade for name, grade in found if name == "random ids"} == {"foreign"}
     code, prose, random = (float(nats) for nats in re.findall(NUMBER, out.splitlines()[-1]))
     assert code < prose < random / 5
 
@@ -100,7 +101,7 @@ def test_autoload_without_the_package(tmp_path):
 
 @pytest.mark.host
 def test_three_ways(tmp_path):
-    out = run("06_three_ways.py", tmp_path, graphlib.__file__)
+    out = run("06_ways_to_read.py", tmp_path, graphlib.__file__)
     losses = [float(line.split("loss ")[1].split()[0]) for line in out.splitlines() if "  loss " in line]
     assert len(losses) == 6 and len(set(losses)) == 6 and all(0 < loss < 5 for loss in losses)
     assert "what was recalled:" in out and "chunk " in out

@@ -148,10 +148,10 @@ class TestExactness:
         """A fault that this file is there to catch: keys of an adapter that no longer serves."""
         history = routed(host, crouter, folders)
 
-        def stale(reader, experts):
-            return reader.adapters.using(torch.full_like(experts, 0))
+        def stale(policy, experts):
+            return policy.adapters.using(None if experts is None else torch.full_like(experts, 0))
 
-        monkeypatch.setattr("hf_crouter.cache.policy.Reader.serving", stale)
+        monkeypatch.setattr("hf_crouter.cache.policy.ContextPolicy.serving", stale)
         out = run(host, *mixed(70), logits_processor=[history])
         monkeypatch.undo()
         with pytest.raises(AssertionError, match="not close"):
@@ -411,7 +411,7 @@ class TestExperts:
             make(host, crouter, **options)
 
     def test_without_a_crouter(self, host):
-        with pytest.raises(InputError, match="without a crouter no expert"):
+        with pytest.raises(InputError, match="Experts: expected a crouter"):
             make_history(host, None, soft_prompts=False, experts=trained_set())
 
     def test_experts_of_another_host_or_crouter(self, host, crouter):

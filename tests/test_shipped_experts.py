@@ -46,7 +46,7 @@ def test_code_and_prose_go_to_their_experts():
     texts = [torch.tensor(tokenizer(text).input_ids[:512]) for text in (code, prose, manual[2500:])]
     routes = [router.decide(row, 512) for row in router.reconstruction_nlls(texts)]
     assert [route.expert for route in routes] == ["python", "wiki_en", None]
-    assert routes[2].verdict == "unknown"
+    assert routes[2].status == "unknown"
 
 
 def test_the_list_names_them(capsys):
@@ -55,6 +55,6 @@ def test_the_list_names_them(capsys):
 
 
 def test_an_installation_without_them(monkeypatch, tmp_path):
-    monkeypatch.setattr("hf_crouter.hosts.loading.SHIPPED_EXPERTS", tmp_path / "experts")
+    monkeypatch.setattr("hf_crouter.routing.experts.SHIPPED_EXPERTS", tmp_path / "experts")
     with pytest.raises(InputError, match="missing from this installation"):
         expert_folder()

@@ -1,4 +1,8 @@
-"""Command-line options from a dataclass, so that a setting and its help text are written once."""
+"""Command-line options from a dataclass, so that a setting and its help text are written once.
+
+Not by `transformers.HfArgumentParser`: there a flag swallows the word behind it (`--bf16 NAME`), most flags have no
+`--no-FLAG`, lists may not be empty, every name is offered twice, and no public method fills the parser of a command.
+"""
 
 from __future__ import annotations
 

@@ -9,8 +9,9 @@ from typing import Any
 from ..context import compress_text
 from ..crouter.loading import load_crouter
 from ..hosts.loading import load_host_tokenizer
+from ..utils.progress import progress
 from .chunks import calibration_of, chunk_record, print_chunks, summary
-from .console import print_json, progress, size
+from .console import print_json, size
 from .inputs import add_crouter, add_device, add_json, check_output, device, kv_bytes, positive, read_text
 
 NAME = "compress"
@@ -37,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
     host = host_memory(args.host, text) if args.host else None
     crouter, tokenizer = load_crouter(args.crouter, device=device(args.device))
     source = "stdin" if args.file == "-" else Path(args.file).name.encode(errors="replace").decode()
-    with progress("compressing") as update:
+    with progress("compressing", "chunks") as update:
         context = compress_text(text, crouter, tokenizer, args.batch_size, source=source, progress=update)
     calibration = calibration_of(crouter, args.crouter)
     context.save(args.output)
@@ -77,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
     if context.num_tokens < length:
         print(f"the text is shorter than one chunk of {length} tokens: it takes as many latents as a full one")
     if not calibration:
-        print("this crouter has no calibration: residuals are shown without a verdict")
+        print("this crouter has no calibration: reconstruction NLLs are shown without a grade")
     return 0
 
 

@@ -15,11 +15,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from ..crouter.loading import load_crouter
 from ..errors import InputError
-from ..history import CompressedHistory, HistoryReport
+from ..generation.report import HistoryReport
+from ..history import CompressedHistory
 from ..hosts.loading import load_host
 from ..hosts.positions import max_positions
 from ..hosts.unwrap import display_name
-from ..routing.experts import expert_folder
+from ..modes import Copy, Experts, SoftPrompts
+from ..types import Mode
 from .chunks import calibration_of, chunk_records, print_chunks
 from .console import Column, note, print_json, print_table, size
 from .generate import pad_id
@@ -56,37 +58,39 @@ def run(args: argparse.Namespace) -> int:
     say(f"{Path(path).name}: {ids.shape[1]:,} tokens, read by {display_name(host)} "
         f"({str(dtype).removeprefix('torch.')}, {torch.get_num_threads()} threads)")  # fmt: skip
 
-    def history(**options: Any) -> CompressedHistory:
-        return CompressedHistory(host, crouter, tokenizer=tokenizer, crouter_tokenizer=crouter_tokenizer,
-                                 **{"window": args.window, **options})  # fmt: skip
+    def history(*modes: Mode, window: int = args.window) -> CompressedHistory:
+        return CompressedHistory(host, crouter, modes=modes, window=window, tokenizer=tokenizer,
+                                 crouter_tokenizer=crouter_tokenizer)  # fmt: skip
 
-    plain: dict[str, Any] = {"soft": False, "copy": False, "recall": 0}
-    everything = scored(history, ids)
+    both = SoftPrompts(), Copy()
+    everything = scored(lambda: history(*both), ids)
     report = everything.pop("report")
-    extra = report.rows[0].soft + report.rows[0].retrieved
+    extra = report.rows[0].entries + report.rows[0].retrieved
     most = args.window + crouter.config.chunk_length - 1
     arms = {
         "window": {"history": f"raw window only ({args.window} to {most} tokens)",
-                   **scored(lambda: history(**plain), ids)},
-        "soft": {"history": f"+ {report.rows[0].soft} soft prompts",
-                 **scored(lambda: history(**{**plain, "soft": True}), ids)},
-        "copy": {"history": "+ copying from the archive", **scored(lambda: history(**{**plain, "copy": True}), ids)},
+                   **scored(history, ids)},
+        "soft": {"history": f"+ {report.rows[0].entries} soft prompts",
+                 **scored(lambda: history(both[0]), ids)},
+        "copy": {"history": "+ copying from the archive", **scored(lambda: history(both[1]), ids)},
         "all": {"history": ways_of(report), **everything},
         "more_raw": {"history": f"raw window + {extra} more raw tokens",
-                     **scored(lambda: history(**{**plain, "window": args.window + extra}), ids)},
+                     **scored(lambda: history(window=args.window + extra), ids)},
         "full": {"history": "full history", **scored_full(host, ids)},
     }  # fmt: skip
     routes: list[dict[str, Any]] = []
     if args.host in (None, HOST) and args.crouter is None:  # the shipped experts are theirs
-        served = scored(lambda: history(experts=expert_folder()), ids)
+        served = scored(lambda: history(*both, Experts()), ids)
         arms["experts"] = {"history": f"{ways_of(report)}, under experts", **served}
         arms |= {key: arms.pop(key) for key in ("more_raw", "full")}  # in the order of the table
         routed = arms["experts"]["report"].chunks
-        routes = [{"expert": chunk.expert, "verdict": chunk.verdict, "margin": chunk.margin} for chunk in routed]
+        routes = [
+            {"expert": chunk.expert, "route_status": chunk.route_status, "margin": chunk.margin} for chunk in routed
+        ]
     for arm in arms.values():
         arm.pop("report", None)
     shares = worth({key: arm["loss"] for key, arm in arms.items()})
-    verdict = sentence(shares)
+    said = sentence(shares)
     chunks = chunk_records(report, calibration_of(crouter, args.crouter))
     if not args.json:
         print(f"next-token loss on the last {LAST} tokens:")
@@ -96,22 +100,22 @@ def run(args: argparse.Namespace) -> int:
             (a["history"], f"{a['loss']:.4f}", f"{a['kv_slots']:,}", size(a["kv_bytes"]), f"{a['seconds']:.1f}")
             for a in arms.values()
         ])  # fmt: skip
-        print(verdict)
+        print(said)
         print("\nthe compressed chunks:")
         print_chunks(chunks)
         if routes:
             print(f"\nserved by: {served_by(routes)}")
         print("\ncontinuation, greedy, with compressed history:")
-    last = history()
+    last = history(*both)
     continuation = continue_text(host, tokenizer, last, ids, stream=not args.json)
-    copied = last.report(reconstruction_nlls=False).copied
+    copied = last.report(measure=False).copied
     truth = tokenizer.decode(rest)
     if args.json:
         print_json({"file": Path(path).name, "tokens": ids.shape[1], "host": display_name(host),
                     "crouter": display_name(crouter), "dtype": str(dtype).removeprefix("torch."),
                     "threads": torch.get_num_threads(), "last": LAST, "window": args.window,
                     "arms": [{"key": key, **arm} for key, arm in arms.items()],
-                    "worth": shares, "summary": verdict, "chunks": chunks, "routes": routes,
+                    "worth": shares, "summary": said, "chunks": chunks, "routes": routes,
                     "continuation": continuation, "copied": copied, "truth": truth})  # fmt: skip
         return 0
     print(f"\n{copied} of {CONTINUATION} tokens were copied from the archive.")
@@ -127,11 +131,11 @@ def served_by(routes: list[dict[str, Any]]) -> str:
 
 
 def ways_of(report: HistoryReport) -> str:
-    """The three ways as a report shows them."""
+    """What a report shows of the ways to read."""
     row = report.rows[0]
-    found = [f"{row.soft} soft prompts"] if row.soft else []
+    found = [f"{row.entries} soft prompts"] if row.entries else []
     found += ["copying"] if report.archive_tokens else []
-    found += [f"{row.retrieved} recalled tokens"] if row.retrieved else []
+    found += [f"{row.retrieved} retrieved tokens"] if row.retrieved else []
     return "+ " + " + ".join(found or ["nothing"])
 
 
@@ -174,7 +178,7 @@ def scored(make: Callable[[], CompressedHistory], ids: torch.Tensor) -> dict[str
         history.detach()
     seconds, report = (
         time.perf_counter() - began,
-        history.report(reconstruction_nlls=history.reader.projector is not None),
+        history.report(measure=history.policy.compressor is not None),
     )
     return {"loss": loss, "kv_slots": report.peak_slots, "kv_bytes": report.kv_bytes, "seconds": seconds,
             "report": report}  # fmt: skip

@@ -25,7 +25,7 @@ from ..hosts.fetch import cached_host, list_hosts
 from ..hosts.fingerprint import host_fingerprint
 from ..hosts.loading import load_host
 from ..ngram.gate import find_gate
-from ..routing.calibration import load_calibration, verdict
+from ..routing.calibration import load_calibration, reconstruction_grade
 from .console import Column, print_json, print_table
 from .inputs import add_crouter, add_json
 
@@ -153,7 +153,7 @@ def crouter_checks(crouter: CRouterModel, tokenizer: PreTrainedTokenizerBase, na
     calibration = load_calibration(name)
     calibrate = f"hf-crouter calibrate --crouter {crouter.name_or_path} --corpus CORPUS"
     if calibration is None:
-        yield Check("calibration", "warn", "none: chunks get no verdict", calibrate)
+        yield Check("calibration", "warn", "none: chunks get no grade", calibrate)
     elif calibration.fingerprint != fingerprint:
         yield Check("calibration", "fail", f"made for crouter {calibration.fingerprint[:8]}", calibrate)
         calibration = None
@@ -165,7 +165,7 @@ def crouter_checks(crouter: CRouterModel, tokenizer: PreTrainedTokenizerBase, na
     sample = Path(argparse.__file__).read_text(encoding="utf-8")
     words = tokenizer(sample, add_special_tokens=False, verbose=False)["input_ids"][: config.chunk_length]
     context = compress_text(str(tokenizer.decode(words)), crouter, tokenizer)
-    found = verdict(calibration, float(context.reconstruction_nll[0]))
+    found = reconstruction_grade(calibration, float(context.reconstruction_nll[0]))
     yield Check("compression", "warn" if found == "foreign" else "ok",
-                f"argparse.py, first chunk: TRA {100 * float(context.accuracy[0]):.1f}%, residual "
+                f"argparse.py, first chunk: TRA {100 * float(context.accuracy[0]):.1f}%, reconstruction NLL "
                 f"{float(context.reconstruction_nll[0]):.3f} nats/token, {found}")  # fmt: skip

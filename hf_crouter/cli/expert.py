@@ -26,13 +26,14 @@ from ..training.experts import (
     join,
     load_models,
     load_tokens,
+    matching_set,
     measure_cross_scores,
-    mounted,
     route_domains,
     train_expert,
 )
+from ..utils.progress import progress
 from .arguments import add_options, from_options, prepared_data
-from .console import Column, note, print_json, print_table, progress, size
+from .console import Column, note, print_json, print_table, size
 from .inputs import add_crouter, add_device, add_json, device, host_dtype, positive
 
 NAME = "expert"
@@ -90,7 +91,7 @@ def _add(args: argparse.Namespace) -> int:
     if not args.corpus and not (arguments.data or data_folder(args.name).exists()):
         raise InputError("--data: expected a folder of prepared data, or a --corpus to prepare, got none")
     models = load_models(arguments)
-    mounted(arguments.experts, expert_config(models))
+    matching_set(arguments.experts, expert_config(models))
     output = str(data_folder(args.name).parent)
     arguments.data = prepared_data(args.corpus, arguments.data, output, models.crouter_tokenizer)
     record = train_expert(args.name, arguments, models)
@@ -103,7 +104,7 @@ def _add(args: argparse.Namespace) -> int:
         found = record["held_out"]
         print(
             f"{record['path']}: on {found['documents']} documents kept out, "
-            f"residual {found['residual']['base']:.3f} -> {found['residual']['adapter']:.3f} nats/token, "
+            f"reconstruction NLL {found['residual']['base']:.3f} -> {found['residual']['adapter']:.3f} nats/token, "
             f"host loss {found['host_loss']['base']:.3f} -> {found['host_loss']['adapter']:.3f}"
         )
     return 0
@@ -116,27 +117,27 @@ def _list(args: argparse.Namespace) -> int:
         print_json(records)
         return 0
     columns = [Column("expert", right=False), Column("size"), Column("crouter tokens"), Column("host tokens"),
-               Column("residual 50%"), Column("residual 99%"), Column("host loss"),
+               Column("reconstruction NLL 50%"), Column("reconstruction NLL 99%"), Column("host loss"),
                Column("with adapter"), Column("told by", right=False)]  # fmt: skip
     rows = []
     for record in records:
-        trained, reconstruction_nll, loss = (record[key] or {} for key in ("tokens", "residual", "host_loss"))
+        trained, reconstruction_nll, loss = (record[key] or {} for key in ("tokens", "reconstruction_nll", "host_loss"))
         rows.append((
             record["name"], size(record["bytes"]),
             *(_number(trained.get(part), ",d") for part in ("compressor", "host")),
             *(_number(reconstruction_nll.get(level), ".3f") for level in ("0.5", "0.99")),
             *(_number(loss.get(key), ".3f") for key in ("base", "adapter")),
-            "pattern" if record["profile"] else "residual",
+            "pattern" if record["profile"] else "NLL",
         ))  # fmt: skip
     print_table(columns, rows)
     return 0
 
 
 def describe(expert: Expert, folder: Path) -> dict[str, Any]:
-    """An expert for JSON: `name`, `host`, `bytes` on disk, `tokens` trained on, `reconstruction_nll`, `host_loss`, `profile`.
+    """An expert for JSON.
 
-    `reconstruction_nll` is that of held-out full chunks, nats/token by quantile; `tokens` and `host_loss` (nats/token) are None
-    where the record of the training does not tell. `profile`: whether the pattern of its texts was measured.
+    `reconstruction_nll` is that of held-out full chunks, nats/token by quantile; `tokens` and `host_loss` (nats/token)
+    are None where the record of the training does not tell. `profile`: whether the pattern of its texts was measured.
     """
     training = expert.config.training
     length = max(expert.calibration.reconstruction_nlls)
@@ -146,7 +147,7 @@ def describe(expert: Expert, folder: Path) -> dict[str, Any]:
         "host": expert.config.host_name,
         "bytes": sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()),
         "tokens": parts if any(parts.values()) else None,
-        "residual": {
+        "reconstruction_nll": {
             "tokens": length,
             **{f"{level:g}": expert.calibration.reconstruction_nll(length, level) for level in (0.5, 0.99)},
         },
@@ -180,7 +181,7 @@ def _compare(args: argparse.Namespace) -> int:
         return 0
     for name, there in told.items():
         print(
-            f"{name}: {'told by the pattern of its texts' if there else 'told by its reconstruction_nll: too few texts of it'}"
+            f"{name}: {'told by the pattern of its texts' if there else 'told by its NLL: too few texts of it'}"
         )
     return 0
 
@@ -193,7 +194,7 @@ def _test(args: argparse.Namespace) -> int:
         bf16 = host_dtype(where) == torch.bfloat16
         arguments = ExpertArguments(crouter=args.crouter or "", host=args.host, bf16=bf16)
         models = load_models(arguments)
-        mounted(expert_folder(args.experts), expert_config(models))
+        matching_set(expert_folder(args.experts), expert_config(models))
         nn.Module.to(models.host, where)
         crouter, tokenizer = models.crouter, models.crouter_tokenizer
     else:
@@ -203,7 +204,7 @@ def _test(args: argparse.Namespace) -> int:
     domains = {name: read_texts(path, tokenizer) for name, path in named.items()}
     router = Router(crouter, experts, fewest=min(64, max(1, crouter.config.chunk_length // 8)))
     try:
-        with progress("routing") as update:
+        with progress("routing", "chunks") as update:
             found = route_domains(models, router, domains, limit=args.limit, advance=update)
     finally:
         router.remove()

@@ -15,15 +15,14 @@ from ..crouter.loading import load_crouter
 from ..errors import InputError
 from ..history import CompressedHistory
 from ..hosts.loading import load_host
-from ..routing.experts import SHIPPED_EXPERTS, expert_folder
 from .chunks import calibration_of, chunk_records, print_chunks
 from .console import note, print_json, size
-from .inputs import add_crouter, add_device, add_json, count, device, host_dtype, positive, read_text, share
+from .inputs import add_crouter, add_device, add_json, device, host_dtype, positive, read_text, share
+from .modes import add_modes, modes_of
 
 NAME = "generate"
 HELP = "let a host continue a prompt, its past beyond a raw window compressed; only the continuation goes to stdout"
 EXAMPLE = "hf-crouter generate --host smollm2-135m --prompt-file long.py --max-new-tokens 64"
-COPY = {"ids": True, "rebuilt": "rebuilt", "off": False}
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -38,25 +37,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--window", type=positive, default=512, metavar="N",
                         help="fewest raw tokens kept at the end (default: 512)")  # fmt: skip
     parser.add_argument("--chat", action="store_true", help="wrap the prompt in the host's chat template")
-    parser.add_argument("--no-soft", action="store_true", help="no soft prompts of what is compressed")
-    parser.add_argument(
-        "--copy",
-        choices=["ids", "rebuilt", "off"],
-        default="ids",
-        help="copy from the compressed past: its ids (default), or what the latents rebuild",
-    )
-    parser.add_argument(
-        "--recall",
-        type=count,
-        default=0,
-        metavar="K",
-        help="compressed chunks that come back raw, chosen anew as the text goes on (default: 0)",
-    )
-    parser.add_argument(
-        "--experts",
-        metavar="SET",
-        help=f"expert set, a folder or {SHIPPED_EXPERTS.name}: each chunk is read under the adapter that fits it",
-    )
+    add_modes(parser)
     parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default)")
     parser.add_argument("--top-p", type=share, default=1.0, metavar="P", help="default: 1.0")
     parser.add_argument("--top-k", type=int, default=0, metavar="K", help="0 is off (default)")
@@ -69,14 +50,15 @@ def run(args: argparse.Namespace) -> int:
     """Runs the command."""
     if not 0 <= args.temperature < float("inf") or args.top_p == 0 or args.top_k < 0:
         raise InputError("expected --temperature and --top-k of at least 0 and --top-p above 0")
+    modes = modes_of(args)
     text = args.prompt if args.prompt is not None else read_text(args.stdin or args.prompt_file)
     where = device(args.device)
     host, tokenizer = load_host(args.host, device=where, dtype=host_dtype(where))
     inputs = encode(tokenizer, text, chat=args.chat)
     crouter, crouter_tokenizer = load_crouter(args.crouter, device=where)
     history = CompressedHistory(
-        host, crouter, window=args.window, soft=not args.no_soft, copy=COPY[args.copy], retrieve=args.retrieve,
-        experts=args.experts and expert_folder(args.experts), tokenizer=tokenizer, crouter_tokenizer=crouter_tokenizer,
+        host, crouter, modes=modes, window=args.window, tokenizer=tokenizer,
+        crouter_tokenizer=crouter_tokenizer,
     )  # fmt: skip
     sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     if args.temperature:
@@ -99,7 +81,8 @@ def run(args: argparse.Namespace) -> int:
             "text": tokenizer.decode(new, skip_special_tokens=True), "prompt_tokens": inputs.shape[1],
             "new_tokens": len(new), "seconds": seconds, "slots": report.slots, "peak_slots": report.peak_slots,
             "kv_bytes": report.kv_bytes, "kv_bytes_full": report.kv_bytes_full, "copied": report.copied,
-            "archive_bytes": report.archive_bytes, "chunks": chunks,
+            "archive_bytes": report.archive_bytes, "modes": report.modes, "chunks": chunks,
+            "retrievals": [asdict(record) for record in report.retrievals],
             "routes": [asdict(route) for route in report.routes],
         })  # fmt: skip
         return 0
@@ -115,8 +98,12 @@ def run(args: argparse.Namespace) -> int:
     else:
         note(f"nothing was compressed: the text is shorter than the window and one chunk together, "
              f"{args.window} + {crouter.config.chunk_length} tokens")  # fmt: skip
+    for record in report.retrievals:
+        note(f"retrieved at {record.length:,} tokens: chunk {record.chunk} ({record.reason})")
     for route in report.routes:
-        note(f"window from token {route.length:,} on: {route.expert or 'the plain host'} ({route.verdict})")
+        note(f"window from token {route.length:,} on: {route.expert or 'the plain host'} ({route.route_status})")
+    if report.modes:
+        note(f"read by: {', '.join(report.modes)}")
     note(f"{len(new)} new tokens after {inputs.shape[1]:,}, {seconds:.1f} s")
     return 0
 

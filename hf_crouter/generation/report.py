@@ -124,6 +124,7 @@ class HistoryReport:
         routes: every decision on a raw window, row after row; empty without experts.
         steps: of the host in `generate`, the reading of the prompt included; 0 after `score`.
         generated: tokens a row that these steps gave; more than one a step where drafts were accepted.
+        modes: names of the ways to read.
     """
 
     chunks: tuple[ChunkRecord, ...]
@@ -141,6 +142,7 @@ class HistoryReport:
     routes: tuple[RouteRecord, ...] = ()
     steps: int = 0
     generated: int = 0
+    modes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain lists and numbers, for JSON."""
@@ -169,6 +171,8 @@ class HistoryReport:
             lines += self._retrieved(i)
             lines += [f"       window from {r.length} tokens on: {r.expert or 'plain host'} ({r.route_status})"
                       for r in self.routes if r.row == i]  # fmt: skip
+        if self.modes:
+            lines.append(f"Read by: {', '.join(self.modes)}")
         if self.chunks:
             lines.append("row  chunk        span  tokens  nats/token   TRA  copied" + "  expert" * bool(self.routes))
             for c in self.chunks:

@@ -1,4 +1,4 @@
-"""Crouters and hosts by name: what is missing, damaged or does not fit is said in one line."""
+"""Hosts by name: what is missing, damaged or does not fit is said in one line."""
 
 from __future__ import annotations
 

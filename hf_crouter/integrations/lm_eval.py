@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from lm_eval.api.registry import register_model  # pyright: ignore[reportMissingImports]
 from lm_eval.models.huggingface import HFLM  # pyright: ignore[reportMissingImports]
-from tqdm import tqdm
 
 from ..cache.capacity import capacity
 from ..cache.prefix import FirstTurn
@@ -23,8 +22,10 @@ from ..errors import InputError
 from ..history import CompressedHistory
 from ..hosts.fetch import resolve_host
 from ..hosts.loading import FETCH_AGAIN
+from ..modes import modes_from_options
 from ..types import Row
 from ..utils.loading import one_line
+from ..utils.progress import progress
 
 NO_LIMIT = 1 << 30  # tokens; what is dropped takes no slots
 SYSTEM_TURN = 512  # tokens set aside for a system turn, which stays raw and is not known before its prompt is
@@ -55,15 +56,15 @@ class CompressedHFLM(_HFLM):
     """The harness's Hugging Face model with a `CompressedHistory`: its past beyond a raw window is compressed.
 
     Requests too short for anything to be compressed go the way of `hf`: they score and generate the same, to the bit.
-    With `experts` that is so only where no expert is found.
+    With experts that is so only where no expert is found.
 
     Args:
         pretrained: name that `hf-crouter host list` shows, folder or hub name of the host; or a loaded one.
-        crouter: folder or hub name; "none": no soft prompts, unless `soft` says otherwise.
+        crouter: folder or hub name, or "none".
         batch_size: requests at once.
         device: where to put host and crouter; where it does not exist the harness picks one.
-        options: keywords of `CompressedHistory` (`window`, `soft`, `keep_first`, `projector`, ...); all others are
-            those of `HFLM`.
+        options: modes by name (`retrieve=2, copy=True, retrieve_every=64`, or `modes="fast"`; "auto" where none is
+            named) and keywords of `CompressedHistory` (`window`, `keep_first`); all others are those of `HFLM`.
 
     Raises:
         InputError: host or crouter cannot be read, a host that is no decoder, or `batch_size="auto"`.
@@ -84,6 +85,7 @@ class CompressedHFLM(_HFLM):
     ):
         if str(batch_size).startswith("auto"):
             raise InputError("batch_size: expected a number, got auto; memory depends on what is compressed")
+        modes, options = modes_from_options(options)
         known = set(inspect.signature(CompressedHistory).parameters) - set(inspect.signature(HFLM).parameters)
         own = {name: options.pop(name) for name in known & set(options)}
         if isinstance(pretrained, str):
@@ -91,13 +93,12 @@ class CompressedHFLM(_HFLM):
         super().__init__(pretrained, batch_size=batch_size, device=device, **options)
         if self.backend != "causal":
             raise InputError(f"{pretrained}: expected a decoder, got a model of type {self.config.model_type!r}")
-        model, tokenizer = None, None
         if crouter is None or crouter == "none":
-            own = {"soft": False, **own}
+            model, tokenizer = None, None
         else:
             model, tokenizer = load_crouter(crouter, device=self.device)
         own = {"crouter_tokenizer": tokenizer, **own}
-        self.history = CompressedHistory(self.model, model, tokenizer=self.tokenizer, **own)
+        self.history = CompressedHistory(self.model, model, modes=modes, tokenizer=self.tokenizer, **own)
 
     def _get_config(self, pretrained: str, **options: Any) -> None:
         with one_line(pretrained, "a host", FETCH_AGAIN):
@@ -112,11 +113,11 @@ class CompressedHFLM(_HFLM):
         """Most tokens of context and continuation that the host reads, most of them compressed."""
         if self._max_length:
             return self._max_length
-        reader = self.history.reader
-        prefix = reader.prefix([]) or 0
-        if isinstance(reader.prefix, FirstTurn) and reader.prefix.opening:
+        policy = self.history.policy
+        prefix = policy.prefix([]) or 0
+        if isinstance(policy.prefix, FirstTurn) and policy.prefix.opening:
             prefix = SYSTEM_TURN
-        return capacity(self.history.host, reader, prefix) or NO_LIMIT
+        return capacity(self.history.host, policy, prefix) or NO_LIMIT
 
     def _model_generate(self, context: torch.Tensor, max_length: int, stop: list[str], **options: Any) -> torch.Tensor:
         return super()._model_generate(context, max_length, stop, logits_processor=[self.history], **options)
@@ -145,19 +146,15 @@ class CompressedHFLM(_HFLM):
         if plain:
             short = [requests[i] for i in plain]
             answers.update(zip(plain, super()._loglikelihood_tokens(short, disable_tqdm, override_bs), strict=True))
-        bar = tqdm(
-            total=len(compressed),
-            disable=disable_tqdm or self.rank != 0 or not compressed,
-            desc="Running loglikelihood requests with a compressed past",
-        )
-        for batch in _batches(compressed, self.batch_size):
-            for row, answer in zip(batch, self._score(batch), strict=True):
-                answers[row.index] = answer
-                name = requests[row.index][0]
-                if name is not None:  # a rolling window; the harness remembers the sum over all of them
-                    self.cache_hook.add_partial("loglikelihood", name, answer)
-                bar.update(1)
-        bar.close()
+        shows = bool(compressed) and not disable_tqdm and self.rank == 0
+        with progress("requests with a compressed history", "requests", enabled=shows) as update:
+            for batch in _batches(compressed, self.batch_size):
+                for row, answer in zip(batch, self._score(batch), strict=True):
+                    answers[row.index] = answer
+                    name = requests[row.index][0]
+                    if name is not None:  # a rolling window; the harness remembers the sum over all of them
+                        self.cache_hook.add_partial("loglikelihood", name, answer)
+                update(len(answers) - len(plain), len(compressed))
         return [answers[i] for i in range(len(requests))]
 
     def _row(self, index: int, context: list[int], continuation: list[int], archive_scored: bool) -> _Row:
@@ -170,8 +167,8 @@ class CompressedHFLM(_HFLM):
         return _Row(index, ids[-most:], len(continuation), archive_scored)
 
     def _is_compressed(self, row: _Row) -> bool:
-        reader = self.history.reader  # with experts even a short request is read under one's adapter
-        return reader.router is not None or bool(reader.extend(Row(0), torch.tensor(row.ids[:-1])).chunks)
+        policy = self.history.policy  # with experts even a short request is read under one's adapter
+        return policy.router is not None or bool(policy.extend(Row(0), torch.tensor(row.ids[:-1])).chunks)
 
     def _score(self, batch: list[_Row]) -> list[tuple[float, bool]]:
         width = max(len(row.ids) for row in batch)

@@ -164,7 +164,9 @@ def _chosen(word: Any) -> str | list[Mode]:
 
 
 def _off(value: Any) -> bool:
-    return value is None or value in (False, 0) or (isinstance(value, str) and value.lower() in ("false", "none", "off"))
+    return (
+        value is None or value in (False, 0) or (isinstance(value, str) and value.lower() in ("false", "none", "off"))
+    )
 
 
 def _on(value: Any) -> bool:

@@ -1,1 +1,1 @@
-"""From residuals to decisions."""
+"""From reconstruction NLLs to decisions."""

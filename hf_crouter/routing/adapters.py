@@ -91,7 +91,7 @@ class Lora:
         return cls(down, up, hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest())
 
     @classmethod
-    def mounted(cls, model: nn.Module, name: str) -> Lora | None:
+    def from_model(cls, model: nn.Module, name: str) -> Lora | None:
         """The weights of an adapter that PEFT has mounted in a model, natively or by `PeftModel`; None if it is not.
 
         Raises:
@@ -197,7 +197,7 @@ class AdapterStack:
 
         return add
 
-    def choose(self, numbers: torch.Tensor | Sequence[int] | None) -> None:
+    def activate(self, numbers: torch.Tensor | Sequence[int] | None) -> None:
         """Says which adapter serves from now on; None: the plain model.
 
         Args:
@@ -231,9 +231,9 @@ class AdapterStack:
 
     @contextlib.contextmanager
     def using(self, numbers: torch.Tensor | Sequence[int] | None) -> Iterator[None]:
-        """`choose` for a block; what was chosen before returns after it."""
+        """`activate` for a block; what was chosen before returns after it."""
         before = self._now
-        self.choose(numbers)
+        self.activate(numbers)
         try:
             yield
         finally:
@@ -258,7 +258,7 @@ class AdapterStack:
 
     def remove(self) -> None:
         """Takes the hooks off."""
-        self.choose(None)
+        self.activate(None)
         for handle in self._handles:
             handle.remove()
         self._handles = []

@@ -1,4 +1,4 @@
-"""What residual is usual for a crouter: quantiles over held-out documents, and the verdict they give on a chunk."""
+"""What reconstruction NLL is usual for a crouter: quantiles over held-out documents, and a chunk's grade."""
 
 from __future__ import annotations
 
@@ -20,16 +20,17 @@ from ..utils.loading import from_pretrained_options
 CALIBRATION_FILE = "calibration.json"
 QUANTILES = (0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99)
 UNCALIBRATED = "uncalibrated"
+ON_DISK = "residuals"  # what files call reconstruction NLLs since their first version
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Quantiles of the residual of chunks that the crouter was not trained on.
+    """Quantiles of the reconstruction NLL of chunks that the crouter was not trained on.
 
-    A verdict says how far a chunk can be rebuilt from its latents, not whether a host reads them right.
+    A grade says how far a chunk can be rebuilt from its latents, not whether a host reads them right.
 
     Attributes:
-        quantiles: residual in nats/token by quantile (0 to 1).
+        quantiles: reconstruction NLL in nats/token by quantile (0 to 1).
         chunks: calibration chunks.
         documents: calibration documents that these chunks come from.
         fingerprint: fingerprint of the crouter that was measured.
@@ -42,23 +43,26 @@ class Calibration:
 
     @classmethod
     def fit(cls, reconstruction_nlls: Sequence[float] | np.ndarray, documents: int, fingerprint: str) -> Calibration:
-        """Calibration from measured residuals.
+        """Calibration from measured reconstruction NLLs.
 
         Args:
-            reconstruction_nlls: one residual a chunk, nats/token; documents kept out of training and out of every test.
+            reconstruction_nlls: one reconstruction NLL a chunk, nats/token; documents kept out of training and out of
+                every test.
             documents: number of documents that the chunks come from.
             fingerprint: fingerprint of the crouter that was measured.
 
         Raises:
-            InputError: no residual, or one that is not finite.
+            InputError: no reconstruction NLL, or one that is not finite.
         """
         values = np.asarray(reconstruction_nlls, dtype=np.float64).ravel()
         if not values.size or not np.isfinite(values).all():
-            raise InputError(f"calibration: expected finite residuals of at least one chunk, got {values.size} values")
+            raise InputError(
+                f"calibration: expected finite reconstruction NLLs of at least one chunk, got {values.size} values"
+            )
         quantiles = dict(zip(QUANTILES, np.quantile(values, QUANTILES).tolist(), strict=True))
         return cls(quantiles, int(values.size), int(documents), fingerprint)
 
-    def verdict(self, reconstruction_nll: float) -> str:
+    def reconstruction_grade(self, reconstruction_nll: float) -> str:
         """`rebuildable` up to the 90% quantile, `uncertain` up to the 99% quantile, `foreign` above.
 
         Args:
@@ -96,14 +100,14 @@ class Calibration:
         return calibration
 
 
-def verdict(calibration: Calibration | None, reconstruction_nll: float) -> str:
-    """The verdict on a chunk, `uncalibrated` without a calibration.
+def reconstruction_grade(calibration: Calibration | None, reconstruction_nll: float) -> str:
+    """The grade of a chunk, `uncalibrated` without a calibration.
 
     Args:
         calibration: of the crouter at hand, if it has one.
         reconstruction_nll: nats/token of the chunk.
     """
-    return calibration.verdict(reconstruction_nll) if calibration else UNCALIBRATED
+    return calibration.reconstruction_grade(reconstruction_nll) if calibration else UNCALIBRATED
 
 
 LEVELS = (0.0, *QUANTILES, 1.0)  # also the smallest and the largest value met
@@ -137,24 +141,30 @@ class LengthCalibration:
         fingerprint: str,
         weights: str,
     ) -> LengthCalibration:
-        """Calibration from measured residuals.
+        """Calibration from measured reconstruction NLLs.
 
         Args:
-            reconstruction_nlls: by length in tokens, one residual a text, nats/token.
+            reconstruction_nlls: by length in tokens, one reconstruction NLL a text, nats/token.
             documents: number of documents that the texts come from.
             fingerprint: of the crouter, decoder included.
             weights: checksum of the compressor adapter.
 
         Raises:
-            InputError: no length, a length without residuals, or one that is not finite.
+            InputError: no length, a length without reconstruction NLLs, or one that is not finite.
         """
         if not reconstruction_nlls:
-            raise InputError("calibration: expected residuals for at least one length of text, got none")
+            raise InputError("calibration: expected reconstruction NLLs for at least one length of text, got none")
         pieces = {int(length): int(np.size(values)) for length, values in sorted(reconstruction_nlls.items())}
-        return cls(quantiles_by_length(reconstruction_nlls, "residuals"), pieces, int(documents), fingerprint, weights)
+        return cls(
+            quantiles_by_length(reconstruction_nlls, "reconstruction NLLs"),
+            pieces,
+            int(documents),
+            fingerprint,
+            weights,
+        )
 
     def reconstruction_nll(self, tokens: int, quantile: float) -> float:
-        """The residual that this share of the expert's own texts stays under, nats/token.
+        """The reconstruction NLL that this share of the expert's own texts stays under, nats/token.
 
         Args:
             tokens: length of the text; the nearest measured length (by ratio) speaks for it.
@@ -165,7 +175,8 @@ class LengthCalibration:
     def save(self, folder: str | os.PathLike) -> Path:
         """Writes `calibration.json` into an expert's folder, whole or not at all; returns its path."""
         path = Path(folder) / CALIBRATION_FILE
-        write_json(path, asdict(self))
+        record = asdict(self)
+        write_json(path, {ON_DISK: record.pop("reconstruction_nlls"), **record})
         return path
 
     @classmethod
@@ -178,7 +189,7 @@ class LengthCalibration:
         path = Path(folder) / CALIBRATION_FILE
         try:
             fields = json.loads(path.read_text(encoding="utf-8"))
-            reconstruction_nlls = _read_table(fields["residuals"])
+            reconstruction_nlls = _read_table(fields[ON_DISK])
             pieces = {int(length): int(count) for length, count in fields["pieces"].items()}
             fingerprint, weights = (str(fields[name]) for name in ("fingerprint", "weights"))
             calibration = cls(reconstruction_nlls, pieces, int(fields["documents"]), fingerprint, weights)
@@ -187,7 +198,7 @@ class LengthCalibration:
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise InputError(f"{path}: not an expert's calibration, or damaged ({error!r})") from error
         if not reconstruction_nlls:
-            raise InputError(f"{path}: expected residuals for at least one length of text, got none")
+            raise InputError(f"{path}: expected reconstruction NLLs for at least one length of text, got none")
         return calibration
 
 

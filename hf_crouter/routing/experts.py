@@ -303,20 +303,20 @@ class ExpertSet:
     def load(cls, folder: str | os.PathLike) -> ExpertSet:
         """Reads the experts that `experts.json` names, in its order.
 
-        Where `evidence.safetensors` holds residuals under all of them, each gets its profile.
+        Where `evidence.safetensors` holds reconstruction NLLs under all of them, each gets its profile.
 
         Raises:
             InputError: missing or damaged files, two experts of one name.
             MismatchError: experts of different crouters, hosts or tokenizers, or a calibration of other weights.
         """
-        experts = [Expert.load(Path(folder) / name) for name in mounted_names(folder)]
+        experts = [Expert.load(Path(folder) / name) for name in expert_names(folder)]
         evidence = Evidence.load(folder)
         if evidence is not None:
             profiles = evidence.profiles({expert.name: expert.compressor.checksum for expert in experts})
             experts = [replace(expert, profile=profiles[expert.name]) for expert in experts]
         return cls(tuple(experts))
 
-    def mounted(self, count: int, evidence: Evidence | None = None) -> ExpertSet:
+    def first(self, count: int, evidence: Evidence | None = None) -> ExpertSet:
         """The first experts alone, with the profiles that they have among each other.
 
         Args:
@@ -349,7 +349,7 @@ class ExpertSet:
             _compare(expert, "host's tokenizer", expert.config.host_tokenizer, host_tokenizer)
 
 
-def mounted_names(folder: str | os.PathLike) -> list[str]:
+def expert_names(folder: str | os.PathLike) -> list[str]:
     """Names of a set's experts in order, from its `experts.json`; no expert is read.
 
     Raises:
@@ -386,7 +386,7 @@ def add_expert(set_folder: str | os.PathLike, expert_folder: str | os.PathLike) 
     """
     set_folder, expert_folder = Path(set_folder), Path(expert_folder)
     expert = Expert.load(expert_folder)
-    names = mounted_names(set_folder) if (set_folder / SET_FILE).exists() else []
+    names = expert_names(set_folder) if (set_folder / SET_FILE).exists() else []
     if expert.name in names:
         raise InputError(f"{set_folder}: there is an expert named {expert.name} already")
     ExpertSet((*(ExpertSet.load(set_folder) if names else ()), expert))
@@ -409,7 +409,7 @@ def remove_expert(set_folder: str | os.PathLike, name: str) -> None:
         InputError: no such expert, or the set cannot be written.
     """
     set_folder = Path(set_folder)
-    names = mounted_names(set_folder)
+    names = expert_names(set_folder)
     left = NAME.fullmatch(name) is not None and (set_folder / name / EXPERT_FILE).exists()  # by an interruption
     if name not in names and not left:
         raise InputError(f"{set_folder}: expected one of the experts {', '.join(names) or '(none)'}, got {name}")

@@ -1,8 +1,8 @@
-"""How the texts of one domain look to all experts: the pattern of their residuals, against which a chunk is held.
+"""How the texts of one domain look to all experts: the pattern that a chunk is held against.
 
-One residual says little about texts of no domain: a table of numbers rebuilds more easily than any prose. Residuals
-under all experts and under the crouter alone, taken together, say much more: a play is rebuilt like a novel by the
-novels' expert, and unlike one by all others.
+One reconstruction NLL says little about texts of no domain: a table of numbers rebuilds more easily than any prose.
+Reconstruction NLLs under all experts and under the crouter alone, taken together, say much more: a play is rebuilt
+like a novel by the novels' expert, and unlike one by all others.
 
 Axes: `N` texts, `n` experts; the last of `n + 1` is the crouter without any adapter.
 """
@@ -23,7 +23,7 @@ from safetensors.numpy import save_file
 
 from ..errors import InputError
 from ..utils.io import replaced_file
-from .calibration import nearest_length, quantile_at, quantiles_by_length
+from .calibration import ON_DISK, nearest_length, quantile_at, quantiles_by_length
 
 EVIDENCE_FILE = "evidence.safetensors"
 FLOOR = 0.01  # nats that are added to a token's before its logarithm is taken
@@ -43,16 +43,16 @@ def summary(token_reconstruction_nll: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Profile:
-    """Where the texts of one expert's domain lie among the residuals under the experts of a set, by length.
+    """Where the texts of one expert's domain lie among the reconstruction NLLs under the experts of a set, by length.
 
     Attributes:
         among: checksums of the compressors of the set's experts, in its order; in another set it does not hold.
         axes: which of the n + 1 its texts were measured under, `n` for the crouter alone; experts that were mounted
             since may be missing.
-        means: of log residuals, `[axes]`, by length in tokens.
+        means: of log reconstruction NLLs, `[axes]`, by length in tokens.
         precisions: inverse covariance, `[axes, axes]`.
         distances: quantiles of the squared Mahalanobis distance of texts whose documents took no part in the fit.
-        margins: quantiles of the best other expert's log residual less this one's; empty for a lone expert.
+        margins: quantiles of the best other expert's log reconstruction NLL less this one's; empty for a lone expert.
     """
 
     among: tuple[str, ...]
@@ -79,12 +79,15 @@ class Profile:
             documents: `[N]` by length, which document each text comes from.
 
         Raises:
-            InputError: no length, or residuals under the expert itself or the crouter alone that are not finite.
+            InputError: no length, or reconstruction NLLs under the expert itself or the crouter alone that are not
+                finite.
         """
         measured = [np.isfinite(values).all((0, 2)) for values in reconstruction_nlls.values()]
         axes = np.flatnonzero(np.all(measured, axis=0)) if measured else np.array([], dtype=int)
         if not {number, len(among)} <= set(axes.tolist()):
-            raise InputError("profile: expected finite residuals under the expert and under the crouter alone")
+            raise InputError(
+                "profile: expected finite reconstruction NLLs under the expert and under the crouter alone"
+            )
         means, precisions, distances, margins = {}, {}, {}, {}
         others = [axis for axis in axes[:-1] if axis != number]
         for length, values in reconstruction_nlls.items():
@@ -115,7 +118,7 @@ class Profile:
         """How far a text lies from the expert's own: 1 is what nine of ten of those stay under; no unit.
 
         Args:
-            logs: log residuals, `[n + 1]`.
+            logs: log reconstruction NLLs, `[n + 1]`.
             tokens: the text's length; the nearest measured length (by ratio) speaks for it.
         """
         length, point = nearest_length(self.means, tokens), np.asarray(logs, np.float64)[None, self.axes]
@@ -165,7 +168,8 @@ class Evidence:
     Attributes:
         weights: checksum of each expert's compressor that was measured, by name; its order is that of the columns.
         texts: checksum of each expert's texts that were measured (`Texts.checksum`), by name.
-        reconstruction_nlls: by expert and length, `[N, n + 1, 2]` (see `summary`), float32; nan where a text was not measured.
+        reconstruction_nlls: by expert and length, `[N, n + 1, 2]` (see `summary`), float32; nan where a text was not
+            measured.
         documents: by expert and length, `[N]`, int64: which document each text comes from.
     """
 
@@ -199,7 +203,7 @@ class Evidence:
         tensors = {}
         for name, lengths in self.reconstruction_nlls.items():
             for length, values in lengths.items():
-                tensors[f"{name}/{length}/residuals"] = np.ascontiguousarray(values, np.float32)
+                tensors[f"{name}/{length}/{ON_DISK}"] = np.ascontiguousarray(values, np.float32)
                 tensors[f"{name}/{length}/documents"] = np.asarray(self.documents[name][length], np.int64)
         path = Path(folder) / EVIDENCE_FILE
         with replaced_file(path) as part:
@@ -225,13 +229,15 @@ class Evidence:
                                   for key in ("weights", "texts"))  # fmt: skip
                 for key in file.keys():  # noqa: SIM118 - safe_open is no mapping
                     name, length, what = key.split("/")
-                    table = {"residuals": reconstruction_nlls, "documents": documents}[what]
+                    table = {ON_DISK: reconstruction_nlls, "documents": documents}[what]
                     table.setdefault(name, {})[int(length)] = file.get_tensor(key)
             for name, lengths in reconstruction_nlls.items():
                 for length, values in lengths.items():
                     shape = (len(documents[name][length]), len(weights) + 1, 2)
                     if values.shape != shape:
-                        raise ValueError(f"expected residuals of shape {list(shape)}, got {list(values.shape)}")
+                        raise ValueError(
+                            f"expected reconstruction NLLs of shape {list(shape)}, got {list(values.shape)}"
+                        )
         except OSError as error:
             raise InputError(f"{path}: cannot be read ({error.strerror})") from error
         except (SafetensorError, ValueError, TypeError, KeyError, AttributeError) as error:

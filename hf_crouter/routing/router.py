@@ -1,4 +1,4 @@
-"""Which expert serves a chunk: of those whose own texts look like it, the one with the least log residual.
+"""Which expert serves a chunk: of those whose own texts look like it, the one with the least log reconstruction NLL.
 
 The mean of the logarithms, since each token then counts by how many times better one expert rebuilds it than another;
 in the mean itself a few tokens that are hard for all drown the rest.
@@ -63,15 +63,13 @@ class Router:
     Args:
         crouter: the shared one; that it is the experts' own is for `ExpertSet.check` to say.
         experts: at least one.
-        top_k_experts: only so many experts are scored a chunk, those whose texts lie nearest to its latents without any
-            adapter: one pass of the encoder in place of a whole pass for each expert left out. 0: all are.
-        stay: how much less than the previous expert's the least log residual must be for the route to change: 0.1 is
-            a tenth of a token's residual.
+        top_k_experts: only so many experts are scored a chunk, those whose texts lie nearest to its latents without
+            any adapter: one pass of the encoder in place of a whole pass for each expert left out. 0: all are.
         fewest: chunks of fewer tokens are not judged.
-        known: quantile of an expert's own texts, by their distance from its profile, beyond which a chunk is none of
-            its own. Without a profile, or where a shortlist left experts out: by their residual.
-        clear: quantile of an expert's own margins below which a second expert is called an overlap; none is where the
-            expert's own texts are as often rebuilt better by another.
+        in_domain_quantile: quantile of an expert's own texts, by their distance from its profile, beyond which a chunk
+            is none of its own. Without a profile, or where experts were left out: by their reconstruction NLL.
+        overlap_quantile: quantile of an expert's own margins below which a second expert is called an overlap; none is
+            where the expert's own texts are as often rebuilt better by another.
         rows: chunks at once.
 
     Raises:
@@ -85,10 +83,9 @@ class Router:
         experts: ExpertSet,
         *,
         top_k_experts: int = 0,
-        stay: float = 0.0,
         fewest: int = 64,
-        known: float = 0.99,
-        clear: float = 0.01,
+        in_domain_quantile: float = 0.99,
+        overlap_quantile: float = 0.01,
         rows: int = 4,
     ):
         if not len(experts):
@@ -98,8 +95,8 @@ class Router:
             raise InputError(f"router: expected a centroid of every expert for a shortlist, got none of {without[0]}")
         self.crouter, self.experts = crouter, experts
         self.top_k_experts = top_k_experts if top_k_experts < len(experts) else 0
-        self.stay, self.fewest = float(stay), fewest
-        self.known, self.clear, self.rows = known, clear, rows
+        self.fewest, self.rows = fewest, rows
+        self.in_domain_quantile, self.overlap_quantile = in_domain_quantile, overlap_quantile
         self._stacks = []
         try:
             for expert in experts:
@@ -183,8 +180,8 @@ class Router:
         found = [math.nan if e.profile is None else e.profile.distance(logs, tokens) for e in self.experts]
         return torch.tensor(found, dtype=torch.float64)
 
-    def own(self, reconstruction_nlls: torch.Tensor, tokens: int) -> torch.Tensor:
-        """Which experts a chunk looks like the texts of, `[n]`, bool; without a distance, by the residual under each.
+    def in_domain(self, reconstruction_nlls: torch.Tensor, tokens: int) -> torch.Tensor:
+        """Which experts a chunk looks like the texts of, `[n]`, bool; without a distance, by its NLL under each.
 
         Args:
             reconstruction_nlls: `[n + 1, 2]`; nan for an expert that was not scored.
@@ -194,16 +191,18 @@ class Router:
         nats, distances = reconstruction_nlls[:-1, NATS].tolist(), self.distances(reconstruction_nlls, tokens).tolist()
         for expert, value, distance in zip(self.experts, nats, distances, strict=True):
             if expert.profile is None or math.isnan(distance):
-                found.append(value <= expert.calibration.reconstruction_nll(tokens, self.known))  # false for nan
+                found.append(
+                    value <= expert.calibration.reconstruction_nll(tokens, self.in_domain_quantile)
+                )  # false for nan
             else:
-                found.append(distance <= expert.profile.limit(tokens, self.known))
+                found.append(distance <= expert.profile.limit(tokens, self.in_domain_quantile))
         return torch.tensor(found)
 
     def decide(self, reconstruction_nlls: torch.Tensor, tokens: int, previous: int | None = None) -> Route:
-        """The route of a chunk, from its residuals alone.
+        """The route of a chunk, from its reconstruction NLLs alone.
 
-        Of the experts whose own texts look like it the one with the least log residual serves, unless the previous
-        one is among them and not undercut by more than `stay`.
+        Of the experts whose own texts look like it the one with the least log reconstruction NLL serves; a chunk
+        too short to judge goes where the one before it went.
 
         Args:
             reconstruction_nlls: `[n + 1, 2]`; nan for an expert that was not scored.
@@ -216,14 +215,12 @@ class Router:
         logs = logs.nan_to_num(nan=math.inf)
         if tokens < self.fewest:
             return self._route(BASE if previous is None else previous, "short", scored, _lead(logs))
-        own = self.own(reconstruction_nlls, tokens)
+        own = self.in_domain(reconstruction_nlls, tokens)
         if not own.any():
             return self._route(BASE, "unknown", scored, _lead(logs))
         best = int(torch.where(own, logs, math.inf).argmin())
-        if previous is not None and previous != BASE and own[previous]:
-            best = previous if logs[previous] - logs[best] <= self.stay else best
         margin, profile = _lead(logs, best), self.experts.experts[best].profile
-        least = profile.margin(tokens, self.clear) if profile is not None else -math.inf
+        least = profile.margin(tokens, self.overlap_quantile) if profile is not None else -math.inf
         return self._route(best, "overlap" if margin < least else "known", scored, margin)
 
     def __call__(self, pieces: Sequence[torch.Tensor], previous: int | None = None) -> list[Route]:
@@ -254,12 +251,12 @@ class Router:
             raise InputError("router: expected its adapters on the crouter, got a router after `remove`")
         return self._stacks[number]
 
-    def _route(self, number: int, verdict: str, nats: dict[str, float], margin: float) -> Route:
-        return Route(self.names[number] if number != BASE else None, number, verdict, nats, margin)
+    def _route(self, number: int, status: str, nlls: dict[str, float], margin: float) -> Route:
+        return Route(self.names[number] if number != BASE else None, number, status, nlls, margin)
 
 
 def _lead(logs: torch.Tensor, number: int | None = None) -> float:
-    """Least log residual of the others minus an expert's, the best by default; infinite where there is no other."""
+    """Least log NLL of the others minus an expert's, the best by default; infinite where there is no other."""
     number = int(logs.argmin()) if number is None else number
     others = [float(value) for i, value in enumerate(logs) if i != number and value < math.inf]
     return min(others) - float(logs[number]) if others else math.inf

@@ -39,7 +39,8 @@ def find_spans(token_reconstruction_nll: torch.Tensor, *, switch: float, smooth:
     """The exact minimum of all tokens' nats plus `switch` for each change of expert; of equals, the fewest changes.
 
     Args:
-        token_reconstruction_nll: `[n, T]`, what each token costs under each expert; nan for an expert that is out of the question.
+        token_reconstruction_nll: `[n, T]`, what each token costs under each expert; nan for an expert that is out of
+            the question.
         switch: nats that a change costs, 0 or more: how much evidence a border needs.
         smooth: no span is shorter than so many tokens; a text that is shorter is one span.
 
@@ -108,7 +109,7 @@ def split_document(router: Router, ids: torch.Tensor | Sequence[int], *, switch:
 def route_spans(router: Router, ids: torch.Tensor | Sequence[int], spans: Sequence[Span]) -> list[Route]:
     """Each span judged on its own: rebuilt apart from its neighbours, against texts of its length.
 
-    One that is too short to judge keeps its expert, with the verdict `short`.
+    One that is too short to judge keeps its expert, with the status `short`.
 
     Args:
         router: decides.

@@ -1,1 +1,1 @@
-"""Training: stage 1 (reconstruct), stage 2 (align), one loop and its checkpoints."""
+"""Training: stage 1 (reconstruct), stage 2 (align, copying), stage 3 (experts); one loop and its checkpoints."""

@@ -154,7 +154,7 @@ def test_bad_input_of_the_others(experts, tmp_path, capsys):
 
 def test_a_training_that_fails_leaves_the_set_alone(experts, monkeypatch):
     before = {path: path.stat().st_mtime_ns for path in experts.rglob("*")}
-    monkeypatch.setattr("hf_crouter.training.experts.measured_expert", lambda *rest: 1 / 0)
+    monkeypatch.setattr("hf_crouter.training.experts.train.measured_expert", lambda *rest: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         train_expert("third", world().arguments(experts=str(experts), compressor_steps=1, host_steps=1))
     assert {path: path.stat().st_mtime_ns for path in experts.rglob("*")} == before
@@ -162,12 +162,12 @@ def test_a_training_that_fails_leaves_the_set_alone(experts, monkeypatch):
 
 def test_generate_reads_under_the_experts(experts, capsys):
     text = next((world().root / "texts/prose").rglob("*.*")).read_text(encoding="utf-8")[:1500]
-    words = ["generate", "--host", world().host, "--crouter", world().crouter, "--no-soft", "--window", "32",
+    words = ["generate", "--host", world().host, "--crouter", world().crouter, "--window", "32",
              "--experts", experts, "--max-new-tokens", "2", "--prompt", text]  # fmt: skip
     record = json.loads(output([*words, "--json"], capsys))
     names = {None, *ExpertSet.load(experts).names}
     assert record["chunks"] and {chunk["expert"] for chunk in record["chunks"]} <= names
-    assert record["routes"][0]["length"] == record["prompt_tokens"] and record["routes"][0]["verdict"]
+    assert record["routes"][0]["length"] == record["prompt_tokens"] and record["routes"][0]["route_status"]
     assert main([str(word) for word in words]) == 0
     shown = capsys.readouterr().err
     assert "window from token" in shown and "expert" in shown

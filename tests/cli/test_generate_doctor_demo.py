@@ -38,7 +38,7 @@ def test_generate_streams_text_and_tells_the_chunks(pair, capsys):
     found = json.loads(capsys.readouterr().out)
     assert streamed.strip() == found["text"].strip() and found["new_tokens"] == 20
     assert found["kv_bytes"] < found["kv_bytes_full"]
-    assert found["chunks"][0]["start"] == 4 and found["chunks"][0]["verdict"] == "uncalibrated"
+    assert found["chunks"][0]["start"] == 4 and found["chunks"][0]["reconstruction_grade"] == "uncalibrated"
 
 
 def test_generate_equals_the_plain_host_when_nothing_is_compressed(pair, capsys):
@@ -65,26 +65,28 @@ def test_generate_from_a_file_as_chat_and_sampled(pair, tmp_path, capsys):
 
 def test_generate_without_soft_prompts_needs_no_projector(crouter, tiny_host, capsys):
     argv = words("generate", (crouter, tiny_host), "--prompt", TEXT, "--max-new-tokens", 2, "--window", 16)
-    assert "hf-crouter align" in fails(capsys, argv)
-    assert main([*argv, "--no-soft"]) == 0
+    assert "hf-crouter align" in fails(capsys, [*argv, "--soft-prompts"])
+    assert main([*argv, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["modes"] == ["retrieve"]
 
 
 def test_generate_reads_in_the_ways_that_are_asked_for(pair, capsys):
     argv = words("generate", pair, "--prompt", TEXT, "--max-new-tokens", 4, "--window", 16, "--json")
     found = {}
-    for name, more in {"ids": [], "off": ["--copy", "off"], "rebuilt": ["--copy", "rebuilt"],
-                       "recall": ["--recall", "1"]}.items():  # fmt: skip
+    for name, more in {"ids": ["--soft-prompts", "--copy"], "off": ["--soft-prompts"],
+                       "rebuilt": ["--soft-prompts", "--copy", "rebuilt"],
+                       "retrieve": ["--soft-prompts", "--copy", "--retrieve", "1"]}.items():  # fmt: skip
         assert main([*argv, *more]) == 0
         found[name] = json.loads(capsys.readouterr().out)
     assert found["off"]["archive_bytes"] == found["off"]["copied"] == 0 < found["ids"]["archive_bytes"]
     assert found["rebuilt"]["archive_bytes"] > found["ids"]["archive_bytes"]  # each token's confidence as well
-    assert found["recall"]["peak_slots"] > found["ids"]["peak_slots"] == found["off"]["peak_slots"]
-    assert main(argv[:-1]) == 0
+    assert found["retrieve"]["peak_slots"] > found["ids"]["peak_slots"] == found["off"]["peak_slots"]
+    assert main([*argv[:-1], "--copy"]) == 0
     assert "copied: " in capsys.readouterr().err
 
 
 def test_generate_refuses_a_projector_of_another_host_or_crouter(pair, tmp_path, capsys):
-    argv = words("generate", pair, "--prompt", TEXT)
+    argv = words("generate", pair, "--prompt", TEXT, "--soft-prompts")
     for folder, name in (
         (pair[0], "slots"),
         (Path(shutil.copytree(pair[1], tmp_path / "other")), "model.norm.weight"),

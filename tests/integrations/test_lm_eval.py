@@ -6,13 +6,12 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from hf_crouter import CompressedHistory
 from hf_crouter.cache.capacity import capacity
 from hf_crouter.crouter.loading import load_crouter
 from hf_crouter.errors import CapacityError, InputError
 from hf_crouter.hosts.loading import load_host
 
-from ..tiny import prompt, tiny_crouter, tiny_host, tiny_projector
+from ..tiny import make_history, prompt, tiny_crouter, tiny_host, tiny_projector
 from ..trained_crouter import TEXT, make_tokenizer, trained_crouter
 
 pytest.importorskip("lm_eval", reason='lm_eval is not installed: pip install -e ".[lm-eval]"')
@@ -55,7 +54,14 @@ def plain(folders):
 
 def make(folders, **options):
     host, crouter, projector = folders
-    options = {"crouter": crouter, "projector": projector, "window": WINDOW, "batch_size": 2, **options}
+    options = {
+        "crouter": crouter,
+        "soft_prompts": projector,
+        "copy": True,
+        "window": WINDOW,
+        "batch_size": 2,
+        **options,
+    }
     return CompressedHFLM(host, device="cpu", **options)
 
 
@@ -94,7 +100,7 @@ class TestCompressed:
         answer, = ask(ours, "loglikelihood", (LONG, TEXT[400:440]))  # fmt: skip
         context, continuation = ours._encode_pair(LONG, TEXT[400:440])
         expected = ours.history.score(torch.tensor([context + continuation]), len(continuation))
-        assert ours.history.report(reconstruction_nlls=False).chunks
+        assert ours.history.report(measure=False).chunks
         assert answer == (float(expected.sum()), False)
 
     def test_a_batch_of_unequal_ones_scores_as_one_by_one(self, ours):
@@ -144,10 +150,10 @@ class TestCompressed:
 
     @pytest.mark.parametrize("soft", ["none", False])
     def test_without_soft_prompts(self, folders, soft):
-        options = {"crouter": "none"} if soft == "none" else {"soft": False}
-        lm = make(folders, keep_first=0, projector=None, **options)
+        options = {"crouter": "none"} if soft == "none" else {}
+        lm = make(folders, keep_first=0, soft_prompts=None, **options)
         # without a crouter chunks are of 512 tokens, more than the positions of this host
-        assert lm.max_length == (300 if soft == "none" else NO_LIMIT) and lm.history.reader.projector is None
+        assert lm.max_length == (300 if soft == "none" else NO_LIMIT) and lm.history.policy.compressor is None
         assert torch.isfinite(torch.tensor(ask(lm, "loglikelihood", (LONG, " a"))[0][0]))
 
 
@@ -163,8 +169,8 @@ def test_max_length_is_what_fits(ours):
 
 def test_a_system_turn_has_room(folders):
     lm = make(folders)
-    lm.history.reader.prefix.opening = [1, 2]
-    assert lm.max_length == capacity(lm.history.host, lm.history.reader, 512) < make(folders).max_length
+    lm.history.policy.prefix.opening = [1, 2]
+    assert lm.max_length == capacity(lm.history.host, lm.history.policy, 512) < make(folders).max_length
 
 
 def test_too_long_is_cut_at_the_left_with_a_warning(folders, caplog, monkeypatch):
@@ -206,7 +212,7 @@ def test_rows_of_a_batch_are_longer_than_its_continuations():
 
 def test_score_tells_what_greedy_decoding_chooses():
     host, crouter = tiny_host(), tiny_crouter()
-    history = CompressedHistory(host, crouter, window=8, keep_first=3, projector=tiny_projector(host, crouter))
+    history = make_history(host, crouter, window=8, keep_first=3)
     ids, mask = prompt(70, 33)
     out = host.generate(ids, attention_mask=mask, max_new_tokens=9, do_sample=False, logits_processor=[history])
     mask = torch.cat([mask, torch.ones(2, 9, dtype=torch.long)], 1)

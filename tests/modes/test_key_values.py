@@ -19,14 +19,15 @@ GREEDY = {"do_sample": False, "return_dict_in_generate": True, "output_logits": 
 torch.set_num_threads(1)
 
 
-def make_host(family, positions=512, seed=0):
+def make_host(family, positions=512, seed=0, sliding_window=12):
     """In float64: which pair is attended to most must not hang on rounding."""
     if family != "gemma3":
         return tiny_host(family, seed, positions).double()
     torch.manual_seed(seed)
     config = Gemma3TextConfig(
         vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=8, max_position_embeddings=positions, initializer_range=0.3, sliding_window=12,
+        num_key_value_heads=2, head_dim=8, max_position_embeddings=positions, initializer_range=0.3,
+        sliding_window=sliding_window,
         layer_types=["sliding_attention", "full_attention", "sliding_attention"], pad_token_id=0, bos_token_id=1,
         eos_token_id=2,
     )  # fmt: skip
@@ -140,6 +141,13 @@ def test_any_block(block):
     host = make_host("llama")
     out = run(host, make(host, block=block), *prompt(200), new=3)
     assert_exact(host, out, [200], block=block)
+
+
+@pytest.mark.parametrize("cache", [{}, {"cache_implementation": "static", "disable_compile": True}], ids=str)
+def test_a_sliding_window_that_reaches_over_entries_sees_none(cache):
+    host = make_host("gemma3", sliding_window=70)
+    out = run(host, make(host), *prompt(100, 45), new=40, **cache)
+    assert_exact(host, out, [100, 45], every=4)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3"])

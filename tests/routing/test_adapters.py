@@ -113,8 +113,8 @@ def test_adapters_that_peft_has_mounted(folders, native):
         host = PeftModel.from_pretrained(host, str(folders[0]), adapter_name="a").base_model.model
     active = logits(host, ids)
     assert torch.allclose(active, by_peft(folders[0], ids), atol=1e-5)
-    found, loaded = Lora.mounted(host, "a"), Lora.load(folders[0])
-    assert Lora.mounted(host, "b") is None
+    found, loaded = Lora.from_model(host, "a"), Lora.load(folders[0])
+    assert Lora.from_model(host, "b") is None
     assert found.down.keys() == loaded.down.keys()
     assert all(torch.allclose(found.up[path], loaded.up[path]) for path in loaded.up)
     stack = AdapterStack(host, {"a": found})

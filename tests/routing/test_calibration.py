@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from hf_crouter.errors import InputError
-from hf_crouter.routing.calibration import Calibration, LengthCalibration, verdict
+from hf_crouter.routing.calibration import Calibration, LengthCalibration, reconstruction_grade
 
 
 @pytest.fixture
@@ -27,19 +27,19 @@ def test_quantiles_are_those_of_the_residuals(calibration):
      (float("nan"), "foreign"), (float("inf"), "foreign")],
 )  # fmt: skip
 def test_verdict_comes_from_the_quantiles(calibration, reconstruction_nll, expected):
-    assert calibration.verdict(reconstruction_nll) == expected
+    assert calibration.reconstruction_grade(reconstruction_nll) == expected
 
 
 def test_thresholds_are_the_crouters_own():
     easy = Calibration.fit([0.01] * 100, 1, "a")
     hard = Calibration.fit([3.0] * 100, 1, "b")
-    assert easy.verdict(1.0) == "foreign"
-    assert hard.verdict(1.0) == "rebuildable"
+    assert easy.reconstruction_grade(1.0) == "foreign"
+    assert hard.reconstruction_grade(1.0) == "rebuildable"
 
 
 def test_without_calibration(tmp_path):
     assert Calibration.load(tmp_path) is None
-    assert verdict(None, 0.0) == "uncalibrated"
+    assert reconstruction_grade(None, 0.0) == "uncalibrated"
 
 
 def test_round_trip_is_exact(calibration, tmp_path):
@@ -47,9 +47,11 @@ def test_round_trip_is_exact(calibration, tmp_path):
     assert Calibration.load(tmp_path) == calibration
 
 
-@pytest.mark.parametrize("reconstruction_nlls", [[], [0.1, float("nan")], [float("inf")]], ids=["none", "nan", "infinite"])
+@pytest.mark.parametrize(
+    "reconstruction_nlls", [[], [0.1, float("nan")], [float("inf")]], ids=["none", "nan", "infinite"]
+)
 def test_fit_refuses(reconstruction_nlls):
-    with pytest.raises(InputError, match="finite residuals"):
+    with pytest.raises(InputError, match="finite reconstruction NLLs"):
         Calibration.fit(reconstruction_nlls, 1, "x")
 
 

@@ -15,7 +15,7 @@ from hf_crouter.errors import InputError, MismatchError
 from hf_crouter.hosts.fingerprint import host_fingerprint
 from hf_crouter.routing import experts as module
 from hf_crouter.routing.adapters import Lora
-from hf_crouter.routing.experts import Centroid, Expert, ExpertSet, Texts, add_expert, mounted_names, remove_expert
+from hf_crouter.routing.experts import Centroid, Expert, ExpertSet, Texts, add_expert, expert_names, remove_expert
 from hf_crouter.routing.measure import measure_evidence
 from hf_crouter.routing.profile import Evidence
 from hf_crouter.utils.io import write_json
@@ -74,7 +74,7 @@ class TestSet:
     def test_mounting_and_removing_change_no_byte_of_the_others(self, folder, folders):
         before = {name: content(folder / name) for name in ("a", "b")}
         add_expert(folder, folders["c.v-2_x"])
-        assert mounted_names(folder) == ["b", "a", "c.v-2_x"]
+        assert expert_names(folder) == ["b", "a", "c.v-2_x"]
         remove_expert(folder, "b")
         assert ExpertSet.load(folder).names == ("a", "c.v-2_x")
         assert content(folder / "a") == before["a"] and not (folder / "b").exists()
@@ -249,7 +249,7 @@ class TestRefusedExperts:
     def test_a_damaged_calibration(self, expert, changes):
         change(expert / "calibration.json", **changes)
         resealed(expert)
-        with pytest.raises(InputError, match="calibration.json: (expected residuals|not an expert's)"):
+        with pytest.raises(InputError, match="calibration.json: (expected reconstruction NLLs|not an expert's)"):
             Expert.load(expert)
 
     @pytest.mark.parametrize("text", ["", "{", "[]", "{}", "3", '{"name": "a", "sha256": 3}'])
@@ -303,7 +303,7 @@ class TestRefusedSets:
     def test_evidence(self, folder):
         evidence = measure_evidence(folder, tiny_crouter(), rows=64)
         Evidence({"b": "w"}, {}, evidence.reconstruction_nlls, evidence.documents).save(folder)
-        with pytest.raises(InputError, match="expected residuals of shape"):
+        with pytest.raises(InputError, match="expected reconstruction NLLs of shape"):
             ExpertSet.load(folder)
         (folder / "evidence.safetensors").write_bytes(b"no")
         with pytest.raises(InputError, match=r"evidence.safetensors: not a set's evidence"):

@@ -46,11 +46,10 @@ class TestTrained:
         for number, (name, first) in enumerate(DOMAINS.items()):
             routes = [router([piece])[0] for piece in texts(first, 40, seed=7)]
             assert sum(route.number == number for route in routes) >= 39
-            assert {route.expert for route in routes} <= {name, None} and routes[0].nats.keys() == DOMAINS.keys()
+            assert {route.expert for route in routes} <= {name, None}
+            assert routes[0].reconstruction_nll.keys() == DOMAINS.keys()
         routes = [router([piece])[0] for piece in texts(FOREIGN, 40, seed=7)]
-        assert (
-            sum(route.verdict == "unknown" and route.expert is None and route.number == -1 for route in routes) >= 38
-        )
+        assert sum(route.status == "unknown" and route.expert is None and route.number == -1 for route in routes) >= 38
 
     def test_other_lengths(self, router):
         for number, first in enumerate(DOMAINS.values()):
@@ -60,7 +59,7 @@ class TestTrained:
         pieces = [*pieces_of("low", "low", "high", "?", "high"), torch.tensor([11, 12])]
         routes = router(pieces)
         assert [route.number for route in routes] == [LOW, LOW, HIGH, -1, HIGH, HIGH]
-        assert routes[-1].verdict == "short" and routes[-1].nats == {}
+        assert routes[-1].status == "short" and routes[-1].reconstruction_nll == {}
         alone = [router([piece])[0] for piece in pieces[:-1]]
         assert [route.expert for route in alone] == [route.expert for route in routes[:-1]]
 
@@ -127,11 +126,11 @@ class TestTrained:
         own = torch.tensor([0] * 20 + [1] * 20)
         assert left_out[torch.arange(40), own].float().mean() <= 0.1, "its own expert is nearly always on the list"
         route = router.decide(found[0], CHUNK)
-        assert len(route.nats) == 2 and math.isfinite(route.margin)
+        assert len(route.reconstruction_nll) == 2 and math.isfinite(route.margin)
         assert not Router(crouter, experts, top_k_experts=3).reconstruction_nlls(pieces[:2])[:, :-1].isnan().any()
 
     def test_overlap_is_below_the_experts_own_margins(self, router, experts):
-        verdicts = [router([piece])[0].verdict for piece in texts(DOMAINS["low"], 60, seed=11)]
+        verdicts = [router([piece])[0].status for piece in texts(DOMAINS["low"], 60, seed=11)]
         assert verdicts.count("overlap") <= 4
         least = experts["low"].profile.margin(CHUNK, 0.01)
         medians = [min(e.calibration.reconstruction_nll(CHUNK, 0.5) for e in experts)] * 2
@@ -139,23 +138,25 @@ class TestTrained:
             reconstruction_nlls = row(*medians)
             reconstruction_nlls[HIGH, LOGS] += margin
             route = router.decide(reconstruction_nlls, CHUNK)
-            assert (route.number, route.verdict) == (LOW, verdict) and route.margin == pytest.approx(margin, abs=1e-5)
+            assert (route.number, route.status) == (LOW, verdict) and route.margin == pytest.approx(margin, abs=1e-5)
 
     def test_profiles_know_what_residuals_alone_do_not(self, crouter, experts):
         router = Router(crouter, experts, fewest=4)
         own = router.reconstruction_nlls(pieces_of("low", "high"))
         for piece, number in zip(own, (LOW, HIGH), strict=True):
             assert router.distances(piece, CHUNK).argmin() == number
-            assert router.own(piece, CHUNK).tolist() == [number == LOW, number == HIGH]
+            assert router.in_domain(piece, CHUNK).tolist() == [number == LOW, number == HIGH]
         easy = own[0].clone()  # rebuilt with ease by everybody, and unlike the texts of anybody
         easy[:, NATS], easy[:, LOGS] = 0.0, math.log(FLOOR)
-        assert not router.own(easy, CHUNK).any() and router.decide(easy, CHUNK).verdict == "unknown"
+        assert not router.in_domain(easy, CHUNK).any() and router.decide(easy, CHUNK).status == "unknown"
         plain = Router(tiny_crouter(), ExpertSet(tuple(dataclasses.replace(e, profile=None) for e in experts)))
-        assert plain.own(easy, CHUNK).all() and plain.distances(easy, CHUNK).isnan().all()
+        assert plain.in_domain(easy, CHUNK).all() and plain.distances(easy, CHUNK).isnan().all()
         one = ExpertSet((experts["low"], dataclasses.replace(experts["high"], profile=None)))
-        assert Router(tiny_crouter(), one).own(easy, CHUNK).tolist() == [False, True], "each by what is known of it"
+        assert Router(tiny_crouter(), one).in_domain(easy, CHUNK).tolist() == [False, True], (
+            "each by what is known of it"
+        )
         easy[HIGH] = math.nan  # left out by a shortlist
-        assert router.own(easy, CHUNK).tolist() == [True, False]
+        assert router.in_domain(easy, CHUNK).tolist() == [True, False]
 
     def test_borders_of_a_document(self, router):
         low, high = (torch.cat(texts(first, 3, seed=12)) for first in DOMAINS.values())
@@ -217,46 +218,34 @@ class TestDecision:
     def test_unknown_is_above_every_experts_own_quantile(self):
         experts = made_up([1.0, 3.0])
         route = decide(experts, [1.6, 3.6])
-        assert (route.expert, route.number, route.verdict) == (None, -1, "unknown")
-        assert route.nats == pytest.approx({"e0": 1.6, "e1": 3.6})
+        assert (route.expert, route.number, route.status) == (None, -1, "unknown")
+        assert route.reconstruction_nll == pytest.approx({"e0": 1.6, "e1": 3.6})
         assert decide(experts, [1.6, 3.4]).expert == "e1"
-        assert decide(experts, [1.45, 3.6]).verdict == "known"
-        assert decide(experts, [1.45, 3.6], known=0.9).verdict == "unknown"
-        assert decide(experts, [1.45, 3.6], tokens=10, fewest=5).verdict == "unknown"
-        assert decide(experts, [float("nan"), float("nan")]).verdict == "unknown"
+        assert decide(experts, [1.45, 3.6]).status == "known"
+        assert decide(experts, [1.45, 3.6], in_domain_quantile=0.9).status == "unknown"
+        assert decide(experts, [1.45, 3.6], tokens=10, fewest=5).status == "unknown"
+        assert decide(experts, [float("nan"), float("nan")]).status == "unknown"
         assert decide(experts, [float("nan"), 3.0]).number == 1
-
-    def test_hysteresis(self):
-        experts = made_up([1.0, 1.0])
-        for previous, stay, expected in [
-            (None, 0.3, 1), (-1, 0.3, 1), (1, 0.3, 1), (0, 0.3, 0), (0, 0.19, 0), (0, 0.17, 1), (0, 0.0, 1)
-        ]:  # fmt: skip
-            assert decide(experts, [1.2, 1.0], previous=previous, stay=stay).number == expected, (previous, stay)
-        assert decide(experts, [1.2, 1.0], previous=0, stay=0.3).margin == pytest.approx(lead(1.0, 1.2))
-        assert decide(experts, [1.0, 1.0], previous=1).number == 1, "nothing is better"
-        assert decide(experts, [1.6, 1.4], previous=0, stay=9.0).number == 1, "it no longer knows the text"
-        assert decide(experts, [1.6, 1.6], previous=0, stay=9.0).number == -1
-        assert decide(experts, [float("nan"), 1.0], previous=0, stay=9.0).number == 1
 
     def test_short(self):
         experts = made_up([1.0, 3.0])
         for previous in (None, -1, 1):
             route = decide(experts, [1.0, 3.5], tokens=63, previous=previous)
-            assert (route.verdict, route.number) == ("short", -1 if previous is None else previous)
+            assert (route.status, route.number) == ("short", -1 if previous is None else previous)
         assert decide(experts, [1.0, 3.5], tokens=63, previous=1).expert == "e1"
-        assert decide(experts, [1.0, 3.5], tokens=64).verdict == "known"
+        assert decide(experts, [1.0, 3.5], tokens=64).status == "known"
 
     def test_overlap(self):
         margins = torch.linspace(0.0, 1.0, 101).numpy()
         experts = made_up([1.0, 1.0], margins=margins)
-        assert decide(experts, [1.0, 1.005]).verdict == "overlap"
-        assert decide(experts, [1.0, 1.02]).verdict == "known"
-        assert decide(experts, [1.0, 1.02], clear=0.1).verdict == "overlap"
-        assert decide(made_up([1.0, 1.0]), [1.0, 1.0]).verdict == "known", "no margins were measured"
+        assert decide(experts, [1.0, 1.005]).status == "overlap"
+        assert decide(experts, [1.0, 1.02]).status == "known"
+        assert decide(experts, [1.0, 1.02], overlap_quantile=0.1).status == "overlap"
+        assert decide(made_up([1.0, 1.0]), [1.0, 1.0]).status == "known", "no margins were measured"
 
     def test_a_lone_expert(self):
         route = decide(made_up([1.0]), [1.0])
-        assert (route.number, route.margin, route.verdict) == (0, math.inf, "known")
+        assert (route.number, route.margin, route.status) == (0, math.inf, "known")
 
 
 class TestRefused:

@@ -207,7 +207,8 @@ class CRouterModel(CRouterPreTrainedModel):
     """Compresses a chunk of at most `chunk_length` tokens into `num_latents` vectors and rebuilds it from them.
 
     Ragged chunks and padding: positions outside the mask enter the encoder as one learned "no token" vector, so what
-    stands in `input_ids` there cannot matter and every pass has one shape. They count in no loss, TRA or residual.
+    stands in `input_ids` there cannot matter and every pass has one shape. They count in no loss, TRA or
+    reconstruction NLL.
 
     Example:
         >>> model = CRouterModel(CRouterConfig(vocab_size=100, hidden_size=64, num_attention_heads=2))

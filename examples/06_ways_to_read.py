@@ -1,8 +1,8 @@
-"""The three ways to read a compressed past, side by side: loss of the last tokens of a long file, and KV slots.
+"""Ways to read a compressed past, side by side: loss of the last tokens of a long file, and KV slots.
 
-    python examples/06_three_ways.py [FILE]
+    python examples/06_ways_to_read.py [FILE]
 
-What comes out: a line for each way, and what was recalled when. `score` says what `generate` would have given to each
+What comes out: a line for each way, and what was retrieved when. `score` says what `generate` would have given to each
 token, so any text of yours can be measured in this way before you rely on it.
 """
 
@@ -12,18 +12,16 @@ from pathlib import Path
 
 import torch
 
-from hf_crouter import CompressedHistory
-from hf_crouter.crouter.loading import load_crouter
-from hf_crouter.hosts.loading import load_host
+from hf_crouter import CompressedHistory, Copy, Retrieve, SoftPrompts, load_crouter, load_host
 
 LAST = 256  # tokens whose loss is measured
 WAYS = {
-    "raw window only": {"soft": False, "copy": False},
-    "soft prompts": {"copy": False},
-    "copying, no slot at all": {"soft": False},
-    "copying from rebuilt latents": {"soft": False, "copy": "rebuilt"},
-    "soft prompts + copying (default)": {},
-    "the same + 2 recalled chunks": {"recall": 2},
+    "raw window only": [],
+    "soft prompts": [SoftPrompts()],
+    "copying, no slot at all": [Copy()],
+    "copying from rebuilt latents": [Copy(source="rebuilt")],
+    "soft prompts + copying": [SoftPrompts(), Copy()],
+    "the same + 2 retrieved chunks": [SoftPrompts(), Copy(), Retrieve(chunks=2)],
 }
 
 
@@ -37,13 +35,13 @@ def main() -> None:
     ids = tokenizer(path.read_text(encoding="utf-8"), return_tensors="pt", verbose=False).input_ids[:, :6000]
 
     print(f"{path.name}: loss of the last {LAST} of {ids.shape[1]:,} tokens, nats/token")
-    for name, options in WAYS.items():
-        history = CompressedHistory(host, crouter, window=512, **options)
+    for name, modes in WAYS.items():
+        history = CompressedHistory(host, crouter, modes=modes, window=512)
         loss = -history.score(ids, last=LAST).mean().item()
-        report = history.report(reconstruction_nlls=False)
+        report = history.report(measure=False)
         history.detach()
         print(f"{name:34s}  loss {loss:.4f}  {report.peak_slots:5,} slots  archive {report.archive_bytes:,} bytes")
-    print("\nwhat was recalled:")
+    print("\nwhat was retrieved:")
     for line in report.retrievals:
         print(f"  at {line.length:,} tokens: chunk {line.chunk} ({line.reason})")
 
