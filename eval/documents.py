@@ -2,7 +2,7 @@
 
 A row is `[4 raw prefix tokens | 8 older chunks of 512 | raw window of 512 | 512 scored tokens]`, a piece of one file.
 Fewer chunks use the same row without its oldest ones. `young`, `files`, `packages` and `prose` are for measuring;
-`gate_code` and `gate_prose` are for training gate and scorer, and share no package and no record with those.
+`gate_code` and `gate_prose` are for training gates, and share no package and no record with those.
 
 `files` are those that the split of the shipped crouter lists as held out, of packages whose other files it was trained
 on. There are 825 of them, about 200 long enough, so the longest give up to three windows that do not overlap.
@@ -13,13 +13,11 @@ Not covered: code that a young package copied from an older one which is not ins
 from __future__ import annotations
 
 import argparse
-import gzip
 import hashlib
-import io
 import json
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from pathlib import Path
@@ -29,6 +27,7 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer
 
+from eval.sources import DOMAINS, leval_documents, no_copy, package_lists, packages, records_of
 from hf_crouter.data.corpora import load_corpus
 from hf_crouter.data.dedup import GRAM, deduplicate, ngram_overlap, training_grams
 from hf_crouter.data.documents import Document
@@ -42,7 +41,6 @@ PREFIX, CHUNK, CHUNKS, WINDOW, SCORED = 4, 512, 8, 512, 512
 LENGTH = PREFIX + CHUNKS * CHUNK + WINDOW + SCORED
 SHORTEST = 3 * LENGTH // 2  # characters: no text of fewer has enough tokens, not even a table of digits
 MAXIMUM = 0.5  # share of 13-grams above which a document is dropped, for repetition and for both overlaps
-JOINED = 26_000  # characters to which short records are joined
 EACH = {"files": 3}  # windows of one file, at most; one where nothing is said
 # Held-out files that share most 13-grams with trained ones in the versions listed here, though not at training time.
 TWINS = {"numba/cpython/cmathimpl.py", "transformers/models/mobilevit/modeling_mobilevit.py"}
@@ -51,13 +49,41 @@ FEW = 30  # a domain of fewer long documents than this gives several windows of 
 EVALUATION = ("young", "files", "packages", "prose")
 # Documents of one package or domain, at most. Few packages are held out, and a twentieth of the others' files.
 CAPS = {"young": 12, "gate_code": 12, "prose": 30, "gate_prose": 42, "files": 48, "packages": 150}
-DOMAINS = ("novels_en", "meetings_qmsum", "latex_math", "tech_peps", "wiki_en", "de_law", "json_config", "csv_tables",
-           "logs", "dialogue_sgd", "speeches_en")  # fmt: skip
-LEVAL = ("gov_report_summ", "paper_assistant", "tv_show_summ", "patent_summ", "legal_contract_qa", "review_summ",
-         "financial_qa", "news_summ")  # fmt: skip
-_COPIES = {"_vendor", "vendor", "_vendored", "vendored", "third_party", "thirdparty", "extern", "externals"}
-_HERE = Path(__file__).parent
-_CHECKPOINT = _HERE.parent / "hf_crouter" / "checkpoints" / "crouter-code-mini"
+_CHECKPOINT = Path(__file__).parent.parent / "hf_crouter" / "checkpoints" / "crouter-code-mini"
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Where what stands in a row `[prefix | chunks | window | target]`, in tokens.
+
+    Attributes:
+        prefix: raw tokens at the start.
+        chunk: of a chunk.
+        chunks: older chunks.
+        window: raw tokens before the target.
+        target: tokens that are scored.
+    """
+
+    prefix: int = PREFIX
+    chunk: int = CHUNK
+    chunks: int = CHUNKS
+    window: int = WINDOW
+    target: int = SCORED
+
+    @property
+    def old(self) -> int:
+        """End of the chunks."""
+        return self.prefix + self.chunks * self.chunk
+
+    @property
+    def split(self) -> int:
+        """End of the window."""
+        return self.old + self.window
+
+    @property
+    def length(self) -> int:
+        """Of a row."""
+        return self.split + self.target
 
 
 @dataclass(frozen=True)
@@ -229,76 +255,6 @@ def _group_windows(
                 yield name, document, ids[first : first + LENGTH]
 
 
-def packages(requirements: Iterable[str], keep: Callable[[Document], bool]) -> Iterator[Document]:
-    """Yields the kept source files of packages' wheels, one package after another.
-
-    Raises:
-        InputError: if a package cannot be downloaded.
-    """
-    for requirement in requirements:
-        print(f"reading {requirement}", file=sys.stderr, flush=True)
-        yield from filter(keep, load_corpus(f"wheels:{requirement}"))
-
-
-def no_copy(document: Document) -> bool:
-    """True unless the file stands in a folder of other packages' copies."""
-    return not _COPIES & set(document.id.lower().split("/")[:-1])
-
-
-def records_of(folder: Path, domain: str, part: str) -> Iterator[Document]:
-    """Yields the records of a domain; short dialogues and log chunks are joined in file order.
-
-    Args:
-        folder: holds a folder for every domain.
-        domain: its name.
-        part: `train` or `heldout`.
-
-    Raises:
-        InputError: if there are no such records, or zstandard is missing.
-    """
-    try:
-        import zstandard  # for these sets only
-    except ImportError as error:
-        raise InputError("prose needs zstandard: pip install zstandard") from error
-    paths = sorted((folder / domain).glob(f"{part}*.jsonl.zst"))
-    if not paths:
-        raise InputError(f"no {part} records of {domain} in {folder}")
-    joins = domain in ("logs", "dialogue_sgd")
-    held: list[dict[str, Any]] = []
-    with paths[0].open("rb") as file:  # the first shard is a fair sample of the others
-        for line in io.TextIOWrapper(zstandard.ZstdDecompressor().stream_reader(file), encoding="utf-8"):
-            record = json.loads(line)
-            if held and (not joins or record.get("system") != held[0].get("system") or _size(held) >= JOINED):
-                yield _joined(domain, held)
-                held = []
-            held.append(record)
-    if held:
-        yield _joined(domain, held)
-
-
-def _size(records: list[dict[str, Any]]) -> int:
-    return sum(len(record["text"]) for record in records)
-
-
-def _joined(domain: str, records: list[dict[str, Any]]) -> Document:
-    return Document(f"{domain}/{records[0]['id']}", domain, "\n\n".join(record["text"] for record in records))
-
-
-def leval_documents(folder: Path) -> Iterator[Document]:
-    """Yields the distinct long inputs of the chosen L-Eval tasks; a task is a domain of its own.
-
-    Raises:
-        InputError: if a task's file is missing.
-    """
-    for task in LEVAL:
-        path = folder / "eval_leval" / f"{task}.jsonl.gz"
-        if not path.is_file():
-            raise InputError(f"no such file: {path}")
-        with gzip.open(path, "rt", encoding="utf-8") as file:
-            for index, line in enumerate(file):
-                yield Document(f"leval_{task}/{index}", f"leval_{task}", json.loads(line)["input"])
-
-
 def prose_records(folder: Path, part: str, seed: int, most: int) -> list[Document]:
     """Records of every domain in a seeded order, at most so many long enough ones of a domain."""
     chosen: list[Document] = []
@@ -340,21 +296,6 @@ def build(name: str, out: Path, data: Path | None, seed: int) -> Windows:
     seen = set(split.dropped[name])
     documents = packages(requirements[name], lambda d: split.rules.part(d) == name and d.id not in seen)
     return cut(documents, tokenizer, **options)
-
-
-def package_lists() -> dict[str, list[str]]:
-    """Requirements of every code set, from the two lists beside this file.
-
-    Raises:
-        InputError: if a package stands in more than one set.
-    """
-    young = json.loads((_HERE / "young_packages.json").read_text(encoding="utf-8"))
-    lists = json.loads((_HERE / "gate_packages.json").read_text(encoding="utf-8"))
-    lists["young"] = [f"{entry['package']}=={entry['version']}" for entry in young]
-    names = Counter(requirement.partition("==")[0] for requirements in lists.values() for requirement in requirements)
-    if twice := [package for package, count in names.items() if count > 1]:
-        raise InputError(f"packages of more than one set: {', '.join(twice)}")
-    return lists
 
 
 def table(sets: dict[str, Windows]) -> str:

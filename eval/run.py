@@ -5,8 +5,11 @@ from __future__ import annotations
 import argparse
 import sys
 
-from eval import demo, hgr, lm_eval_tasks, reading, reading_step, recall_questions, reconstruction, routing
+from eval import demo, reading_step, reconstruction, routing
 from eval.benchmarks import prefill, recall_choice, suffix_index, training
+from eval.hgr import experiment as hgr
+from eval.questions import retrieval, ruler
+from eval.reading import experiment as reading
 from hf_crouter.errors import InputError
 
 EXPERIMENTS = {
@@ -16,10 +19,10 @@ EXPERIMENTS = {
     "suffix-index": suffix_index,
     "retrieval-choice": recall_choice,
     "training-gpu": training,
-    "lm-eval": lm_eval_tasks,
+    "lm-eval": ruler,
     "hgr": hgr,
     "reading": reading,
-    "retrieval-questions": recall_questions,
+    "retrieval-questions": retrieval,
     "copy-cpu": reading_step,
     "routing": routing,
 }

@@ -1,4 +1,4 @@
-"""Paired bootstrap clustered by group: chunks of one package are not independent."""
+"""Bootstrap clustered by group: chunks of one package are not independent."""
 
 from __future__ import annotations
 
@@ -30,3 +30,25 @@ def clustered_interval(
     ]
     low, high = np.quantile(values, [0.025, 0.975])
     return statistic(np.arange(len(groups))), float(low), float(high)
+
+
+def mean_with_interval(key: str, values: Sequence[float], groups: Sequence[str], seed: int) -> dict[str, float]:
+    """Mean of `key` with its 95% interval, whole groups drawn together; nothing where there are no values."""
+    if not len(values):
+        return {}
+    array = np.asarray(values, np.float64)
+    mean, low, high = clustered_interval(lambda rows: float(array[rows].mean()), groups, seed=seed)
+    return {key: mean, f"{key}.lo": low, f"{key}.hi": high}
+
+
+def ratio_with_interval(
+    key: str, hits: Sequence[float], totals: Sequence[float], groups: Sequence[str], seed: int
+) -> dict[str, float]:
+    """Sum of hits over sum of totals with its 95% interval; for shares of tokens counted by document."""
+    top, bottom = np.asarray(hits, np.float64), np.asarray(totals, np.float64)
+    if not bottom.sum():
+        return {}
+    share, low, high = clustered_interval(
+        lambda rows: float(top[rows].sum() / max(bottom[rows].sum(), 1e-9)), groups, seed=seed
+    )
+    return {key: share, f"{key}.lo": low, f"{key}.hi": high}

@@ -1,8 +1,8 @@
-"""History gain recovered on a real host: soft prompts, copying and recall beside windows of the same slots.
+"""History gain recovered on a real host: soft prompts, copying and retrieval beside windows of the same slots.
 
-Two stages. `collect` (accelerator) records passes on the gate sets, fits the gates, measures which chunks are worth
-recalling, and writes the loss of every document, arm and chunk count; it can be split over processes (`--shard i/k`)
-that wait for each other's files. `report` (CPU) turns these losses into `hgr.json`. Rows are those of
+Two stages. `collect` (accelerator) records passes on the gate sets, fits the gates, and writes the loss of every
+document, arm and chunk count; it can be split over processes (`--shard i/k`) that wait for each other's files.
+`report` (CPU) turns these losses into `hgr-HOST.json`. Rows are those of
 `eval.documents`; fewer chunks are the latest ones. An arm is what the host reads; its archive is what is older than
 its raw window.
 """
@@ -13,8 +13,8 @@ import argparse
 import contextlib
 import json
 import os
-from collections.abc import Sequence
-from dataclasses import asdict, replace
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,23 +23,14 @@ import torch
 from safetensors.numpy import load_file
 from torch import nn
 
+from eval.arrays import about_of, chosen, joined_arrays, save_arrays, shard_of, wait_for
 from eval.documents import CHUNK, EVALUATION, Windows
-from eval.hgr_files import Progress, about, about_of, blocks, chosen, joined_arrays, save_arrays, shard_of, wait_for
-from eval.hgr_pairs import GATE_SETS, collect_pairs, compare, fit_scorer, load_pairs, pairs_path
-from eval.hgr_passes import (
-    ARMS,
-    GATES,
-    SHIPPED,
-    DocumentReader,
-    Layout,
-    NineWeights,
-    Searchers,
-    archives_of,
-    measure,
-    partners,
-    record_places,
-)
-from eval.hgr_report import losses_of, metrics, table
+from eval.hgr.arms import ARMS, GATES, Layout, archives_of
+from eval.hgr.candidates import Searchers
+from eval.hgr.gates import finished, fit, load_gates
+from eval.hgr.passes import measure, record_places
+from eval.hgr.reader import DocumentReader, blocks, partners
+from eval.hgr.report import losses_of, metrics, table
 from eval.results import write_result
 from hf_crouter.compressors.projector import find_projector
 from hf_crouter.crouter.loading import load_crouter
@@ -47,27 +38,47 @@ from hf_crouter.errors import InputError
 from hf_crouter.hosts.fingerprint import host_fingerprint
 from hf_crouter.hosts.loading import load_host
 from hf_crouter.hosts.unwrap import display_name
-from hf_crouter.ngram.gate import Gate, GateConfig
-from hf_crouter.ngram.scorers import LearnedScorer
-from hf_crouter.training.gate import fit_gate, fit_weights
+from hf_crouter.ngram.gate import GateConfig
 from hf_crouter.training.loop import compiled_layers
+from hf_crouter.utils.progress import Progress
 
+GATE_SETS = ("gate_code", "gate_prose")
 NOTES = (
     "Host: SmolLM2-135M-Instruct, 4-bit weights in bf16. hgr: share of what full history is worth over the window"
     " (a ratio of means; for prose the mean of the domains' ratios, and .ratio over all documents); intervals: "
     "paired bootstrap clustered by package, or by record of prose. diff.<arm>.<other>: hgr minus that of the other. "
     "Arms: soft prompts, retrieved chunks and copying are those that the name says. copy: the gate that ships, fitted "
-    "to seven ways of reading; copy_fitted: one fitted on the gate sets to what that arm reads; copy_generic: one that "
-    "does not see the host; copy_nine_weights: one weight an order. retrieve2: two chunks by the default scorer, "
+    "to seven ways of reading; copy_fitted: one fitted on the gate sets to what that arm reads; copy_generic: one "
+    "that does not see the host; copy_nine_weights: one weight an order. retrieve2: two chunks by the default scorer, "
     "retrieve2_<scorer> by another (retrieve2_oracle: the best pair by the target's loss, which copies by the gate "
     "fitted for retrieve2_bm25). longer_same_slots: a raw window longer by 8 tokens a chunk, as many as soft prompts "
     "take; longer_same_slots_retrieve2: by 8 a chunk and two chunks. snapkv, snapkv_window (its observation window "
     "is the raw one), expected_attention, streaming and knorm are kvpress 0.5.5 at these slots (.at8, "
     ".at8_retrieve2), at the kept tokens' own positions; mean_pool: means of token embeddings. Arms on fewer "
     "documents (.documents, .domains) were collected beside the others, retrieve2 on a CPU; window and full are "
-    "taken over the same documents. pairs.<score>.share: what a score's two chunks gain, one by one, of what the "
-    "best two do, on gate sets."
+    "taken over the same documents."
 )
+
+
+def about(args: argparse.Namespace) -> dict[str, Any]:
+    """What another shard's or an earlier run's files must agree on."""
+    return {"chunks": args.chunks, "gate_documents": args.gate_documents, "seed": args.seed}
+
+
+@contextlib.contextmanager
+def progress_of(name: str, documents: int, reader: DocumentReader) -> Iterator[Callable[[int], None]]:
+    """A function that says that so many more documents are read; shown with the host's tokens a second."""
+    with Progress() as progress:
+        progress.start(name, documents, "documents", "tokens")
+        before = reader.forwarded
+
+        def advance(count: int) -> None:
+            nonlocal before
+            progress.advance(count, reader.forwarded - before)
+            before = reader.forwarded
+
+        yield advance
+        progress.finish()
 
 
 def collect_gate_places(reader: DocumentReader, args: argparse.Namespace, path: Path) -> None:
@@ -80,60 +91,13 @@ def collect_gate_places(reader: DocumentReader, args: argparse.Namespace, path: 
         index = chosen(windows.records, args.gate_documents, args.seed)[shard::shards]
         clusters = {cluster: first + i for i, cluster in enumerate(sorted({r.cluster for r in windows.records}))}
         first += len(clusters)
-        progress, done = Progress(name, len(index), reader), 0
-        for block in blocks(reader, windows.ids, index, args.block, None, archives):
-            parts.append(record_places(reader, block, count))
-            groups += [clusters[windows.records[i].cluster] for i in block.index]
-            progress(done := done + len(block.index))
+        with progress_of(name, len(index), reader) as advance:
+            for block in blocks(reader, windows.ids, index, args.block, None, archives):
+                parts.append(record_places(reader, block, count))
+                groups += [clusters[windows.records[i].cluster] for i in block.index]
+                advance(len(block.index))
     arrays = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
     save_arrays(path, {**arrays, "groups": np.array(groups, np.int64)}, about(args))
-
-
-def fit(
-    name: str, files: Sequence[dict[str, np.ndarray]], config: GateConfig, args: argparse.Namespace, device: Any
-) -> nn.Module:
-    """Fits one gate on what all shards recorded, and saves it."""
-    sources = SHIPPED if name == "shipped" else ("copy",) if name in ("generic", "nine_weights") else (name,)
-
-    def load(field: str) -> np.ndarray:
-        arrays = [file[f"{source}.{field}"] for source in sources for file in files]
-        return np.concatenate([array.reshape(-1, *array.shape[2:]) for array in arrays])
-
-    fields = {field: torch.from_numpy(load(field)).to(device) for field in ("features", "available", "copied", "host")}
-    target = files[0][f"{sources[0]}.host"].shape[1]
-    groups = np.concatenate([np.repeat(file["groups"], target) for _ in sources for file in files])
-    options = {"groups": groups, "steps": args.steps, "seed": args.seed}
-    if name == "nine_weights":
-        gate: Any = NineWeights().to(device)
-        record = fit_weights(gate, **fields, **options, learning_rate=0.05)
-        save_arrays(args.save / name / "gate.safetensors", {"logit": gate.logit.detach().cpu().numpy()}, record)
-    else:
-        if name == "generic":
-            config = GateConfig(sees_host=False)
-        gate, record = fit_gate(**fields, **options, config=replace(config, training={"reads": list(sources)}))
-        gate.save(args.save / name)
-    print(f"gate {name}: " + ", ".join(f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v}"
-                                       for k, v in record.items()), flush=True)  # fmt: skip
-    return gate
-
-
-def load_gates(folder: Path, device: torch.device | str) -> dict[str, nn.Module]:
-    """All gates as saved."""
-    gates: dict[str, nn.Module] = {}
-    for name in GATES:
-        if name == "nine_weights":
-            gates[name] = NineWeights()
-            logit = load_file(folder / name / "gate.safetensors")["logit"]
-            gates[name].load_state_dict({"logit": torch.from_numpy(logit)})
-        else:
-            gates[name] = Gate.load(folder / name)
-        gates[name].to(device).requires_grad_(False)
-    return gates
-
-
-def finished(folder: Path, name: str) -> Path:
-    """The file that is written last for a gate."""
-    return folder / name / ("gate.safetensors" if name == "nine_weights" else "gate.json")
 
 
 def collect_losses(reader: DocumentReader, args: argparse.Namespace, name: str, gates: dict[str, nn.Module]) -> None:
@@ -148,30 +112,17 @@ def collect_losses(reader: DocumentReader, args: argparse.Namespace, name: str, 
     if path.exists() and about_of(path) == about(args) and len(load_file(path)["documents"]) == len(index):
         print(f"{name}: done before", flush=True)
         return
-    progress, done, parts = Progress(name, len(index), reader), 0, []
-    archives = archives_of(reader.layout, args.chunks, arms)
-    for block in blocks(reader, windows.ids, index, args.block, partners(windows.records, args.seed), archives):
-        tried = [i for i, document in enumerate(block.index) if int(document) in oracle]
-        found = measure(reader, block, args.chunks, gates, tried, arms)
-        parts.append({**found, "documents": block.index})
-        save_arrays(path, joined_arrays(parts), about(args))
-        progress(done := done + len(block.index))
+    archives, others, parts = archives_of(reader.layout, args.chunks, arms), partners(windows.records, args.seed), []
+    with progress_of(name, len(index), reader) as advance:
+        for block in blocks(reader, windows.ids, index, args.block, others, archives):
+            tried = [i for i, document in enumerate(block.index) if int(document) in oracle]
+            found = measure(reader, block, args.chunks, gates, tried, arms)
+            parts.append({**found, "documents": block.index})
+            save_arrays(path, joined_arrays(parts), about(args))
+            advance(len(block.index))
     if not label:
         sets = {name: losses_of(args.save, name, args.data)}
         print(table(metrics(sets, args.chunks, args.seed, draws=200, slots=reader.layout)), flush=True)
-
-
-def learned_scorer(reader: DocumentReader, args: argparse.Namespace, gate: nn.Module) -> LearnedScorer:
-    """Fitted by the first shard on the pairs of all."""
-    (shard, shards), folder = args.shard, args.save / "scorer"
-    if not (folder / "scorer.json").exists():
-        if not pairs_path(args, shard).exists():
-            collect_pairs(reader, args, gate)
-        wait_for([pairs_path(args, i) for i in range(shards)])
-        if not shard:
-            fit_scorer(load_pairs(args, signals=False), args.seed).save(folder)
-        wait_for([folder / "scorer.json"])
-    return LearnedScorer.load(folder)
 
 
 def layout_of(crouter: Any) -> Layout:
@@ -212,8 +163,6 @@ def run_collect(args: argparse.Namespace) -> None:
             del files
             wait_for([finished(args.save, name) for name in GATES])
         gates = load_gates(args.save, device)
-        if args.pairs:
-            reader.scorers["learned"] = learned_scorer(reader, args, gates["shipped"])
         for name in args.sets:
             collect_losses(reader, args, name, gates)
         print(f"{reader.forwarded:,} tokens forwarded", flush=True)
@@ -236,8 +185,6 @@ def run_report(args: argparse.Namespace) -> None:
         if path.exists():
             record = about_of(path) if name == "nine_weights" else json.loads(path.read_text())["training"]
             found |= {f"gate.{name}.{key}": record[key] for key in ("train_gain", "held_out_gain", "places", "groups")}
-    if any(args.save.glob("pairs.*of*[0-9].safetensors")):
-        found |= compare(load_pairs(args), args.seed)
     arrays = {f"{name}.{key}": values for name, losses in sets.items() for key, values in losses.arrays.items()}
     save_arrays(args.save / "losses.safetensors", arrays, about(args))
     print(table(found))
@@ -268,7 +215,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--documents", type=int, help="of an evaluation set, at most; all by default")
     parser.add_argument("--gate-documents", type=int, default=400, help="of each gate set, at most")
     parser.add_argument("--oracle-documents", type=int, default=150, help="of each set, tried with every pair")
-    parser.add_argument("--pairs", type=int, default=0, help="windows of the gate sets for a recall scorer")
     parser.add_argument("--steps", type=int, default=600, help="of fitting a gate")
     parser.add_argument("--shard", type=shard_of, default=(0, 1), help="i/k: this process of k that run at once")
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) // 2), help="searching processes")

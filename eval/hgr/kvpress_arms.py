@@ -4,10 +4,10 @@ Runs by itself, in an environment of its own: kvpress 0.5.5 takes transformers b
 of hf_crouter is imported. kvpress, transformers 5.2.0 and tokenizers 0.22.2 are all that it needs beside torch.
 
 A host reads `[prefix | the last n chunks | window]`; each press keeps as many positions of every layer and head as
-soft prompts leave (`.at8`), or soft prompts and two retrieved chunks (`.at8_retrieve2`); the target follows at its true positions.
-As a press works on what an unshortened pass has cached, one pass serves all presses and budgets.
+soft prompts leave (`.at8`), or soft prompts and two retrieved chunks (`.at8_retrieve2`); the target follows at its
+true positions. As a press works on what an unshortened pass has cached, one pass serves all presses and budgets.
 
-    python -m eval.kvpress_arms --data SETS --host FOLDER --save S
+    python -m eval.hgr.kvpress_arms --data SETS --host FOLDER --save S
 
 Not covered: presses that decide by head, and StreamingLLM with positions closed up (kvpress: KeyRerotationPress).
 """
@@ -77,9 +77,10 @@ class Layout:
         return np.concatenate([rows[:, : self.prefix], rows[:, start:end]], axis=1)
 
     def kept(self, count: int) -> dict[str, int]:
-        """Positions of each budget by what follows a method's name: `.at8`, and `.at8_retrieve2` where it leaves something out."""
+        """Positions of each budget by what follows a method's name; one that leaves nothing out is none."""
         soft = self.prefix + count * self.latents + self.window
-        return {".at8": soft} | ({".at8_retrieve2": soft + self.retrieved * self.chunk} if count > self.retrieved else {})
+        with_chunks = {".at8_retrieve2": soft + self.retrieved * self.chunk} if count > self.retrieved else {}
+        return {".at8": soft, **with_chunks}
 
 
 def ratio(length: int, kept: int) -> float:
@@ -251,7 +252,7 @@ class Measurement:
         self.forwarded = 0  # tokens
 
     def __call__(self, rows: np.ndarray) -> dict[str, np.ndarray]:
-        """Losses of rows `[D, length]`, nats/token: `n<k>.<method>.at8`, `n<k>.<method>.at8_retrieve2`, `n<k>.full_kvpress`."""
+        """Losses of rows `[D, length]`, nats/token: `n<k>.<method>.<budget>` and `n<k>.full_kvpress`."""
         layout, out = self.layout, {}
         targets = torch.from_numpy(rows[:, -layout.target :].astype(np.int64)).to(self.model.device)
         for count in self.counts:
@@ -326,7 +327,7 @@ def _shard(text: str) -> tuple[int, int]:
 def parser() -> argparse.ArgumentParser:
     """The command's arguments."""
     cuda = torch.cuda.is_available()
-    out = argparse.ArgumentParser(prog="python -m eval.kvpress_arms", description=(__doc__ or "").splitlines()[0])
+    out = argparse.ArgumentParser(prog="python -m eval.hgr.kvpress_arms", description=(__doc__ or "").splitlines()[0])
     out.add_argument("--data", required=True, type=Path, help="folder of the sets of eval.documents")
     out.add_argument("--host", required=True, type=Path, help="folder of the model")
     out.add_argument("--save", required=True, type=Path, help="folder of the losses")
@@ -364,7 +365,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         run(parser().parse_args(argv))
     except BadInput as error:
-        print(f"eval.kvpress_arms: error: {error}", file=sys.stderr)
+        print(f"eval.hgr.kvpress_arms: error: {error}", file=sys.stderr)
         return 2
     return 0
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import load_file
 
+from eval.arrays import joined_arrays
 from eval.documents import Record, Windows
-from eval.hgr_files import joined_arrays
-from eval.hgr_passes import ARMS, GREEDY, KVPRESS, Layout
+from eval.hgr.arms import ARMS, GREEDY, KVPRESS, Layout
 from hf_crouter.errors import InputError
 
 
@@ -32,7 +32,7 @@ class Losses:
 def losses_of(folder: Path, name: str, data: Path) -> Losses:
     """Joins what the shards wrote for a set, in the order of its documents, with what was measured beside it.
 
-    That is what `eval.kvpress_arms` wrote, and arms that were collected by themselves (`--arms`).
+    That is what `eval.hgr.kvpress_arms` wrote, and arms that were collected by themselves (`--arms`).
 
     Raises:
         InputError: there is nothing, or a figure was measured twice.

@@ -1,9 +1,9 @@
-"""Whether recall finds what a question asks for: the chunk with the answer among two that come back raw.
+"""Whether retrieval finds what a question asks for: the chunk with the answer among two that stand raw again.
 
 A prompt is `[passages | other passages, in the raw window | question]`, cut into chunks as `CompressedHistory` cuts;
 choosing needs no host. `nq`: Natural Questions, each with one passage that answers it; questions of real users, with
-words of their own. `xquad`: the English paragraphs of XQuAD, on every other of which (and on the gains of the gate
-sets, `eval.hgr_pairs`) decay and recency of the default scorer were chosen; here are the others.
+words of their own. `xquad`: the English paragraphs of XQuAD, on every other of which (and on texts of the gate sets)
+decay and recency of the default scorer were chosen; here are the others.
 
 Not covered: questions whose answer takes several passages.
 """
@@ -32,12 +32,11 @@ from hf_crouter.ngram.scorers import (
     QUERY,
     RECENCY,
     Bm25Scorer,
-    LearnedScorer,
     OverlapScorer,
     RandomScorer,
     RecencyScorer,
     Scorer,
-    choose,
+    top_k,
 )
 
 ASKED = "\n\nQuestion: {question}?\nAnswer:"
@@ -55,7 +54,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--chunks", nargs="+", type=int, default=[8, 64, 256], help="compressed chunks of a prompt")
     parser.add_argument("--questions", type=int, default=600, help="of a set and length, at most")
     parser.add_argument("--chosen", nargs="+", type=int, default=[1, 2])
-    parser.add_argument("--scorer", type=Path, help="folder of a learned scorer to compare")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--result", default="retrieval-questions")
 
@@ -137,8 +135,6 @@ def run(args: argparse.Namespace) -> None:
         "overlap": OverlapScorer(), "bm25": Bm25Scorer(), "bm25_32": Bm25Scorer(32), "last": RecencyScorer(),
         "random": RandomScorer(args.seed),
     }  # fmt: skip
-    if args.scorer:
-        scorers["learned"] = LearnedScorer.load(args.scorer)
     metrics: dict[str, float] = {}
     for name, short, first, step in (("nq_oracle", "nq", 0, 1), ("xquad", "xquad", 1, 2)):
         texts = passages(args.data, name)
@@ -152,7 +148,7 @@ def run(args: argparse.Namespace) -> None:
                 for scorer, found in scorers.items():
                     scores = found.scores(index, recent)
                     for k in args.chosen:
-                        hits.setdefault(f"{scorer}.k{k}", []).append(int(where in choose(scores, k)))
+                        hits.setdefault(f"{scorer}.k{k}", []).append(int(where in top_k(scores, k)))
                 groups.append(str(number))
                 if len(groups) == args.questions:
                     break

@@ -1,4 +1,4 @@
-"""RULER's tasks that write their own text, through lm-evaluation-harness: full history, window alone, ours.
+"""RULER's tasks that write their own text, through lm-evaluation-harness: full history, window alone, each mode.
 
 Documents are made once a length and read by every arm. Accuracy is the share of the answers that stand in the text.
 """
@@ -28,12 +28,20 @@ from hf_crouter.hosts.fetch import resolve_host
 
 TASKS = ("niah_single_1", "niah_multikey_2", "niah_multikey_3", "ruler_vt", "ruler_cwe", "ruler_fwe")
 LENGTHS = (4096, 8192)
-ARMS = ("full", "window", "soft_copy", "soft_retrieve2_copy")
+ARMS: dict[str, dict[str, Any]] = {
+    "full": {},
+    "window": {"modes": "none"},
+    "retrieve2": {"retrieve": 2},
+    "retrieve2_copy": {"retrieve": 2, "copy": True},
+    "soft_copy": {"soft_prompts": True, "copy": True},
+    "soft_retrieve2_copy": {"soft_prompts": True, "retrieve": 2, "copy": True},
+}
+"""Modes of `CompressedHFLM`, as lm-eval's `--model_args` say them; `full` is the plain host."""
 ROOM = 128  # tokens of a prompt that RULER does not count: how the answer begins, fwe's whole answer, a chat template
 NOTES = (
     "RULER by lm-evaluation-harness, accuracy 0..1, greedy; .se: standard error over documents. full: the plain host "
-    "on the whole prompt; window: the raw window alone, older chunks dropped; soft_copy: CompressedHistory with "
-    "soft prompts and copying by the shipped gate; soft_retrieve2_copy: with two retrieved chunks as well. slots.*: most KV slots of a prompt and its answer. "
+    "on the whole prompt; window: the raw window alone, older chunks dropped; other arms: CompressedHistory with the "
+    "modes of config.arms and the options of config.options. slots.*: most KV slots of a prompt and its answer. "
     "Documents are RULER's, written for 128 tokens less than the length, so that no arm has to cut a prompt."
 )
 
@@ -46,10 +54,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--lengths", nargs="+", type=int, default=list(LENGTHS), help="tokens a prompt with its answer"
     )
-    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS)
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
     parser.add_argument("--limit", type=int, default=50, help="documents a task and length")
     parser.add_argument("--window", type=int, default=512)
-    parser.add_argument("--ours", nargs="*", default=[], metavar="NAME=VALUE", help="options of CompressedHistory")
+    parser.add_argument(
+        "--options", nargs="*", default=[], metavar="NAME=VALUE", help="of every history, beside modes"
+    )
     parser.add_argument("--chat", action="store_true", help="wrap prompts in the host's chat template")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0)
@@ -73,26 +83,28 @@ def run(args: argparse.Namespace) -> None:
     except ModuleNotFoundError as error:
         raise InputError(f'{error.name} is not installed; it comes with: pip install -e ".[lm-eval]"') from error
     host = resolve_host(args.host)
-    ours = simple_parse_args_string(",".join(args.ours))
+    options = simple_parse_args_string(",".join(args.options))
     common = {"pretrained": host, "device": "cuda:0", "batch_size": args.batch_size}
-    own = {**common, "crouter": args.crouter, "window": args.window, **ours}
-    makers: dict[str, Callable[[], Any]] = {
-        "full": lambda: HFLM(**common),
-        "window": lambda: CompressedHFLM(**common, crouter="none", copy=False, window=args.window),
-        "soft_copy": lambda: CompressedHFLM(**own),
-        "soft_retrieve2_copy": lambda: CompressedHFLM(**{**own, "recall": 2}),
-    }
+
+    def made(arm: str) -> Any:
+        if arm == "full":
+            return HFLM(**common)
+        needs = "soft_prompts" in ARMS[arm] or "copy" in ARMS[arm]  # the gate lies beside the crouter
+        crouter = args.crouter if needs else "none"
+        return CompressedHFLM(**common, crouter=crouter, window=args.window, **ARMS[arm], **options)
+
     manager = TaskManager(include_path=ruler_folder(), include_defaults=False)  # all defaults take long to index
     tasks = {n: load_tasks(manager, args.tasks, host, n, args.limit, args.seed) for n in args.lengths}
     config = {
-        "limit": args.limit, "window": args.window, "ours": ours, "chat": args.chat, "batch_size": args.batch_size,
+        "limit": args.limit, "window": args.window, "arms": {arm: ARMS[arm] for arm in args.arms}, "options": options,
+        "chat": args.chat, "batch_size": args.batch_size,
         "lm_eval": metadata.version("lm_eval"),
     }  # fmt: skip
     metrics: dict[str, float] = {}
     failed = []
     for arm in args.arms:
         try:
-            lm = makers[arm]()
+            lm = made(arm)
             for length, loaded in tasks.items():
                 start, slots = time.perf_counter(), count_slots(lm)
                 found = lm_eval.simple_evaluate(
@@ -210,7 +222,7 @@ def count_slots(lm: Any) -> list[int]:
     def counted(*args: Any, **options: Any) -> torch.Tensor:
         out = generate(*args, **options)
         history = getattr(lm, "history", None)
-        compressed = history.report(reconstruction_nlls=False).peak_slots if history is not None else 0
+        compressed = history.report(measure=False).peak_slots if history is not None else 0
         slots.append(compressed or out.shape[1] - 1)  # the last token is not read
         return out
 

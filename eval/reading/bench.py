@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
 import json
-import sys
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -16,22 +13,26 @@ from typing import Any
 import numpy as np
 import torch
 
-from eval.documents import Record, Windows
-from eval.statistics import clustered_interval
-from hf_crouter import CompressedHistory
+from eval.documents import Record, Shape, Windows
+from hf_crouter import CompressedHistory, Copy, Retrieve, SoftPrompts
 from hf_crouter.generation.report import HistoryReport
+from hf_crouter.types import Mode
+from hf_crouter.utils.progress import Progress
 
 PREFIX = 4  # raw tokens at the start: these prompts have no system turn
-ARMS: dict[str, dict[str, Any]] = {
-    "window": {"soft": False, "copy": False, "recall": 0},
-    "soft": {"soft": True, "copy": False, "recall": 0},
-    "copy": {"soft": False, "copy": True, "recall": 0},
-    "copy_half": {"soft": False, "copy": True, "copy_strength": 0.5, "recall": 0},
-    "copy_rebuilt": {"soft": False, "copy": "rebuilt", "recall": 0},
-    "copy_generated": {"soft": False, "copy": True, "copy_generated": True, "recall": 0},
-    "soft_retrieve2_copy": {"soft": True, "copy": True, "recall": 2},
+ARMS: dict[str, tuple[Mode, ...]] = {
+    "window": (),
+    "soft": (SoftPrompts(),),
+    "copy": (Copy(),),
+    "copy_half": (Copy(strength=0.5),),
+    "copy_rebuilt": (Copy(source="rebuilt"),),
+    "copy_generated": (Copy(generated=True),),
+    "retrieve2": (Retrieve(2),),
+    "retrieve2_copy": (Retrieve(2), Copy()),
+    "soft_copy": (SoftPrompts(), Copy()),
+    "soft_retrieve2_copy": (SoftPrompts(), Retrieve(2), Copy()),
 }
-"""Options of `CompressedHistory`; `full` is the plain host."""
+"""Modes of `CompressedHistory`; `full` is the plain host."""
 
 
 @dataclass
@@ -47,9 +48,8 @@ class Bench:
         batch: rows at once.
         save: folder for single samples; None keeps none.
         seed: of everything random.
-        options: further arguments of every history.
-        report: of the latest `generate`, without residuals; None of the plain host.
-        started: seconds of the clock.
+        soft_prompts: of the host.
+        report: of the latest `generate`, without reconstruction NLL; None of the plain host.
     """
 
     host: Any
@@ -60,9 +60,8 @@ class Bench:
     batch: int = 64
     save: Path | None = None
     seed: int = 0
-    options: dict[str, Any] = field(default_factory=dict)
+    soft_prompts: SoftPrompts = field(default_factory=SoftPrompts)
     report: HistoryReport | None = None
-    started: float = field(default_factory=time.monotonic)
 
     @property
     def positions(self) -> int:
@@ -91,10 +90,13 @@ class Bench:
         """What an arm passes to `generate`; None for the plain host."""
         if arm == "full":
             return None
-        wanted = {**self.options, **ARMS[arm]}
-        if "recall" not in inspect.signature(CompressedHistory).parameters:
-            wanted.pop("recall")
-        return CompressedHistory(self.host, self.crouter, window=self.window, tokenizer=self.tokenizer, **wanted)
+        return CompressedHistory(
+            self.host,
+            self.crouter,
+            modes=[self.soft_prompts if isinstance(mode, SoftPrompts) else mode for mode in ARMS[arm]],
+            window=self.window,
+            tokenizer=self.tokenizer,
+        )
 
     @torch.no_grad()
     def generate(self, arm: str, ids: np.ndarray, count: int, after: Sequence[Any] = (), **options: Any) -> np.ndarray:
@@ -116,7 +118,7 @@ class Bench:
                 input_ids=prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=count, do_sample=False,
                 pad_token_id=pad, logits_processor=processors, **options,
             )  # fmt: skip
-            self.report = history.report(reconstruction_nlls=False) if history is not None else None
+            self.report = history.report(measure=False) if history is not None else None
         finally:
             if history is not None:
                 history.detach()
@@ -164,29 +166,17 @@ class Bench:
             yield keep
 
 
+@contextmanager
+def progress_of(name: str, prompts: int) -> Iterator[Callable[[int], None]]:
+    """A function that says that so many more prompts are read."""
+    with Progress() as progress:
+        progress.start(name, prompts, "prompts")
+        yield progress.advance
+        progress.finish()
+
+
 def _plain(value: Any) -> Any:
     return value.tolist() if isinstance(value, np.ndarray | np.generic) else str(value)
-
-
-class Progress:
-    """Lines with rate and time left, at most one every few seconds."""
-
-    def __init__(self, name: str, total: int, every: float = 5.0):
-        self.name, self.total, self.every, self.done = name, total, every, 0
-        self.start = self.shown = time.monotonic()
-
-    def add(self, count: int, about: str = "") -> None:
-        """So many more are done."""
-        self.done += count
-        now = time.monotonic()
-        if now - self.shown < self.every and self.done < self.total:
-            return
-        self.shown, spent = now, max(now - self.start, 1e-9)
-        left = (self.total - self.done) * spent / max(self.done, 1)
-        print(
-            f"{self.name}: {self.done}/{self.total} {about} {self.done / spent:.2f}/s, {spent:.0f} s, "
-            f"{left:.0f} s left", file=sys.stderr, flush=True,
-        )  # fmt: skip
 
 
 def batches(count: int, size: int) -> Iterator[slice]:
@@ -195,28 +185,36 @@ def batches(count: int, size: int) -> Iterator[slice]:
         yield slice(first, min(first + size, count))
 
 
-def with_interval(key: str, values: Sequence[float], groups: Sequence[str], seed: int) -> dict[str, float]:
-    """Mean of `key` with its 95% interval, whole groups drawn together; nothing where there are no values."""
-    if not len(values):
-        return {}
-    array = np.asarray(values, np.float64)
-    mean, low, high = clustered_interval(lambda rows: float(array[rows].mean()), groups, seed=seed)
-    return {key: mean, f"{key}.lo": low, f"{key}.hi": high}
-
-
-def ratio_with_interval(
-    key: str, hits: Sequence[float], totals: Sequence[float], groups: Sequence[str], seed: int
-) -> dict[str, float]:
-    """Sum of hits over sum of totals with its 95% interval; for shares of tokens counted by document."""
-    top, bottom = np.asarray(hits, np.float64), np.asarray(totals, np.float64)
-    if not bottom.sum():
-        return {}
-    share, low, high = clustered_interval(
-        lambda rows: float(top[rows].sum() / max(bottom[rows].sum(), 1e-9)), groups, seed=seed
-    )
-    return {key: share, f"{key}.lo": low, f"{key}.hi": high}
-
-
 def group(record: Record) -> str:
     """What is drawn together in a bootstrap."""
     return record.cluster
+
+
+class Scores:
+    """Greedy, teacher-forced verdicts by arm and set, made once.
+
+    Args:
+        bench: host and documents.
+        shape: of their rows.
+        documents: of a set, at most.
+    """
+
+    def __init__(self, bench: Bench, shape: Shape, documents: int):
+        self.bench, self.shape, self.documents = bench, shape, documents
+        self.known: dict[tuple[str, str], np.ndarray] = {}
+
+    def rows(self, name: str) -> list[int]:
+        """Rows of a set that are scored."""
+        return self.bench.spread(name, self.documents)
+
+    def of(self, arm: str, name: str) -> np.ndarray:
+        """`[documents, target]`, bool: greedy decoding would have been right."""
+        if (arm, name) not in self.known:
+            ids = self.bench.sets[name].ids[self.rows(name)]
+            parts = []
+            with progress_of(f"score {arm} on {name}", len(ids)) as advance:
+                for rows in batches(len(ids), max(1, self.bench.batch // 4)):
+                    parts.append(self.bench.greedy(arm, ids[rows], self.shape.target))
+                    advance(len(parts[-1]))
+            self.known[arm, name] = np.concatenate(parts)
+        return self.known[arm, name]

@@ -1,4 +1,4 @@
-"""What a host reads of a compressed past: retrieval, next lines, names, residuals against errors, manners."""
+"""What a host reads of a compressed past: facts, next lines, names, which copies are lost, manners."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from eval import reading_code, reading_manners, reading_retrieval
-from eval.documents import Windows
-from eval.reading_arms import ARMS, Bench
+from eval.documents import Shape, Windows
+from eval.reading import identifiers, lost_copies, manners, next_lines, passkeys
+from eval.reading.bench import ARMS, Bench, Scores
 from eval.results import FOLDER, commit, write_result
 from hf_crouter.crouter.loading import load_crouter
 from hf_crouter.hosts.loading import load_host
@@ -31,7 +31,7 @@ PARTS = (
     "manners",
     "drafts",
 )
-RETRIEVAL = ("full", "window", "soft", "copy", "soft_retrieve2_copy", "copy_rebuilt")
+FACTS = ("full", "window", "soft", "copy", "soft_retrieve2_copy", "copy_rebuilt")
 NOTES = (
     "Host: SmolLM2-135M-Instruct, 4-bit weights in config.dtype; greedy. passkey, kv: prompts 64 tokens shorter "
     "than their names say, all records of one statement's wording, near misses among them, in the compressed "
@@ -86,11 +86,11 @@ def run(args: argparse.Namespace) -> None:
         print(f"{name}: {metrics[f'{name}.seconds']:.0f} s, {path}", file=sys.stderr, flush=True)
 
 
-def parts(bench: Bench, args: argparse.Namespace, shape: reading_code.Shape | None = None
+def parts(bench: Bench, args: argparse.Namespace, shape: Shape | None = None
           ) -> dict[str, Callable[[], dict[str, float]]]:  # fmt: skip
     """What to run, by name, in the order of `PARTS`; scores are shared between parts."""
-    shape = shape or reading_code.Shape(window=bench.window)
-    scores = reading_code.Scores(bench, shape, args.scored)
+    shape = shape or Shape(window=bench.window)
+    scores = Scores(bench, shape, args.scored)
     longest = {"copy_rebuilt": args.rebuilt_length}
 
     def arms(*names: str) -> list[str]:
@@ -99,27 +99,23 @@ def parts(bench: Bench, args: argparse.Namespace, shape: reading_code.Shape | No
     def retrieval(task: str) -> Callable[[], dict[str, float]]:
         # paraphrases: one length that every arm can read
         lengths = [n for n in args.lengths if n <= bench.positions][-1:] if "_" in task else args.lengths
-        return lambda: reading_retrieval.retrieval(bench, task, lengths, arms(*RETRIEVAL), args.samples, longest)
+        return lambda: passkeys.retrieval(bench, task, lengths, arms(*FACTS), args.samples, longest)
 
-    def manners() -> dict[str, float]:
-        found = reading_manners.near_matches(
-            bench, arms("window", "copy", "copy_half", "full"), args.lengths[0], args.samples
-        )
-        found |= reading_manners.temperatures(bench, shape, arms("window", "copy"), args.free)
-        return found | reading_manners.loops(
-            bench, shape, arms("window", "copy", "copy_generated"), args.free, args.tokens
-        )
+    def all_manners() -> dict[str, float]:
+        found = manners.near_matches(bench, arms("window", "copy", "copy_half", "full"), args.lengths[0], args.samples)
+        found |= manners.temperatures(bench, shape, arms("window", "copy"), args.free)
+        return found | manners.loops(bench, shape, arms("window", "copy", "copy_generated"), args.free, args.tokens)
 
     known: dict[str, Callable[[], dict[str, float]]] = {name: retrieval(name) for name in PARTS[:4]}
-    known["nextline"] = lambda: reading_code.next_lines(
+    known["nextline"] = lambda: next_lines.next_lines(
         bench, shape, arms("full", "window", "copy", "copy_half", "soft_retrieve2_copy"), args.documents, args.each
     )
-    known["identifiers"] = lambda: reading_code.identifiers(
+    known["identifiers"] = lambda: identifiers.identifiers(
         scores, arms("full", "window", "soft", "copy", "soft_retrieve2_copy")
     )
-    known["residual"] = lambda: reading_code.reconstruction_nlls(scores, list(bench.sets))
-    known["manners"] = manners
-    known["drafts"] = lambda: reading_manners.drafts(
+    known["residual"] = lambda: lost_copies.lost_copies(scores, list(bench.sets))
+    known["manners"] = all_manners
+    known["drafts"] = lambda: manners.drafts(
         bench, shape, arms("window", "copy", "soft_retrieve2_copy"), args.free, args.tokens
     )
     return {name: known[name] for name in PARTS if name in args.parts}

@@ -9,10 +9,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from eval.reading_arms import PREFIX, Bench, Progress, batches, group, ratio_with_interval, with_interval
-from eval.reading_code import Shape, line_splits, repeated_trigrams
-from eval.reading_retrieval import WORDS
-from eval.statistics import clustered_interval
+from eval.documents import Shape
+from eval.reading.bench import PREFIX, Bench, batches, group, progress_of
+from eval.reading.measures import repeated_trigrams
+from eval.reading.next_lines import line_splits
+from eval.reading.passkeys import WORDS
+from eval.statistics import clustered_interval, mean_with_interval, ratio_with_interval
 
 CITIES = ("Paris", "London", "Berlin", "Madrid", "Rome", "Vienna", "Dublin", "Lisbon", "Athens", "Prague", "Warsaw",
           "Moscow", "Tokyo", "Delhi", "Cairo", "Lima", "Boston", "Chicago", "Denver", "Dallas")  # fmt: skip
@@ -91,9 +93,9 @@ def near_matches(bench: Bench, arms: Sequence[str], length: int, count: int) -> 
         hay = np.concatenate([rows[i] for i in np.resize(random.permutation(len(rows)), -(-length // rows.shape[1]))])
         samples.append(near_match(bench, hay, length, FORMS[n % len(FORMS)], random))
     names = [str(n) for n in range(count)]
-    progress, metrics = Progress("near matches", count * len(arms)), {}
+    metrics: dict[str, float] = {}
     most = max(max(len(s.answer), len(s.stale)) for s in samples)
-    with bench.samples("near_matches") as keep:
+    with bench.samples("near_matches") as keep, progress_of("near matches", count * len(arms)) as advance:
         for arm in arms:
             right, stale = [], []
             for part in batches(count, bench.batch):
@@ -102,9 +104,9 @@ def near_matches(bench: Bench, arms: Sequence[str], length: int, count: int) -> 
                     right.append(float(tuple(ids[: len(sample.answer)]) == sample.answer))
                     stale.append(float(tuple(ids[: len(sample.stale)]) == sample.stale))
                     keep(arm=arm, form=sample.form, right=right[-1], stale=stale[-1], made=bench.text(ids))
-                progress.add(len(made), arm)
-            metrics |= with_interval(f"manners.near.{arm}.right", right, names, bench.seed)
-            metrics |= with_interval(f"manners.near.{arm}.wrong_copied", stale, names, bench.seed)
+                advance(len(made))
+            metrics |= mean_with_interval(f"manners.near.{arm}.right", right, names, bench.seed)
+            metrics |= mean_with_interval(f"manners.near.{arm}.wrong_copied", stale, names, bench.seed)
     return metrics
 
 
@@ -142,20 +144,21 @@ def temperatures(bench: Bench, shape: Shape, arms: Sequence[str], documents: int
         windows, rows = bench.sets[name], bench.spread(name, documents)
         ids = windows.ids[rows]
         groups = [group(windows.records[row]) for row in rows]
-        steps, progress = min(SAME, shape.target), Progress("temperature", len(rows) * len(arms))
+        steps = min(SAME, shape.target)
         losses: dict[str, np.ndarray] = {}
-        for arm in arms:
-            parts = []
-            for part in batches(len(rows), bench.batch):
-                forced = Forced(ids[part, shape.split : shape.split + steps], shape.split)
-                bench.generate(arm, ids[part, : shape.split], steps, [forced])
-                parts.append(forced.losses.mean(-1))
-                progress.add(parts[-1].shape[1], f"{name}.{arm}")
-            losses[arm] = np.concatenate(parts, axis=1)
+        with progress_of(f"temperature on {name}", len(rows) * len(arms)) as advance:
+            for arm in arms:
+                parts = []
+                for part in batches(len(rows), bench.batch):
+                    forced = Forced(ids[part, shape.split : shape.split + steps], shape.split)
+                    bench.generate(arm, ids[part, : shape.split], steps, [forced])
+                    parts.append(forced.losses.mean(-1))
+                    advance(parts[-1].shape[1])
+                losses[arm] = np.concatenate(parts, axis=1)
         for arm, values in losses.items():
             for n, temperature in enumerate(TEMPERATURES):
                 key = f"manners.temperature.{name}.t{round(100 * temperature)}.{arm}"
-                metrics |= with_interval(key, values[n].tolist(), groups, bench.seed)
+                metrics |= mean_with_interval(key, values[n].tolist(), groups, bench.seed)
                 if arm != "window" and "window" in losses:
                     difference = values[n] - losses["window"][n]
                     mean, low, high = clustered_interval(
@@ -172,8 +175,8 @@ def loops(bench: Bench, shape: Shape, arms: Sequence[str], documents: int, count
     splits = line_splits(bench, windows, shape, 1, bench.spread("young", documents))
     contexts = np.stack([windows.ids[s.row][s.at - shape.split : s.at] for s in splits])
     groups = [group(windows.records[s.row]) for s in splits]
-    progress, metrics = Progress("loops", len(splits) * len(arms)), {}
-    with bench.samples("loops") as keep:
+    metrics: dict[str, float] = {}
+    with bench.samples("loops") as keep, progress_of("loops", len(splits) * len(arms)) as advance:
         for arm in arms:
             shares = []
             for part in batches(len(splits), bench.batch):
@@ -182,8 +185,8 @@ def loops(bench: Bench, shape: Shape, arms: Sequence[str], documents: int, count
                     shares.append(repeated_trigrams([int(i) for i in ids if i >= 0]))
                     keep(arm=arm, document=windows.records[split.row].name, repetition=shares[-1],
                          text=bench.text(ids))  # fmt: skip
-                progress.add(len(made), arm)
-            metrics |= with_interval(f"manners.loops.{arm}.repetition", shares, groups, bench.seed)
+                advance(len(made))
+            metrics |= mean_with_interval(f"manners.loops.{arm}.repetition", shares, groups, bench.seed)
             metrics[f"manners.loops.{arm}.looping"] = float(np.mean(np.array(shares) > 0.5))
     # the text that really follows, where there is as much of it, tells how much repetition is natural
     rest = [windows.ids[s.row][s.at : s.at + count].tolist() for s in splits]
@@ -208,17 +211,18 @@ def drafts(
     splits = line_splits(bench, windows, shape, 1, bench.spread("young", documents))
     contexts = np.stack([windows.ids[s.row][s.at - shape.split : s.at] for s in splits])
     groups = [group(windows.records[s.row]) for s in splits]
-    progress, metrics = Progress("drafts", len(splits) * len(arms)), {}
-    for arm in arms:
-        made, steps, same = [], [], []
-        for context in contexts:  # prompt lookup takes one row
-            plain = bench.generate(arm, context[None], count)
-            drafted = bench.generate(arm, context[None], count, prompt_lookup_num_tokens=ahead)
-            assert bench.report is not None
-            made.append(bench.report.generated)
-            steps.append(bench.report.steps)
-            same.append(float((plain == drafted).all()))
-            progress.add(1, arm)
-        metrics |= ratio_with_interval(f"drafts.{arm}.tokens_a_step", made, steps, groups, bench.seed)
-        metrics |= with_interval(f"drafts.{arm}.same", same, groups, bench.seed)
+    metrics: dict[str, float] = {}
+    with progress_of("drafts", len(splits) * len(arms)) as advance:
+        for arm in arms:
+            made, steps, same = [], [], []
+            for context in contexts:  # prompt lookup takes one row
+                plain = bench.generate(arm, context[None], count)
+                drafted = bench.generate(arm, context[None], count, prompt_lookup_num_tokens=ahead)
+                assert bench.report is not None
+                made.append(bench.report.generated)
+                steps.append(bench.report.steps)
+                same.append(float((plain == drafted).all()))
+                advance(1)
+            metrics |= ratio_with_interval(f"drafts.{arm}.tokens_a_step", made, steps, groups, bench.seed)
+            metrics |= mean_with_interval(f"drafts.{arm}.same", same, groups, bench.seed)
     return metrics | {"drafts.prompts": len(splits), "drafts.ahead": ahead}

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from eval.reading_arms import PREFIX, Bench, Progress, batches, with_interval
+from eval.reading.bench import PREFIX, Bench, batches, progress_of
+from eval.statistics import mean_with_interval
 
 DEFAULT = "soft_retrieve2_copy"  # the arm whose accuracy also stands without a name
 MARGIN = 64  # tokens by which a prompt is shorter than its name says: the answer must fit a host's positions too
@@ -217,8 +218,7 @@ def retrieval(bench: Bench, task: str, lengths: Sequence[int], arms: Sequence[st
     metrics: dict[str, float] = {}
     cells = [(length, arm) for length in lengths for arm in arms
              if length <= longest.get(arm, length) and (arm != "full" or length <= bench.positions)]  # fmt: skip
-    progress = Progress(task, len(cells) * count)
-    with bench.samples(task) as keep:
+    with bench.samples(task) as keep, progress_of(task, len(cells) * count) as advance:
         for length in lengths:
             samples = make_samples(bench, task, length - MARGIN, count)
             others = [[bench.encode(f" {value}") for _, value in sample.others] for sample in samples]
@@ -235,7 +235,7 @@ def retrieval(bench: Bench, task: str, lengths: Sequence[int], arms: Sequence[st
                             statement=sample.statement, question=sample.question, aligned=sample.aligned,
                             verdict=verdicts[-1], made=bench.text(ids),
                         )  # fmt: skip
-                    progress.add(len(part), f"{length // 1024}k.{arm}")
+                    advance(len(part))
                 metrics |= summary(f"{task}.{length // 1024}k", arm, samples, verdicts, bench.seed)
     return metrics
 
@@ -244,7 +244,7 @@ def summary(key: str, arm: str, samples: Sequence[Sample], verdicts: Sequence[st
     """Metrics of one cell: accuracy, share of other keys' values, accuracy where the wordings are aligned."""
     right = [float(v == "right") for v in verdicts]
     names = [str(n) for n in range(len(right))]
-    metrics = with_interval(f"{key}.{arm}.accuracy", right, names, seed)
+    metrics = mean_with_interval(f"{key}.{arm}.accuracy", right, names, seed)
     metrics[f"{key}.{arm}.distractor"] = float(np.mean([v == "distractor" for v in verdicts]))
     metrics[f"{key}.{arm}.samples"] = len(right)
     for name, flag in (("aligned", True), ("unaligned", False)):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
-from eval import documents
+from eval import documents, sources
 from eval.documents import CAPS, LENGTH, SCORED, Windows, cut, repetition, row_grams
 from hf_crouter.data.dedup import training_grams
 from hf_crouter.data.documents import Document
@@ -141,10 +141,10 @@ def test_what_is_saved_is_what_is_loaded(library, tokenizer, tmp_path):
 
 
 def test_the_lists_share_no_package_and_young_ones_are_young():
-    lists = documents.package_lists()
+    lists = sources.package_lists()
     assert set(lists) == {"young", "files", "packages", "gate_code"} <= set(CAPS)
     assert all(requirement.count("==") == 1 for requirements in lists.values() for requirement in requirements)
-    young = json.loads((documents._HERE / "young_packages.json").read_text())
+    young = json.loads((sources._HERE / "young_packages.json").read_text())
     assert all(entry["first_upload"] >= "2025-01-01" for entry in young)
     held_out = {requirement.partition("==")[0] for requirement in lists["packages"]}
     assert held_out <= set(SplitRules().held_out_packages)
@@ -154,16 +154,16 @@ def test_a_package_of_two_sets_is_refused(tmp_path, monkeypatch):
     young = [{"package": "one", "version": "1", "first_upload": "2025-01-01"}]
     (tmp_path / "young_packages.json").write_text(json.dumps(young))
     (tmp_path / "gate_packages.json").write_text(json.dumps({"gate_code": ["one==2"], "files": [], "packages": []}))
-    monkeypatch.setattr(documents, "_HERE", tmp_path)
+    monkeypatch.setattr(sources, "_HERE", tmp_path)
     with pytest.raises(InputError, match="more than one set: one"):
-        documents.package_lists()
+        sources.package_lists()
 
 
 def test_copies_of_other_packages_are_left_out():
-    assert documents.no_copy(Document("own/main.py", "own", ""))
-    assert documents.no_copy(Document("own/vendor.py", "own", ""))
+    assert sources.no_copy(Document("own/main.py", "own", ""))
+    assert sources.no_copy(Document("own/vendor.py", "own", ""))
     for folder in ("_vendor", "Vendor", "third_party"):
-        assert not documents.no_copy(Document(f"own/{folder}/six.py", "own", ""))
+        assert not sources.no_copy(Document(f"own/{folder}/six.py", "own", ""))
 
 
 def write_wheel(home, requirement, files):
@@ -216,28 +216,28 @@ def test_files_are_those_that_the_split_lists_not_all_that_its_rule_would_deal_o
 def test_prose_is_joined_and_comes_from_its_own_part(tokenizer, tmp_path):
     dialogue = [{"id": f"d{n}", "text": words(n, 600)} for n in range(40)]
     write_records(tmp_path / "dialogue_sgd", "heldout.jsonl.zst", dialogue)
-    joined = list(documents.records_of(tmp_path, "dialogue_sgd", "heldout"))
-    assert all(len(document.text) >= documents.JOINED for document in joined[:-1])
+    joined = list(sources.records_of(tmp_path, "dialogue_sgd", "heldout"))
+    assert all(len(document.text) >= sources.JOINED for document in joined[:-1])
     assert "\n\n".join(document.text for document in joined) == "\n\n".join(record["text"] for record in dialogue)
     logs = [{"id": f"l{n}", "text": "x" * 9_000, "system": "ab"[n // 2]} for n in range(4)]
     write_records(tmp_path / "logs", "train.jsonl.zst", logs)
-    assert [document.id for document in documents.records_of(tmp_path, "logs", "train")] == ["logs/l0", "logs/l2"]
+    assert [document.id for document in sources.records_of(tmp_path, "logs", "train")] == ["logs/l0", "logs/l2"]
     with pytest.raises(InputError, match="no heldout records of logs"):
-        list(documents.records_of(tmp_path, "logs", "heldout"))
+        list(sources.records_of(tmp_path, "logs", "heldout"))
 
 
 def test_leval_inputs_are_read_by_task(tmp_path):
     (tmp_path / "eval_leval").mkdir()
-    for task in documents.LEVAL:
+    for task in sources.LEVAL:
         with gzip.open(tmp_path / "eval_leval" / f"{task}.jsonl.gz", "wt") as file:
             file.write(json.dumps({"input": task}) + "\n")
-    read = list(documents.leval_documents(tmp_path))
+    read = list(sources.leval_documents(tmp_path))
     assert [(document.group, document.text) for document in read] == [
-        (f"leval_{task}", task) for task in documents.LEVAL
+        (f"leval_{task}", task) for task in sources.LEVAL
     ]
-    (tmp_path / "eval_leval" / f"{documents.LEVAL[-1]}.jsonl.gz").unlink()
+    (tmp_path / "eval_leval" / f"{sources.LEVAL[-1]}.jsonl.gz").unlink()
     with pytest.raises(InputError, match="no such file"):
-        list(documents.leval_documents(tmp_path))
+        list(sources.leval_documents(tmp_path))
 
 
 def test_prose_without_a_folder_is_refused(tmp_path, capsys):

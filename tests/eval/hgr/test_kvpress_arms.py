@@ -10,8 +10,8 @@ import torch
 from safetensors.numpy import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from eval import kvpress_arms
-from eval.kvpress_arms import FULL, Layout, Measurement, chosen, losses_path, prefill, ratio
+from eval.hgr import kvpress_arms
+from eval.hgr.kvpress_arms import FULL, Layout, Measurement, chosen, losses_path, prefill, ratio
 
 VOCAB = 97
 LAYOUT = Layout(prefix=4, chunk=32, chunks=4, window=96, target=16, latents=2)
@@ -90,28 +90,29 @@ def test_ratio_keeps_exactly_the_budget(length):
             ratio(length, wrong)
 
 
-def test_budgets_are_the_slots_of_soft_prompts_and_recall():
-    assert Layout().kept(8) == {"": 4 + 64 + 512, "_recall": 4 + 64 + 1024 + 512}
-    assert Layout().kept(2) == {"": 4 + 16 + 512}  # two recalled chunks of two are the full history
+def test_budgets_are_the_slots_of_soft_prompts_and_retrieval():
+    assert Layout().kept(8) == {".at8": 4 + 64 + 512, ".at8_retrieve2": 4 + 64 + 1024 + 512}
+    assert Layout().kept(2) == {".at8": 4 + 16 + 512}  # two retrieved chunks of two are the full history
 
 
 @pytest.mark.skipif(INSTALLED, reason="hf_crouter takes another transformers than kvpress")
 def test_layout_order_and_budgets_are_those_of_hgr():
-    from eval import hgr
+    from eval import arrays
     from eval.documents import EVALUATION, Record
+    from eval.hgr import arms
 
-    theirs, layout, row = hgr.Layout(), Layout(), np.arange(Layout().length)
+    theirs, layout, row = arms.Layout(), Layout(), np.arange(Layout().length)
     assert {key: getattr(theirs, key) for key in vars(layout)} == vars(layout)
     assert EVALUATION == kvpress_arms.SETS
     for count in (2, 4, 8):
         raw = theirs.prefix + theirs.window
-        slots = {"": raw + theirs.extra("soft", count), "_recall": raw + theirs.extra("recall", count)}
+        slots = {".at8": raw + theirs.extra("soft", count), ".at8_retrieve2": raw + theirs.extra("retrieve", count)}
         assert layout.kept(count).items() <= slots.items()
         read = np.concatenate([row[: theirs.prefix], theirs.raw(row, theirs.extra("full", count))])
         assert np.array_equal(np.concatenate([layout.context(row[None], count)[0], row[theirs.split : -1]]), read)
     names = [f"package/{i}.py" for i in range(20)]
     records = [Record(name, "package", "code", 0.1) for name in names]
-    assert np.array_equal(chosen(names, 7, 3), hgr.chosen(records, 7, 3))
+    assert np.array_equal(chosen(names, 7, 3), arrays.chosen(records, 7, 3))
 
 
 def test_file_of_a_shard(tmp_path):
@@ -121,9 +122,8 @@ def test_file_of_a_shard(tmp_path):
 def test_losses_are_those_of_one_masked_pass(fake_presses):
     host, rows = make_host(), make_rows()
     found = Measurement(host, LAYOUT, COUNTS)(rows)
-    assert set(found) == {f"n{n}.{m}" for n in COUNTS for m in (*kvpress_arms.PRESSES, FULL)} | {
-        f"n4.{m}_recall" for m in kvpress_arms.PRESSES
-    }
+    names = {f"n{n}.{m}.at8" for n in COUNTS for m in kvpress_arms.PRESSES} | {f"n{n}.{FULL}" for n in COUNTS}
+    assert set(found) == names | {f"n4.{m}.at8_retrieve2" for m in kvpress_arms.PRESSES}
     for count in COUNTS:
         assert found[f"n{count}.{FULL}"] == pytest.approx(plain_losses(host, rows, count), abs=1e-5)
         for ending, kept in LAYOUT.kept(count).items():
@@ -152,10 +152,10 @@ def test_shards_are_written_and_found_again(fake_presses, tmp_path, capsys, monk
         kvpress_arms.measure_set(measurement, args, "young")
     files = [load_file(losses_path(tmp_path, "young", shard, 2)) for shard in (0, 1)]
     assert sorted(np.concatenate([file["documents"] for file in files])) == list(range(5))
-    assert files[0][f"n2.{FULL}"].dtype == np.float32 and math.isfinite(files[0]["n2.snapkv"].sum())
+    assert files[0][f"n2.{FULL}"].dtype == np.float32 and math.isfinite(files[0]["n2.snapkv.at8"].sum())
     whole = measurement(rows)
     for file in files:
-        assert file["n2.knorm"] == pytest.approx(whole["n2.knorm"][file["documents"]], abs=1e-5)
+        assert file["n2.knorm.at8"] == pytest.approx(whole["n2.knorm.at8"][file["documents"]], abs=1e-5)
     assert "young: 3/3 documents" in capsys.readouterr().out
     kvpress_arms.measure_set(measurement, args, "young")
     assert capsys.readouterr().out == "young: done before\n"

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
-from eval import recall_questions
-from eval.recall_questions import ASKED, CHUNK, passages, prompts
+from eval.questions import retrieval
+from eval.questions.retrieval import ASKED, CHUNK, passages, prompts
 from hf_crouter.crouter.loading import shipped_crouter
 from hf_crouter.data.tokens import plain_tokenizer
 from hf_crouter.errors import InputError
@@ -37,7 +37,7 @@ def test_the_answer_stands_in_the_chunk_that_is_named(texts, tokenizer):
     found = list(prompts(texts, tokenizer, 4, 0, 1, seed=0))
     assert len(found) > 20
     for past, recent, where, number in found:
-        assert past.shape == (4, CHUNK) and len(recent) <= recall_questions.QUERY
+        assert past.shape == (4, CHUNK) and len(recent) <= retrieval.QUERY
         ahead, _, question = tokenizer.decode(recent.tolist()).rpartition("\n\nQuestion:")
         assert question == ASKED.format(question=f"what holds vault{number}").partition(":")[2]
         around = tokenizer.decode(past.ravel()[max(0, where * CHUNK - 8) : (where + 1) * CHUNK + 8].tolist())
@@ -69,8 +69,8 @@ def test_passages_and_result(tmp_path, monkeypatch, texts):
     assert passages(tmp_path, "nq_oracle") == passages(tmp_path, "xquad") == texts
     monkeypatch.setenv("CROUTER_RESULTS", str(tmp_path))
     parser = argparse.ArgumentParser()
-    recall_questions.configure(parser)
-    recall_questions.run(parser.parse_args(["--data", str(tmp_path), "--chunks", "4"]))
-    metrics = json.loads((tmp_path / "recall-questions.json").read_text())["metrics"]
+    retrieval.configure(parser)
+    retrieval.run(parser.parse_args(["--data", str(tmp_path), "--chunks", "4"]))
+    metrics = json.loads((tmp_path / "retrieval-questions.json").read_text())["metrics"]
     assert metrics["nq.4.overlap.k2.found"] > 0.9 > metrics["nq.4.random.k2.found"]
     assert metrics["nq.4.overlap.k1.found.lo"] <= metrics["nq.4.overlap.k1.found"] <= metrics["nq.4.overlap.k2.found"]

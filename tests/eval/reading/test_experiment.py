@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from eval import reading, reading_code, reading_manners, reading_step
-from eval.documents import Record, Windows
-from eval.reading_arms import ARMS, PREFIX, Bench, ratio_with_interval
-from eval.reading_retrieval import (
+from eval.documents import Record, Shape, Windows
+from eval.reading import experiment as reading
+from eval.reading import identifiers, lost_copies, manners, measures, next_lines
+from eval.reading.bench import ARMS, PREFIX, Bench
+from eval.reading.passkeys import (
     QUESTIONS,
     RECORDS,
     STATEMENTS,
@@ -21,13 +22,12 @@ from eval.reading_retrieval import (
     summary,
     verdict,
 )
-from hf_crouter.modes.copy import Copier
-from hf_crouter.ngram.gate import generic_gate
-from hf_crouter.ngram.row_archive import Archives
+from eval.statistics import ratio_with_interval
+from hf_crouter import SoftPrompts
 from tests.tiny import CHUNK, tiny_crouter, tiny_host, tiny_projector
 from tests.trained_crouter import TEXT, make_tokenizer
 
-SHAPE = reading_code.Shape(prefix=4, chunk=CHUNK, chunks=4, window=32, target=160)
+SHAPE = Shape(prefix=4, chunk=CHUNK, chunks=4, window=32, target=160)
 LENGTH = SHAPE.split + SHAPE.target
 CODE = "".join(f"name_{n} = call_{n % 5}(value_{n % 7}, 'text {n % 3}')\n" for n in range(600))
 
@@ -45,14 +45,14 @@ def bench(tmp_path_factory):
         sets[name] = Windows(rows, found, {})
     return Bench(
         host, tokenizer, crouter, sets, window=SHAPE.window, batch=4, save=tmp_path_factory.mktemp("samples"),
-        options={"projector": tiny_projector(host, crouter)},
+        soft_prompts=SoftPrompts(tiny_projector(host, crouter)),
     )  # fmt: skip
 
 
 @pytest.fixture
 def wide(bench):
     """With a window that a question of bytes fits in."""
-    return Bench(bench.host, bench.tokenizer, bench.crouter, bench.sets, 256, 4, options=bench.options)
+    return Bench(bench.host, bench.tokenizer, bench.crouter, bench.sets, 256, 4, soft_prompts=bench.soft_prompts)
 
 
 def arguments(folder, **changes):
@@ -119,35 +119,35 @@ def test_verdicts(wide):
     assert verdict(sample, [*sample.answer, 7], others) == "right"
     assert verdict(sample, others[1], others) == "distractor"
     assert verdict(sample, sample.answer[:-1], others) == "wrong"
-    metrics = summary("kv.32k", "all", [sample] * 4, ["right", "wrong", "right", "distractor"], 0)
-    assert metrics["kv.32k.accuracy"] == metrics["kv.32k.all.accuracy"] == 0.5
-    assert metrics["kv.32k.all.distractor"] == 0.25
+    metrics = summary("kv.32k", "soft_retrieve2_copy", [sample] * 4, ["right", "wrong", "right", "distractor"], 0)
+    assert metrics["kv.32k.accuracy"] == metrics["kv.32k.soft_retrieve2_copy.accuracy"] == 0.5
+    assert metrics["kv.32k.soft_retrieve2_copy.distractor"] == 0.25
     assert metrics["kv.32k.accuracy.lo"] <= 0.5 <= metrics["kv.32k.accuracy.hi"]
 
 
 def test_edit_similarity():
-    assert reading_code.similarity("", "") == reading_code.similarity("abc", "abc") == 1
-    assert reading_code.similarity("kitten", "sitting") == pytest.approx(1 - 3 / 7)
-    assert reading_code.similarity("", "abcd") == 0
+    assert measures.similarity("", "") == measures.similarity("abc", "abc") == 1
+    assert measures.similarity("kitten", "sitting") == pytest.approx(1 - 3 / 7)
+    assert measures.similarity("", "abcd") == 0
 
 
 def test_line_metrics():
-    assert reading_code.first_line("\n  \n  x = 1\ny = 2") == "x = 1"
-    assert reading_code.statement("\n  f(1,\n    2)\ny") == "f(1, 2)"
-    assert reading_code.statement("x = '([{'\ny") == "x = '([{'"
-    assert reading_code.repeated_trigrams([1, 2, 3, 4]) == reading_code.repeated_trigrams([]) == 0
-    assert reading_code.repeated_trigrams([1, 1, 1, 1]) == 0.5
-    assert reading_code.right_before_mistake([1, 2, 4], [1, 2, 3]) == 2
-    assert reading_code.right_before_mistake([1, 2], [1, 2, 3]) == 2
-    assert reading_code.known_names("some_name(x, 'a text', unseen)", "some_name 'a text'", "") == (2, 3)
+    assert measures.first_line("\n  \n  x = 1\ny = 2") == "x = 1"
+    assert measures.statement("\n  f(1,\n    2)\ny") == "f(1, 2)"
+    assert measures.statement("x = '([{'\ny") == "x = '([{'"
+    assert measures.repeated_trigrams([1, 2, 3, 4]) == measures.repeated_trigrams([]) == 0
+    assert measures.repeated_trigrams([1, 1, 1, 1]) == 0.5
+    assert measures.right_before_mistake([1, 2, 4], [1, 2, 3]) == 2
+    assert measures.right_before_mistake([1, 2], [1, 2, 3]) == 2
+    assert measures.known_names("some_name(x, 'a text', unseen)", "some_name 'a text'", "") == (2, 3)
 
 
 def test_auroc():
     values, labels = np.array([0.1, 0.2, 0.3, 0.4]), np.array([0, 0, 1, 1])
-    assert reading_code.auroc(values, labels) == 1
-    assert reading_code.auroc(values, 1 - labels) == 0
-    assert reading_code.auroc(np.ones(4), labels) == 0.5
-    assert np.isnan(reading_code.auroc(values, np.ones(4)))
+    assert lost_copies.auroc(values, labels) == 1
+    assert lost_copies.auroc(values, 1 - labels) == 0
+    assert lost_copies.auroc(np.ones(4), labels) == 0.5
+    assert np.isnan(lost_copies.auroc(values, np.ones(4)))
 
 
 def test_shares_are_of_sums():
@@ -168,7 +168,7 @@ def test_identifiers_last_stood_in_the_chunks(bench):
     window = fill(encode(" nearby"), SHAPE.window)
     target = [*space, *encode("faraway"), *encode(" nearby"), *encode(" faraway"), *encode(" unknown"), *space]
     ids = np.array(prefix + past + window + target)
-    spans = reading_code.identifier_spans(bench, ids, SHAPE)
+    spans = identifiers.identifier_spans(bench, ids, SHAPE)
     assert len(spans) == 1 and spans[0][0] >= SHAPE.split
     assert bench.text(ids[slice(*spans[0])]).strip() == "faraway"
 
@@ -177,13 +177,13 @@ def test_copied_tokens_are_traced_to_their_chunk(bench):
     random = np.random.default_rng(0)
     ids = random.permutation(300)[: SHAPE.split + 1] + 20
     ids[-4:] = ids[4 + 2 * CHUNK : 4 + 2 * CHUNK + 4]
-    shape = reading_code.Shape(4, CHUNK, 4, 32, 1)
-    assert reading_code.sources(bench, ids, shape, np.array([True])).tolist() == [2]
-    assert reading_code.sources(bench, ids, shape, np.array([False])).tolist() == [-1]
+    shape = Shape(4, CHUNK, 4, 32, 1)
+    assert lost_copies.sources(bench, ids, shape, np.array([True])).tolist() == [2]
+    assert lost_copies.sources(bench, ids, shape, np.array([False])).tolist() == [-1]
 
 
 def test_splits_are_behind_line_ends(bench):
-    splits = reading_code.line_splits(bench, bench.sets["young"], SHAPE, 2, range(6), made=64)
+    splits = next_lines.line_splits(bench, bench.sets["young"], SHAPE, 2, range(6), made=64)
     assert splits
     for split in splits:
         ids = bench.sets["young"].ids[split.row]
@@ -192,8 +192,8 @@ def test_splits_are_behind_line_ends(bench):
 
 def test_near_matches_have_a_stale_record(wide):
     hay = np.tile(wide.sets["young"].ids[0].astype(np.int64), 12)
-    for form in reading_manners.FORMS:
-        sample = reading_manners.near_match(wide, hay, 1400, form, np.random.default_rng(1))
+    for form in manners.FORMS:
+        sample = manners.near_match(wide, hay, 1400, form, np.random.default_rng(1))
         assert sample.ids.shape == (1400,) and sample.answer != sample.stale
         start, end = sample.record
         assert start >= PREFIX and end <= wide.compressed_end(1400)
@@ -205,7 +205,7 @@ def test_near_matches_have_a_stale_record(wide):
 def test_forced_losses_are_those_of_score(bench):
     ids = bench.sets["young"].ids[:2].astype(np.int64)
     steps = 6
-    forced = reading_manners.Forced(ids[:, SHAPE.split : SHAPE.split + steps], SHAPE.split)
+    forced = manners.Forced(ids[:, SHAPE.split : SHAPE.split + steps], SHAPE.split)
     made = bench.generate("copy", ids[:, : SHAPE.split], steps, [forced])
     assert (made == ids[:, SHAPE.split : SHAPE.split + steps]).all()
     history = bench.history("copy")
@@ -231,27 +231,33 @@ def test_retrieval_runs(wide, tmp_path):
 
 @pytest.mark.parametrize("part", ["nextline", "identifiers", "residual"])
 def test_parts_run(bench, tmp_path, monkeypatch, part):
-    monkeypatch.setattr(reading_code, "MADE", 40)
+    monkeypatch.setattr(next_lines, "MADE", 40)
     metrics = reading.parts(bench, arguments(tmp_path, parts=[part], documents=2), SHAPE)[part]()
     assert all(key.startswith(part) for key in metrics)
     if part == "nextline":
-        assert {"nextline.all.exact", "nextline.full.edit", "nextline.all_minus_window.lo"} <= metrics.keys()
+        assert {
+            "nextline.soft_retrieve2_copy.exact",
+            "nextline.full.edit",
+            "nextline.soft_retrieve2_copy_minus_window.lo",
+        } <= metrics.keys()
     if part == "identifiers":
-        assert {f"identifiers.{arm}.accuracy" for arm in ("full", "window", "soft", "copy", "all")} <= metrics.keys()
+        assert {
+            f"identifiers.{arm}.accuracy" for arm in ("full", "window", "soft", "copy", "soft_retrieve2_copy")
+        } <= metrics.keys()
 
 
 def test_manners_run(wide, tmp_path):
     args = arguments(tmp_path, lengths=[1000])
-    found = reading_manners.near_matches(wide, ["window", "copy"], args.lengths[0], 2)
+    found = manners.near_matches(wide, ["window", "copy"], args.lengths[0], 2)
     assert {"manners.near.copy.wrong_copied", "manners.near.window.right"} <= found.keys()
 
 
 def test_free_generation_runs(bench):
-    found = reading_manners.temperatures(bench, SHAPE, ["window", "copy"], 2)
+    found = manners.temperatures(bench, SHAPE, ["window", "copy"], 2)
     assert "manners.temperature.young.t50.copy.minus_window.lo" in found
-    found = reading_manners.drafts(bench, SHAPE, ["copy"], 2, 8, ahead=4)
+    found = manners.drafts(bench, SHAPE, ["copy"], 2, 8, ahead=4)
     assert found["drafts.copy.same"] == 1.0 <= found["drafts.copy.tokens_a_step"] and found["drafts.prompts"] > 0
-    found = reading_manners.loops(bench, SHAPE, ["window", "copy_generated"], 2, 8)
+    found = manners.loops(bench, SHAPE, ["window", "copy_generated"], 2, 8)
     assert "manners.loops.copy_generated.repetition" in found
 
 
@@ -267,14 +273,3 @@ def test_parts_are_merged_within_a_commit(tmp_path, monkeypatch):
     monkeypatch.setenv("CROUTER_COMMIT", "two")
     result = json.loads(reading.write_part(args, "kv", {"kv.a": 3.0}).read_text())
     assert result["metrics"] == {"kv.a": 3.0}
-
-
-def test_steps_are_timed(bench):
-    text = torch.randint(5, 300, (1, 3000))
-    args = argparse.Namespace(window=32, soft_slots=16, steps=10, leak_steps=20)
-
-    def copier_of(width):
-        return Copier(Archives(len(bench.tokenizer)), generic_gate(), 1.0, width, width)
-
-    metrics = reading_step.measure({"float32": bench.host}, copier_of, text, [1024, 2048], args)
-    assert metrics["copy.step_share.10k"] > 0 and "copy.leak_mib.10k" in metrics
