@@ -122,10 +122,10 @@ def test_copied_by_order_is_the_share_of_the_target():
     candidates = collect([archive.match(text(60)[:20]), archive.match(text(30, 3))])
     for token in range(0, VOCAB, 7):
         found = copied_by_order(candidates, torch.tensor([token, token]))
-        for place in range(2):
+        for position in range(2):
             for order in range(len(ORDERS)):
-                here = (candidates.places == place) & (candidates.orders == order) & (candidates.tokens == token)
-                assert found[place, order].item() == pytest.approx(candidates.probabilities[here].sum().item())
+                here = (candidates.places == position) & (candidates.orders == order) & (candidates.tokens == token)
+                assert found[position, order].item() == pytest.approx(candidates.probabilities[here].sum().item())
 
 
 def test_half_precision_keeps_the_features(reader):
