@@ -200,7 +200,7 @@ def blocks(
 def retrieved(layout: Layout, row: np.ndarray, count: int, scorer: Scorer) -> tuple[int, ...]:
     """Numbers of the chunks that a scorer retrieves, ascending, 0 the oldest of the row."""
     index = ChunkIndex().extended(*layout.past(row, count).reshape(count, layout.chunk))
-    recent = row[layout.split - min(QUERY, layout.window) : layout.split]
+    recent = np.concatenate([row[: layout.prefix], row[layout.old - count * layout.chunk : layout.split]])[-QUERY:]
     return tuple((layout.chunks - count + top_k(scorer.scores(index, recent), layout.retrieved)).tolist())
 
 

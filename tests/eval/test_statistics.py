@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from eval.statistics import clustered_interval
+from eval.statistics import clustered_interval, mean_with_interval, ratio_with_interval
 
 
 def test_a_known_case_has_the_known_interval():
@@ -40,3 +40,10 @@ def test_the_same_seed_gives_the_same_interval_and_draws_whole_groups():
 def test_one_group_has_no_width():
     value, low, high = clustered_interval(lambda rows: float(rows.sum()), ["a"] * 4, seed=0, draws=10)
     assert value == low == high == 6
+
+
+def test_means_and_shares_of_sums():
+    metrics = ratio_with_interval("a", [1, 3], [2, 10], ["x", "y"], 0)
+    assert metrics["a"] == pytest.approx(4 / 12) and metrics["a.lo"] == pytest.approx(0.3)
+    assert ratio_with_interval("a", [0], [0], ["x"], 0) == mean_with_interval("a", [], [], 0) == {}
+    assert mean_with_interval("a", [1.0, 2.0], ["x", "x"], 0) == {"a": 1.5, "a.lo": 1.5, "a.hi": 1.5}

@@ -22,7 +22,6 @@ from eval.reading.passkeys import (
     summary,
     verdict,
 )
-from eval.statistics import ratio_with_interval
 from hf_crouter import SoftPrompts
 from tests.tiny import CHUNK, tiny_crouter, tiny_host, tiny_projector
 from tests.trained_crouter import TEXT, make_tokenizer
@@ -148,12 +147,6 @@ def test_auroc():
     assert lost_copies.auroc(values, 1 - labels) == 0
     assert lost_copies.auroc(np.ones(4), labels) == 0.5
     assert np.isnan(lost_copies.auroc(values, np.ones(4)))
-
-
-def test_shares_are_of_sums():
-    metrics = ratio_with_interval("a", [1, 3], [2, 10], ["x", "y"], 0)
-    assert metrics["a"] == pytest.approx(4 / 12) and metrics["a.lo"] == pytest.approx(0.3)
-    assert ratio_with_interval("a", [0], [0], ["x"], 0) == {}
 
 
 def test_identifiers_last_stood_in_the_chunks(bench):
