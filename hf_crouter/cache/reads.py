@@ -240,16 +240,17 @@ def _replace(reading: _Reading, first: int, end: int, chunks: Sequence[Chunk], n
     some: list[Entries] = [chunk.entries for chunk in chunks if chunk.entries is not None]
     counts = [len(entries) for entries in some]
     reading.codes = torch.cat([reading.codes[:first], entry_codes(numbers, counts), reading.codes[end:]])
-    for number, (keys, values) in enumerate(reading.layers):
-        hidden = keys.new_zeros(keys.shape[0], sum(counts), keys.shape[2])  # of a sliding layer, which sees none
-        put = [
-            [parts[number].to(keys.device, keys.dtype) for parts in all_parts if parts and parts[number] is not None]
-            for all_parts in ([e.keys for e in some], [e.values for e in some])
-        ]
-        new = [torch.cat(parts, 1) if parts else hidden for parts in put]
-        if values.shape[2] != keys.shape[2] and not put[1]:
-            new[1] = values.new_zeros(values.shape[0], sum(counts), values.shape[2])
+    count = sum(counts)
+    for number, (old_keys, old_values) in enumerate(reading.layers):
+        keys = _joined([e.keys[number] for e in some if e.keys is not None], old_keys, count)
+        values = _joined([e.values[number] for e in some if e.values is not None], old_values, count)
         reading.layers[number] = (
-            torch.cat([keys[:, :first], new[0], keys[:, end:]], 1),
-            torch.cat([values[:, :first], new[1], values[:, end:]], 1),
+            torch.cat([old_keys[:, :first], keys, old_keys[:, end:]], 1),
+            torch.cat([old_values[:, :first], values, old_values[:, end:]], 1),
         )
+
+
+def _joined(parts: Sequence[torch.Tensor | None], like: torch.Tensor, count: int) -> torch.Tensor:
+    """Keys or values of entries one after the other, `[heads, count, D]`; zeros of a layer that keeps none."""
+    known = [part.to(like.device, like.dtype) for part in parts if part is not None]
+    return torch.cat(known, 1) if known else like.new_zeros(like.shape[0], count, like.shape[2])

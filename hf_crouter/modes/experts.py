@@ -43,7 +43,6 @@ class Experts:
 
     name: ClassVar[str] = "experts"
     gives: ClassVar[tuple[Contribution, ...]] = ("adapters",)
-    needs_crouter: ClassVar[bool] = True
 
     experts: ExpertSet | str | os.PathLike | None = None
     in_domain_quantile: float = 0.99
@@ -55,6 +54,11 @@ class Experts:
             raise InputError(f"Experts(in_domain_quantile=): expected a share, 0 to 1, got {quantile!r}")
         if not isinstance(self.top_k_experts, int) or self.top_k_experts < 0:
             raise InputError(f"Experts(top_k_experts=): expected a number of experts, got {self.top_k_experts!r}")
+
+    @property
+    def needs_crouter(self) -> bool:
+        """Whether it can do nothing without a crouter."""
+        return True
 
     def bind(self, setting: Setting) -> Parts:
         """See `Mode.bind`.

@@ -33,7 +33,6 @@ class Retrieve:
 
     name: ClassVar[str] = "retrieve"
     gives: ClassVar[tuple[Contribution, ...]] = ("chunks",)
-    needs_crouter: ClassVar[bool] = False
 
     chunks: int = 2
     every: int = 128
@@ -46,6 +45,11 @@ class Retrieve:
             raise InputError(f"Retrieve(every=): expected a number of tokens, 1 or more, got {self.every!r}")
         if self.scorer is not None and not isinstance(self.scorer, Scorer):
             raise InputError(f"Retrieve(scorer=): expected an object with scores(), got {type(self.scorer).__name__}")
+
+    @property
+    def needs_crouter(self) -> bool:
+        """Whether it can do nothing without a crouter."""
+        return False
 
     @classmethod
     def ready(cls, setting: Setting) -> Retrieve:

@@ -26,9 +26,13 @@ class SoftPrompts:
 
     name: ClassVar[str] = "soft_prompts"
     gives: ClassVar[tuple[Contribution, ...]] = ("entries",)
-    needs_crouter: ClassVar[bool] = True
 
     projector: str | os.PathLike | Projector | None = None
+
+    @property
+    def needs_crouter(self) -> bool:
+        """Whether it can do nothing without a crouter."""
+        return True
 
     @classmethod
     def ready(cls, setting: Setting) -> SoftPrompts | None:

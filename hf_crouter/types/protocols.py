@@ -107,17 +107,22 @@ class Compressor(Protocol):
 
 @runtime_checkable
 class Retriever(Protocol):
-    """Chooses the chunks that stand raw again: a pure function of what it is given.
+    """Chooses the chunks that stand raw again: a pure function of what it is given."""
 
-    Attributes:
-        chunks: how many.
-        every: they are chosen anew at every multiple of so many tokens of a row.
-        query: last tokens that it wants to see.
-    """
+    @property
+    def chunks(self) -> int:
+        """How many."""
+        ...
 
-    chunks: int
-    every: int
-    query: int
+    @property
+    def every(self) -> int:
+        """They are chosen anew at every multiple of so many tokens of a row."""
+        ...
+
+    @property
+    def query(self) -> int:
+        """Last tokens of a row that it wants to see."""
+        ...
 
     def __call__(
         self, index: Any, new: Sequence[np.ndarray], recent: np.ndarray
@@ -166,15 +171,17 @@ class ScoreUse:
 
 
 class CacheView(Protocol):
-    """What a change of the scores sees of the cache.
+    """What a change of the scores sees of the cache."""
 
-    Attributes:
-        rows: one a row of the batch.
-        ids: the `input_ids` that its slots stand for, `[B, width]`.
-    """
+    @property
+    def rows(self) -> tuple[Row, ...]:
+        """One a row of the batch."""
+        ...
 
-    rows: tuple[Row, ...]
-    ids: torch.Tensor
+    @property
+    def ids(self) -> torch.Tensor:
+        """The `input_ids` that its slots stand for, `[B, width]`."""
+        ...
 
 
 class ScoreState(Protocol):
@@ -221,15 +228,17 @@ ScoreMode = Callable[[Opening], ScoreState]
 
 
 class ChunkRouter(Protocol):
-    """Finds the expert of a chunk: a pure function of what it is given.
+    """Finds the expert of a chunk: a pure function of what it is given."""
 
-    Attributes:
-        names: of the experts.
-        fewest: chunks of fewer tokens are not judged.
-    """
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the experts."""
+        ...
 
-    names: tuple[str, ...]
-    fewest: int
+    @property
+    def fewest(self) -> int:
+        """Chunks of fewer tokens are not judged."""
+        ...
 
     def remove(self) -> None:
         """Leaves the crouter as it was."""
@@ -239,11 +248,11 @@ class ChunkRouter(Protocol):
         """What rebuilding chunks `[tokens]` of crouter ids costs, under every expert and alone, `[N, n + 1, 2]`."""
         ...
 
-    def decide(self, nlls: torch.Tensor, tokens: int, previous: int | None = None) -> Route:
+    def decide(self, reconstruction_nlls: torch.Tensor, tokens: int, previous: int | None = None) -> Route:
         """The route of one chunk.
 
         Args:
-            nlls: `[n + 1, 2]`; nan where it is too short to judge.
+            reconstruction_nlls: `[n + 1, 2]`; nan where it is too short to judge.
             tokens: its length.
             previous: number of the expert before it in its row, -1 the base model; None where nothing is before.
         """
