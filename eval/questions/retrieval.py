@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import gzip
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,13 @@ from hf_crouter.ngram.scorers import (
     top_k,
 )
 
+SCORERS: dict[str, Callable[[int], Scorer]] = {  # given a seed
+    "overlap": lambda seed: OverlapScorer(),
+    "bm25": lambda seed: Bm25Scorer(),
+    "bm25_32": lambda seed: Bm25Scorer(32),
+    "last": lambda seed: RecencyScorer(),
+    "random": lambda seed: RandomScorer(seed),
+}
 ASKED = "\n\nQuestion: {question}?\nAnswer:"
 NOTES = (
     "Share of questions whose answer's chunk (the one in which the answer stands in the passage that holds it) is "
@@ -131,10 +138,7 @@ def prompts(
 def run(args: argparse.Namespace) -> None:
     """Measures every set, length and scorer, prints a line each and writes the result."""
     tokenizer = plain_tokenizer(Tokenizer.from_file(str(shipped_crouter() / "tokenizer.json")))
-    scorers: dict[str, Scorer] = {
-        "overlap": OverlapScorer(), "bm25": Bm25Scorer(), "bm25_32": Bm25Scorer(32), "last": RecencyScorer(),
-        "random": RandomScorer(args.seed),
-    }  # fmt: skip
+    scorers = {name: make(args.seed) for name, make in SCORERS.items()}
     metrics: dict[str, float] = {}
     for name, short, first, step in (("nq_oracle", "nq", 0, 1), ("xquad", "xquad", 1, 2)):
         texts = passages(args.data, name)

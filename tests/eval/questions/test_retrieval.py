@@ -20,8 +20,7 @@ def tokenizer():
     return plain_tokenizer(Tokenizer.from_file(str(shipped_crouter() / "tokenizer.json")))
 
 
-@pytest.fixture(scope="module")
-def texts():
+def make_texts():
     """Forty passages of 150 words, each with one question."""
     rng = np.random.default_rng(0)
     made = []
@@ -31,6 +30,11 @@ def texts():
         text = " ".join(words)
         made.append((text, [(f"what holds vault{number}", text.index(f"answer{number}"))]))
     return made
+
+
+@pytest.fixture(scope="module")
+def texts():
+    return make_texts()
 
 
 def test_the_answer_stands_in_the_chunk_that_is_named(texts, tokenizer):
