@@ -1,4 +1,4 @@
-"""Bootstrap clustered by group: chunks of one package are not independent."""
+"""Bootstrap clustered by group (chunks of one package are not independent), and the area under a ROC curve."""
 
 from __future__ import annotations
 
@@ -52,3 +52,14 @@ def ratio_with_interval(
         lambda rows: float(top[rows].sum() / max(bottom[rows].sum(), 1e-9)), groups, seed=seed
     )
     return {key: share, f"{key}.lo": low, f"{key}.hi": high}
+
+
+def auroc(values: np.ndarray, labels: np.ndarray) -> float:
+    """Probability that a value with label 1 is above one with label 0; ties count half; nan without both."""
+    positive = int(labels.sum())
+    negative = len(labels) - positive
+    if not positive or not negative:
+        return float("nan")
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    ranks = (np.cumsum(counts) - (counts - 1) / 2)[inverse]
+    return float((ranks[labels.astype(bool)].sum() - positive * (positive + 1) / 2) / (positive * negative))

@@ -1,4 +1,4 @@
-"""What choosing the chunks to recall costs: a choice, a chunk added to the index, and bytes a chunk, on real code.
+"""What choosing the chunks to retrieve costs: a choice, a chunk added to the index, and bytes a chunk, on real code.
 
 Every choice asks with the last tokens of a walk through code that is not among the chunks, as a generation asks.
 """
@@ -16,14 +16,15 @@ from tokenizers import Tokenizer
 from eval.benchmarks.suffix_index import HELD_OUT
 from eval.results import write_result
 from hf_crouter.crouter.loading import shipped_crouter
+from hf_crouter.modes.retrieve import ScoredRetriever
 from hf_crouter.ngram.postings import ChunkIndex
-from hf_crouter.ngram.scorers import QUERY, Bm25Scorer, LearnedScorer, OverlapScorer, Recall
+from hf_crouter.ngram.scorers import QUERY, Bm25Scorer, OverlapScorer, Scorer
 
 NOTES = (
     "Source of the standard library in the shipped crouter's tokens, in chunks; where it is too short it is repeated "
     "with other chunk borders. The walk goes through a file that is left out. choose: milliseconds of one choice of 2 "
-    "chunks as by default, all included (bm25: by BM25 over the last 128 tokens; learned: by a network over "
-    "features); each choice is the fastest of its turns, as the machine was shared. append: microseconds of one "
+    "chunks as by default, all included (bm25: by BM25 over the last 128 tokens); "
+    "each choice is the fastest of its turns, as the machine was shared. append: microseconds of one "
     "chunk added to the index, merges of blocks included, mean over the last 2,048. build: all chunks at once."
 )
 
@@ -60,8 +61,9 @@ def cut(text: np.ndarray, count: int, length: int) -> list[np.ndarray]:
     return chunks[:count]
 
 
-def timed_choices(retrieve: Recall, index: ChunkIndex, walk: np.ndarray, choices: int, turns: int) -> np.ndarray:
-    """Milliseconds of each choice along a walk."""
+def timed_choices(scorer: Scorer, index: ChunkIndex, walk: np.ndarray, choices: int, turns: int) -> np.ndarray:
+    """Milliseconds of each choice of two chunks along a walk."""
+    retrieve = ScoredRetriever(2, 128, scorer)
     ends = np.linspace(QUERY, len(walk), choices).astype(int)
     times = np.empty((turns, choices))
     for turn in range(turns):
@@ -89,16 +91,16 @@ def run(args: argparse.Namespace) -> None:
     text = library_tokens(tokenizer)
     walk = (Path(sysconfig.get_path("stdlib")) / HELD_OUT).read_text(encoding="utf-8")
     walk = np.array(tokenizer.encode(walk).ids, np.int64)
-    scorers = {"choose": OverlapScorer(), "bm25": Bm25Scorer(), "learned": LearnedScorer()}
+    scorers = {"choose": OverlapScorer(), "bm25": Bm25Scorer()}
     metrics: dict[str, float] = {"text.tokens": len(text)}
-    timed_choices(Recall(2), ChunkIndex().extended(*cut(text, 64, args.length)), walk, 20, 1)  # warms up
+    timed_choices(OverlapScorer(), ChunkIndex().extended(*cut(text, 64, args.length)), walk, 20, 1)  # warms up
     for count in args.chunks:
         chunks = cut(text, count, args.length)
         begin = time.perf_counter()
         index = ChunkIndex().extended(*chunks)
         figures: dict[str, float] = {"build.seconds": time.perf_counter() - begin}
         for name, scorer in scorers.items():
-            times = timed_choices(Recall(2, scorer), index, walk, args.choices, args.turns)
+            times = timed_choices(scorer, index, walk, args.choices, args.turns)
             figures |= {f"{name}.ms": times.mean(), f"{name}.p99.ms": np.percentile(times, 99)}
         last = min(count, 2048)
         appends = timed_appends(ChunkIndex().extended(*chunks[:-last]), chunks[-last:])

@@ -9,20 +9,9 @@ import torch
 
 from eval.documents import Shape
 from eval.reading.bench import Bench, Scores, group
-from eval.statistics import clustered_interval
+from eval.statistics import auroc, clustered_interval
 from hf_crouter.hosts.tokenizers import special_ids
 from hf_crouter.ngram.archive import Archive
-
-
-def auroc(values: np.ndarray, labels: np.ndarray) -> float:
-    """Probability that a value with label 1 is above one with label 0; ties count half; nan without both."""
-    positive = int(labels.sum())
-    negative = len(labels) - positive
-    if not positive or not negative:
-        return float("nan")
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    ranks = (np.cumsum(counts) - (counts - 1) / 2)[inverse]
-    return float((ranks[labels.astype(bool)].sum() - positive * (positive + 1) / 2) / (positive * negative))
 
 
 def sources(bench: Bench, ids: np.ndarray, shape: Shape, wanted: np.ndarray) -> np.ndarray:

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from eval.statistics import clustered_interval, mean_with_interval, ratio_with_interval
+from eval.statistics import auroc, clustered_interval, mean_with_interval, ratio_with_interval
 
 
 def test_a_known_case_has_the_known_interval():
@@ -47,3 +47,11 @@ def test_means_and_shares_of_sums():
     assert metrics["a"] == pytest.approx(4 / 12) and metrics["a.lo"] == pytest.approx(0.3)
     assert ratio_with_interval("a", [0], [0], ["x"], 0) == mean_with_interval("a", [], [], 0) == {}
     assert mean_with_interval("a", [1.0, 2.0], ["x", "x"], 0) == {"a": 1.5, "a.lo": 1.5, "a.hi": 1.5}
+
+
+def test_auroc():
+    values, labels = np.array([0.1, 0.2, 0.3, 0.4]), np.array([0, 0, 1, 1])
+    assert auroc(values, labels) == 1
+    assert auroc(values, 1 - labels) == 0
+    assert auroc(np.ones(4), labels) == 0.5
+    assert np.isnan(auroc(values, np.ones(4)))

@@ -27,14 +27,6 @@ def test_line_metrics():
     assert measures.known_names("some_name(x, 'a text', unseen)", "some_name 'a text'", "") == (2, 3)
 
 
-def test_auroc():
-    values, labels = np.array([0.1, 0.2, 0.3, 0.4]), np.array([0, 0, 1, 1])
-    assert lost_copies.auroc(values, labels) == 1
-    assert lost_copies.auroc(values, 1 - labels) == 0
-    assert lost_copies.auroc(np.ones(4), labels) == 0.5
-    assert np.isnan(lost_copies.auroc(values, np.ones(4)))
-
-
 def test_identifiers_last_stood_in_the_chunks(bench):
     encode = bench.tokenizer.encode
     filler = encode(" 1")
