@@ -118,8 +118,6 @@ SHIPPED = (
 """Whose places the gate that ships is fitted to."""
 GATES = (*SOURCES, "shipped", "generic", "nine_weights")
 GREEDY = ("window", "copy", "soft_retrieve2_copy", "full")
-
-
 KVPRESS = ("snapkv", "snapkv_window", "expected_attention", "streaming", "knorm")
 """Methods of `eval.hgr.kvpress_arms`: as many slots as `longer_same_slots` (`.at8`), or `longer_same_slots_retrieve2`
 (`.at8_retrieve2`)."""
