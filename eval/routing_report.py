@@ -17,7 +17,7 @@ from eval.routing_data import FAR, NEAR, TestWindows
 from eval.routing_mixed import Mixed
 from eval.statistics import clustered_interval
 from hf_crouter.errors import InputError
-from hf_crouter.routing.profile import LOGS, NATS, USUAL, distances_across, gaussian, squared_distance
+from hf_crouter.routing.profile import LOG_NLL, NLL, USUAL, distances_across, gaussian, squared_distance
 from hf_crouter.utils.io import replaced_file
 
 BASELINES = ("ngram", "tfidf", "perplexity", "probe", "arrow")
@@ -362,8 +362,8 @@ def compared_figures(figures: Figures, part: Mapping[str, np.ndarray], adapters:
     scores = {kind: np.stack([part[f"{kind}.{n}.chunk"] for n in names], 1)[rows] for kind in ("full", "small")}
     ours = np.stack([adapters["chunk.nats"], adapters["chunk.logs"]], -1)[rows][:, numbers]
     for key, values in (scores | {"expert": ours}).items():
-        nats = values[..., NATS]
-        right = np.array(numbers)[values[..., LOGS].argmin(1)] == truth
+        nats = values[..., NLL]
+        right = np.array(numbers)[values[..., LOG_NLL].argmin(1)] == truth
         figures.add(f"compared.{key}.accuracy", lambda index, right=right: float(right[index].mean()), documents)
         best_other = np.where(np.arange(len(names)) == own[:, None], np.inf, nats).min(1)
         mine = nats[np.arange(len(own)), own]

@@ -123,11 +123,8 @@ class CompressedContext:
         except (SafetensorError, ValueError, OSError) as error:
             raise InputError(f"{path}: truncated, altered or no safetensors file ({error})") from error
         form = metadata.get("format", "")
-        if (
-            not form.startswith("crouter-context-")
-            or form == FORMAT
-            and set(tensors) != {ON_DISK.get(name, name) for name in DTYPES}
-        ):
+        expected = {ON_DISK.get(name, name) for name in DTYPES}
+        if not form.startswith("crouter-context-") or (form == FORMAT and set(tensors) != expected):
             raise InputError(f"{path}: a safetensors file, but not a compressed context")
         if form != FORMAT:
             raise InputError(f"{path}: expected a context of version {FORMAT!r}, got {form!r}")

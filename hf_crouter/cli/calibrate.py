@@ -52,6 +52,6 @@ def run(args: argparse.Namespace) -> int:
                     "quantiles": calibration.quantiles})  # fmt: skip
     else:
         print(f"{path}: {calibration.chunks} chunks of {calibration.documents} documents")
-        rows = [(f"{quantile:g}", f"{nats:.3f}") for quantile, nats in calibration.quantiles.items()]
+        rows = [(f"{quantile:g}", f"{value:.3f}") for quantile, value in calibration.quantiles.items()]
         print_table([Column("quantile"), Column("reconstruction NLL nats/token")], rows)
     return 0

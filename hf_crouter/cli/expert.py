@@ -45,7 +45,7 @@ TESTS = ("files", "packages", "stdlib")  # parts of prepared data that no traini
 def configure(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments."""
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
-    add = actions.add_parser("add", help="train an expert's two adapters, calibrate and mount them")
+    add = actions.add_parser("add", help="train an expert's two adapters, calibrate it and add it to the set")
     add.add_argument("name", metavar="NAME", help="of the new expert")
     add.add_argument("--corpus", action="append", default=[], help="corpus to prepare first; may be repeated")
     add_json(add)
@@ -121,7 +121,9 @@ def _list(args: argparse.Namespace) -> int:
                Column("with adapter"), Column("told by", right=False)]  # fmt: skip
     rows = []
     for record in records:
-        trained, reconstruction_nll, loss = (record[key] or {} for key in ("tokens", "reconstruction_nll", "host_loss"))
+        trained, reconstruction_nll, loss = (
+            record[key] or {} for key in ("tokens", "reconstruction_nll", "host_loss")
+        )
         rows.append((
             record["name"], size(record["bytes"]),
             *(_number(trained.get(part), ",d") for part in ("compressor", "host")),
@@ -180,9 +182,7 @@ def _compare(args: argparse.Namespace) -> int:
         print_json(told)
         return 0
     for name, there in told.items():
-        print(
-            f"{name}: {'told by the pattern of its texts' if there else 'told by its NLL: too few texts of it'}"
-        )
+        print(f"{name}: {'told by the pattern of its texts' if there else 'told by its NLL: too few texts of it'}")
     return 0
 
 

@@ -11,11 +11,12 @@ from ..hosts.fetch import KNOWN_HOSTS, fetch_host
 
 NAME = "lm-eval"
 HELP = "run lm-evaluation-harness on a host, its past beyond a raw window compressed"
-EXAMPLE = """hf-crouter lm-eval --model_args pretrained=smollm2-135m,window=512 \\
+EXAMPLE = """hf-crouter lm-eval --model_args pretrained=smollm2-135m,window=512,retrieve=2,copy=true \\
     --tasks niah_single_1 --limit 10 --metadata '{"max_seq_lengths":[4096]}'
 
-model_args: those of the harness's own model `hf`, crouter=FOLDER (or none), and the options of CompressedHistory
-(window=, soft=, keep_first=, projector=, ...). --model hf evaluates the plain host. All other words are the harness's:
+model_args: those of the harness's own model `hf`, crouter=FOLDER (or none), modes by name and their settings
+(retrieve=2, retrieve_every=64, copy=true, soft_prompts=true; modes=auto where none is named), window= and keep_first=.
+--model hf evaluates the plain host. All other words are the harness's:
   hf-crouter lm-eval run --help
   hf-crouter lm-eval ls tasks"""
 OTHER_COMMANDS = ("ls", "validate")  # of the harness; they take no model

@@ -3,6 +3,8 @@
 The decoder sees the latents and a learned, content-free input `m`, never the tokens: one parallel pass, no teacher
 forcing. Axes: `B` chunks, `T` tokens a chunk, `M` latents, `H` hidden size, `V` vocabulary.
 
+What rebuilding a chunk costs, its reconstruction NLL in nats/token, is what the paper calls its residual.
+
 Source of the scheme: "Compression is Routing", arXiv 2512.16963; layers, read-out and training are ours.
 """
 

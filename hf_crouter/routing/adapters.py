@@ -92,7 +92,7 @@ class Lora:
 
     @classmethod
     def from_model(cls, model: nn.Module, name: str) -> Lora | None:
-        """The weights of an adapter that PEFT has mounted in a model, natively or by `PeftModel`; None if it is not.
+        """The weights of an adapter that PEFT holds in a model, natively or by `PeftModel`; None without one.
 
         Raises:
             InputError: more than plain LoRA on linear layers.
@@ -118,7 +118,7 @@ def _has_dora(module: Any, name: str) -> bool:
 class AdapterStack:
     """Adapters of one model, of which `using` says which serves where; outside it the model is its plain self.
 
-    Where PEFT has mounted adapters of the same names in the model, those rest while the stack serves; other active
+    Where PEFT holds adapters of the same names in the model, those rest while the stack serves; other active
     ones stay in force, as a part of the model. What is chosen holds for the thread that chose it. Compiled graphs, and
     PEFT's adapters that rest, know one choice alone: there one call at a time.
 

@@ -1,16 +1,7 @@
-"""Experts on disk: a compressor that knows a domain, and the adapter of the host that serves it.
+"""Experts and sets of them: a compressor that knows a domain, and the adapter of the host that serves it.
 
-A set is a folder: one subfolder an expert, and `experts.json`, which says which of them are mounted and in what order.
-An expert's folder is written once; mounting or removing others changes no byte of it.
-
-    SET/experts.json
-    SET/evidence.safetensors      how texts of each expert look to all of them (`profile`), if that was measured
-    SET/NAME/expert.json          name, origin, and the checksum of every file beside it; written last
-    SET/NAME/calibration.json     what is usual for it, by length
-    SET/NAME/latents.safetensors  where its texts lie among the shared crouter's latents, for a shortlist
-    SET/NAME/texts.safetensors    the held-out texts themselves, so that experts mounted later can be measured on them
-    SET/NAME/compressor/          adapter of the crouter, as PEFT saves it
-    SET/NAME/host/                adapter of the host
+A set's `experts.json` says which experts are in it and in what order (`expert_files` shows all files). When others
+join or leave, no byte of an expert changes.
 """
 
 from __future__ import annotations
@@ -18,137 +9,35 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import shutil
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load as load_safetensors
-from safetensors.torch import save as save_safetensors
 
 from ..crouter.loading import SHIPPED
 from ..errors import InputError, MismatchError
-from ..utils.io import replaced_file, replaced_folder, temporary_folder_beside, write_json
-from .adapters import CONFIG, WEIGHTS, Lora
+from ..utils.io import replaced_folder, temporary_folder_beside, write_json
+from .adapters import WEIGHTS, Lora
 from .calibration import CALIBRATION_FILE, LengthCalibration
+from .expert_files import (
+    ADAPTER_FILES,
+    COMPRESSOR,
+    EXPERT_FILE,
+    HOST,
+    LATENTS_FILE,
+    NAME,
+    SET_FILE,
+    TEXTS_FILE,
+    Centroid,
+    ExpertConfig,
+    Texts,
+    check_name,
+    checksum,
+    read_description,
+)
 from .profile import Evidence, Profile
 
-EXPERT_FILE, SET_FILE = "expert.json", "experts.json"
-LATENTS_FILE, TEXTS_FILE = "latents.safetensors", "texts.safetensors"
-COMPRESSOR, HOST = "compressor", "host"
-# a folder's name that is neither hidden, nor a way out of the set, nor a file's of the set
-NAME = re.compile(r"(?!.*\.json$)[A-Za-z0-9_-][A-Za-z0-9._-]*")
-_ADAPTERS = tuple(f"{part}/{name}" for part in (COMPRESSOR, HOST) for name in (CONFIG, WEIGHTS))
-
-
-@dataclass(frozen=True)
-class ExpertConfig:
-    """What an expert fits and how it was trained.
-
-    Attributes:
-        crouter_fingerprint: of the shared crouter, decoder included.
-        crouter_tokenizer: fingerprint; empty where none was known.
-        host_name: name for people.
-        host_fingerprint: of the host's weights.
-        host_tokenizer: fingerprint; empty where none was known.
-        training: record of the run that made it.
-    """
-
-    crouter_fingerprint: str
-    crouter_tokenizer: str = ""
-    host_name: str = ""
-    host_fingerprint: str = ""
-    host_tokenizer: str = ""
-    training: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, eq=False)
-class Centroid:
-    """Where an expert's texts lie among the latents of the shared crouter: a Gaussian with a diagonal covariance.
-
-    Attributes:
-        mean: `[latent_size]`, of a chunk's mean latent.
-        variance: `[latent_size]`.
-    """
-
-    mean: torch.Tensor
-    variance: torch.Tensor
-
-    @classmethod
-    def fit(cls, latents: torch.Tensor) -> Centroid:
-        """Centroid of the latents `[N, M, latent_size]` of N chunks, made without any adapter.
-
-        Raises:
-            InputError: fewer than two chunks.
-        """
-        if len(latents) < 2:
-            raise InputError(f"centroid: expected the latents of at least 2 chunks, got {len(latents)}")
-        pooled = latents.float().mean(1).cpu()
-        return cls(pooled.mean(0), pooled.var(0).clamp(min=1e-4))
-
-    def distance(self, latents: torch.Tensor) -> torch.Tensor:
-        """Negative log-likelihood of chunks `[N, M, latent_size]`, `[N]`, up to a constant, a dimension's mean."""
-        pooled = latents.float().mean(1).cpu()
-        return ((pooled - self.mean) ** 2 / self.variance + self.variance.log()).mean(-1) / 2
-
-
-@dataclass(frozen=True, eq=False)
-class Texts:
-    """Held-out texts of an expert's domain, by length in tokens.
-
-    Attributes:
-        ids: `[N, length]`, int64, in the crouter's tokens.
-        documents: `[N]`, int64: which document each comes from.
-    """
-
-    ids: dict[int, np.ndarray]
-    documents: dict[int, np.ndarray]
-
-    @property
-    def checksum(self) -> str:
-        """Of ids and documents."""
-        content = hashlib.sha256()
-        for length in sorted(self.ids):
-            for values in (self.ids[length], self.documents[length]):
-                content.update(np.ascontiguousarray(values, np.int64).tobytes())
-        return content.hexdigest()
-
-    def save(self, path: Path) -> None:
-        """Writes a safetensors file, whole or not at all."""
-        tensors = {f"{length}/ids": torch.from_numpy(ids.astype(np.int32)) for length, ids in self.ids.items()}
-        for length, documents in self.documents.items():
-            tensors[f"{length}/documents"] = torch.from_numpy(documents.astype(np.int32))
-        with replaced_file(path) as part:
-            part.write_bytes(save_safetensors(tensors, {"format": "pt"}))
-
-    @classmethod
-    def load(cls, folder: str | os.PathLike) -> Texts | None:
-        """Those in an expert's folder; None where it brings none.
-
-        Raises:
-            InputError: damaged.
-        """
-        path = Path(folder) / TEXTS_FILE
-        if not path.exists():
-            return None
-        ids, documents = {}, {}
-        try:
-            for key, tensor in load_safetensors(path.read_bytes()).items():
-                length, _, what = key.partition("/")
-                {"ids": ids, "documents": documents}[what][int(length)] = tensor.numpy().astype(np.int64)
-            shapes = {length: values.shape for length, values in ids.items()}
-            if shapes != {length: (len(values), length) for length, values in documents.items()}:
-                raise ValueError(f"texts of shapes {shapes}")
-        except OSError as error:
-            raise InputError(f"{path}: cannot be read ({error.strerror})") from error
-        except (SafetensorError, ValueError, KeyError) as error:
-            raise InputError(f"{path}: not an expert's texts, or damaged ({error!r})") from error
-        return cls(ids, documents)
+SHIPPED_EXPERTS = SHIPPED.with_name("experts-smollm2-135m")  # of that crouter and this host
 
 
 @dataclass(frozen=True, eq=False)
@@ -161,7 +50,7 @@ class Expert:
         host: LoRA of the host.
         calibration: of the compressor, on held-out documents of its own domain.
         config: what it belongs to.
-        centroid: for a shortlist; None where none was measured.
+        centroid: finds the experts nearest to a chunk; None where none was measured.
         profile: how its texts look to all experts of its set; None where that was not measured.
     """
 
@@ -174,7 +63,7 @@ class Expert:
     profile: Profile | None = None
 
     def __post_init__(self) -> None:
-        _check_name(self.name)
+        check_name(self.name)
         made = (self.calibration.fingerprint, self.calibration.weights)
         if made != (self.config.crouter_fingerprint, self.compressor.checksum):
             what = "compressor" if made[0] == self.config.crouter_fingerprint else "crouter"
@@ -210,22 +99,20 @@ class Expert:
             InputError: an adapter's file is missing or another one, or the folder cannot be written.
         """
         folder = Path(folder)
-        sums = {path: _checksum(folder / path) for path in _ADAPTERS}
+        sums = {path: checksum(folder / path) for path in ADAPTER_FILES}
         for part, adapter in ((COMPRESSOR, self.compressor), (HOST, self.host)):
             if sums[f"{part}/{WEIGHTS}"] != adapter.checksum:
                 raise InputError(
                     f"{folder / part}: expected the adapter with checksum {adapter.checksum}, got another"
                 )
         self.calibration.save(folder)
-        sums[CALIBRATION_FILE] = _checksum(folder / CALIBRATION_FILE)
+        sums[CALIBRATION_FILE] = checksum(folder / CALIBRATION_FILE)
         if self.centroid is not None:
-            data = save_safetensors({"mean": self.centroid.mean, "variance": self.centroid.variance}, {"format": "pt"})
-            with replaced_file(folder / LATENTS_FILE) as part:
-                part.write_bytes(data)
-            sums[LATENTS_FILE] = hashlib.sha256(data).hexdigest()
+            self.centroid.save(folder / LATENTS_FILE)
+            sums[LATENTS_FILE] = checksum(folder / LATENTS_FILE)
         if texts is not None:
             texts.save(folder / TEXTS_FILE)
-            sums[TEXTS_FILE] = _checksum(folder / TEXTS_FILE)
+            sums[TEXTS_FILE] = checksum(folder / TEXTS_FILE)
         write_json(folder / EXPERT_FILE, {"name": self.name, **asdict(self.config), "sha256": sums})
 
     @classmethod
@@ -237,13 +124,14 @@ class Expert:
             MismatchError: a calibration made for other weights.
         """
         folder = Path(folder)
-        name, config, sums = _read_description(folder)
+        name, config, sums = read_description(folder)
         if name != folder.resolve().name:
             raise InputError(f"{folder / EXPERT_FILE}: expected the folder's name, got an expert named {name}")
         compressor, host = (Lora.load(folder / part) for part in (COMPRESSOR, HOST))
-        expert = cls(name, compressor, host, LengthCalibration.load(folder), config, _load_centroid(folder, sums))
+        centroid = Centroid.load(folder / LATENTS_FILE) if LATENTS_FILE in sums else None
+        expert = cls(name, compressor, host, LengthCalibration.load(folder), config, centroid)
         for path, expected in sums.items():
-            if _checksum(folder / path) != expected:
+            if checksum(folder / path) != expected:
                 raise InputError(f"{folder / path}: altered since {EXPERT_FILE} was written (checksum differs)")
         return expert
 
@@ -365,13 +253,13 @@ def expert_names(folder: str | os.PathLike) -> list[str]:
     if not isinstance(names, list):
         raise InputError(f"{path}: expected a list of names, got {names!r}")
     for name in names:
-        _check_name(name)
+        check_name(name)
     _check_unique(names, str(path))
     return names
 
 
 def add_expert(set_folder: str | os.PathLike, expert_folder: str | os.PathLike) -> Expert:
-    """Mounts an expert: copies its folder into the set, then names it last in `experts.json`.
+    """Adds an expert to a set: copies its folder there, then names it last in `experts.json`.
 
     Interrupted in between, the set is what it was. A set that does not exist yet is made. Files that do not belong to
     an expert (PEFT's model card, say) are not copied.
@@ -395,7 +283,7 @@ def add_expert(set_folder: str | os.PathLike, expert_folder: str | os.PathLike) 
         if place.exists() and not (place / EXPERT_FILE).exists():
             raise InputError(f"{place}: expected an expert or nothing there, got something else")
         with replaced_folder(place) as part:
-            for path in [*_read_description(expert_folder)[2], EXPERT_FILE]:
+            for path in [*read_description(expert_folder)[2], EXPERT_FILE]:
                 (part / path).parent.mkdir(exist_ok=True)
                 shutil.copyfile(expert_folder / path, part / path)
     write_json(set_folder / SET_FILE, {"names": [*names, expert.name]})
@@ -420,51 +308,6 @@ def remove_expert(set_folder: str | os.PathLike, name: str) -> None:
             place.rename(away / name)
 
 
-def _read_description(folder: Path) -> tuple[str, ExpertConfig, dict[str, str]]:
-    path = folder / EXPERT_FILE
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        name, sums = record["name"], dict(record["sha256"])
-        config = ExpertConfig(**{f.name: record[f.name] for f in fields(ExpertConfig)})
-    except OSError as error:
-        raise InputError(f"{path}: no expert ({error.strerror})") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path}: not an expert's description, or damaged ({error!r})") from error
-    texts = [value for key, value in asdict(config).items() if key != "training"]
-    known = {*_ADAPTERS, CALIBRATION_FILE}
-    if not all(isinstance(value, str) for value in (*texts, *sums.values())) or not isinstance(config.training, dict):
-        raise InputError(f"{path}: not an expert's description, or damaged")
-    if sums.keys() - {LATENTS_FILE, TEXTS_FILE} != known:
-        raise InputError(f"{path}: expected checksums of {', '.join(sorted(known))}, got {', '.join(sums) or 'none'}")
-    _check_name(name)
-    return name, config, sums
-
-
-def _load_centroid(folder: Path, sums: dict[str, str]) -> Centroid | None:
-    if LATENTS_FILE not in sums:
-        return None
-    path = folder / LATENTS_FILE
-    try:
-        tensors = load_safetensors(path.read_bytes())
-        return Centroid(tensors["mean"], tensors["variance"])
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
-    except (SafetensorError, KeyError) as error:
-        raise InputError(f"{path}: damaged ({error})") from error
-
-
-def _checksum(path: Path) -> str:
-    try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
-
-
-def _check_name(name: Any) -> None:
-    if not isinstance(name, str) or not NAME.fullmatch(name):
-        raise InputError(f"expert: expected a name of letters, digits, '.', '_' and '-', not hidden, got {name!r}")
-
-
 def _check_unique(names: list[str], where: str) -> None:
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
@@ -476,9 +319,6 @@ def _compare(expert: Expert, what: str, expected: str, got: str) -> None:
         raise TypeError(f"expected the {what}'s fingerprint (hf_crouter.hosts.fingerprint), got {type(got).__name__}")
     if expected and got and expected != got:
         raise MismatchError(f"expert {expert.name}: expected the {what} with fingerprint {expected}, got {got}")
-
-
-SHIPPED_EXPERTS = SHIPPED.with_name("experts-smollm2-135m")  # of that crouter and this host
 
 
 def expert_folder(name_or_path: str | os.PathLike | None = None) -> Path:

@@ -25,7 +25,7 @@ def measure_evidence(
 ) -> Evidence:
     """Brings a set's `evidence.safetensors` up to date; what was measured before is kept to the bit.
 
-    Experts that bring no texts keep what was measured of them: experts mounted since are missing from their profiles.
+    Experts that bring no texts keep what was measured of them: those that joined since are not in their profiles.
 
     Args:
         set_folder: of the set.
@@ -49,10 +49,8 @@ def measure_evidence(
         if texts is not None:
             documents[expert.name], checksums[expert.name] = texts.documents, texts.checksum
         elif before is not None and expert.name in known:
-            documents[expert.name], checksums[expert.name] = (
-                before.documents[expert.name],
-                before.texts.get(expert.name, ""),
-            )
+            documents[expert.name] = before.documents[expert.name]
+            checksums[expert.name] = before.texts.get(expert.name, "")
         else:
             continue
         reconstruction_nlls[expert.name] = {}
@@ -70,11 +68,11 @@ def measure_evidence(
         if column < len(experts):
             stack = AdapterStack(crouter, {experts[column].name: experts[column].compressor})
         try:
-            nats = token_reconstruction_nll(crouter, pieces, stack, rows=rows)
+            measured = token_reconstruction_nll(crouter, pieces, stack, rows=rows)
         finally:
             if stack is not None:
                 stack.remove()
-        place[:] = torch.stack([summary(row) for row in nats]).numpy()
+        place[:] = torch.stack([summary(row) for row in measured]).numpy()
         if advance is not None:
             advance(done, len(passes), ids.size)
     evidence = Evidence(weights, checksums, reconstruction_nlls, documents)

@@ -27,7 +27,7 @@ from .calibration import ON_DISK, nearest_length, quantile_at, quantiles_by_leng
 
 EVIDENCE_FILE = "evidence.safetensors"
 FLOOR = 0.01  # nats that are added to a token's before its logarithm is taken
-NATS, LOGS = 0, 1  # what `summary` holds
+NLL, LOG_NLL = 0, 1  # the columns of `summary`
 USUAL = 0.9  # quantile that distances are measured by
 _SHRINK, _RIDGE = 0.03, 1e-3
 _FOLDS = 5
@@ -47,7 +47,7 @@ class Profile:
 
     Attributes:
         among: checksums of the compressors of the set's experts, in its order; in another set it does not hold.
-        axes: which of the n + 1 its texts were measured under, `n` for the crouter alone; experts that were mounted
+        axes: which of the n + 1 its texts were measured under, `n` for the crouter alone; experts that joined the set
             since may be missing.
         means: of log reconstruction NLLs, `[axes]`, by length in tokens.
         precisions: inverse covariance, `[axes, axes]`.
@@ -91,13 +91,13 @@ class Profile:
         means, precisions, distances, margins = {}, {}, {}, {}
         others = [axis for axis in axes[:-1] if axis != number]
         for length, values in reconstruction_nlls.items():
-            logs = values[:, axes, LOGS].astype(np.float64)
-            away = distances_across(logs, documents[length])
+            log_reconstruction_nll = values[:, axes, LOG_NLL].astype(np.float64)
+            away = distances_across(log_reconstruction_nll, documents[length])
             if away is None:
                 continue
-            (means[length], precisions[length]), distances[length] = gaussian(logs), away
+            (means[length], precisions[length]), distances[length] = gaussian(log_reconstruction_nll), away
             if others:
-                margins[length] = values[:, others, LOGS].min(1) - values[:, number, LOGS]
+                margins[length] = values[:, others, LOG_NLL].min(1) - values[:, number, LOG_NLL]
         if not means:
             return None
         return cls(
@@ -114,14 +114,15 @@ class Profile:
                 content.update(np.ascontiguousarray(values).tobytes())
         return content.hexdigest()
 
-    def distance(self, logs: np.ndarray, tokens: int) -> float:
+    def distance(self, log_reconstruction_nll: np.ndarray, tokens: int) -> float:
         """How far a text lies from the expert's own: 1 is what nine of ten of those stay under; no unit.
 
         Args:
-            logs: log reconstruction NLLs, `[n + 1]`.
+            log_reconstruction_nll: under every expert and the crouter alone, `[n + 1]`.
             tokens: the text's length; the nearest measured length (by ratio) speaks for it.
         """
-        length, point = nearest_length(self.means, tokens), np.asarray(logs, np.float64)[None, self.axes]
+        length = nearest_length(self.means, tokens)
+        point = np.asarray(log_reconstruction_nll, np.float64)[None, self.axes]
         away = squared_distance(point, self.means[length], self.precisions[length])[0]
         return float(away / quantile_at(self.distances, tokens, USUAL))
 
@@ -163,7 +164,7 @@ def distances_across(points: np.ndarray, documents: Sequence[int] | np.ndarray) 
 
 @dataclass(frozen=True, eq=False)
 class Evidence:
-    """Residuals of held-out texts of every expert under all experts of a set: what profiles are fitted on.
+    """Reconstruction NLLs of held-out texts of every expert under all experts of a set: what profiles are fitted on.
 
     Attributes:
         weights: checksum of each expert's compressor that was measured, by name; its order is that of the columns.

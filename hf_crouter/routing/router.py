@@ -16,10 +16,10 @@ import torch
 from ..crouter import CRouterModel
 from ..errors import InputError
 from ..types import BASE, Route
-from ..utils.batching import padded
+from ..utils.batching import check_ids, padded
 from .adapters import AdapterStack
 from .experts import ExpertSet
-from .profile import LOGS, NATS, summary
+from .profile import LOG_NLL, NLL, summary
 
 
 @torch.no_grad()
@@ -46,11 +46,11 @@ def token_reconstruction_nll(
         batch = pieces[start : start + rows]
         ids, mask = (part.to(crouter.device) for part in padded(batch))
         if stack is None:
-            nats = crouter(ids, mask).token_reconstruction_nll
+            measured = crouter(ids, mask).token_reconstruction_nll
         else:
             with stack.using([0] * len(batch)):
-                nats = crouter(ids, mask).token_reconstruction_nll
-        found += [row[: len(piece)] for row, piece in zip(nats.float().cpu(), batch, strict=True)]
+                measured = crouter(ids, mask).token_reconstruction_nll
+        found += [row[: len(piece)] for row, piece in zip(measured.float().cpu(), batch, strict=True)]
     return found
 
 
@@ -58,7 +58,7 @@ class Router:
     """Rebuilds chunks under every expert and decides.
 
     Every expert is its own stack and its own passes: what is computed for one cannot depend, not in one bit, on how
-    many others are mounted. Outside its methods the crouter is bit for bit what it was.
+    many others are in the set. Outside its methods the crouter is bit for bit what it was.
 
     Args:
         crouter: the shared one; that it is the experts' own is for `ExpertSet.check` to say.
@@ -73,7 +73,7 @@ class Router:
         rows: chunks at once.
 
     Raises:
-        InputError: no expert, or a shortlist of experts without a centroid.
+        InputError: no expert, or `top_k_experts` of a set where one has no centroid.
         MismatchError: an adapter that does not fit the crouter.
     """
 
@@ -92,7 +92,7 @@ class Router:
             raise InputError("router: expected at least one expert, got an empty set")
         without = [expert.name for expert in experts if expert.centroid is None]
         if top_k_experts and without:
-            raise InputError(f"router: expected a centroid of every expert for a shortlist, got none of {without[0]}")
+            raise InputError(f"router: top_k_experts expected a centroid of every expert, got none of {without[0]}")
         self.crouter, self.experts = crouter, experts
         self.top_k_experts = top_k_experts if top_k_experts < len(experts) else 0
         self.fewest, self.rows = fewest, rows
@@ -118,14 +118,17 @@ class Router:
     def reconstruction_nlls(self, pieces: Sequence[torch.Tensor]) -> torch.Tensor:
         """How well each expert rebuilds each chunk, and last the crouter alone, `[N, n + 1, 2]`: `profile.summary`.
 
-        nan where a shortlist left an expert out; the crouter alone is left out with a shortlist and without profiles.
+        nan for an expert that is not among the top k of a chunk; for the crouter alone where some are not, or without
+        profiles.
 
         Args:
             pieces: crouter token ids, 1-D, 1 to `chunk_length` each.
 
         Raises:
             InputError: a chunk that is empty or too long, or the router's adapters were removed.
+            MismatchError: ids that the crouter does not know.
         """
+        check_ids(pieces, self.crouter.config.vocab_size)
         wanted = self.among_top_k(pieces)
         alone = torch.full((len(pieces), 1), self.profiled and bool(wanted.all()))
         wanted = torch.cat([wanted, alone], dim=1)
@@ -133,8 +136,8 @@ class Router:
         for number in range(wanted.shape[1]):
             stack = self._stack(number) if number < len(self.experts) else None
             chosen = [i for i in range(len(pieces)) if wanted[i, number]]
-            nats = token_reconstruction_nll(self.crouter, [pieces[i] for i in chosen], stack, rows=self.rows)
-            for i, row in zip(chosen, nats, strict=True):
+            measured = token_reconstruction_nll(self.crouter, [pieces[i] for i in chosen], stack, rows=self.rows)
+            for i, row in zip(chosen, measured, strict=True):
                 found[i, number] = summary(row)
         return found
 
@@ -143,7 +146,7 @@ class Router:
 
         Args:
             piece: crouter token ids, `[T]`.
-            numbers: only these experts, nan for the others; all by default, whatever the shortlist.
+            numbers: only these experts, nan for the others; all by default, whatever `top_k_experts` says.
         """
         found = torch.full((len(self.experts), len(piece)), math.nan)
         for number in range(len(self.experts)) if numbers is None else numbers:
@@ -176,8 +179,10 @@ class Router:
         """
         if reconstruction_nlls.isnan().any():
             return torch.full((len(self.experts),), math.nan, dtype=torch.float64)
-        logs = reconstruction_nlls[:, LOGS].double().cpu().numpy()
-        found = [math.nan if e.profile is None else e.profile.distance(logs, tokens) for e in self.experts]
+        log_reconstruction_nll = reconstruction_nlls[:, LOG_NLL].double().cpu().numpy()
+        found = [
+            math.nan if e.profile is None else e.profile.distance(log_reconstruction_nll, tokens) for e in self.experts
+        ]
         return torch.tensor(found, dtype=torch.float64)
 
     def in_domain(self, reconstruction_nlls: torch.Tensor, tokens: int) -> torch.Tensor:
@@ -187,15 +192,13 @@ class Router:
             reconstruction_nlls: `[n + 1, 2]`; nan for an expert that was not scored.
             tokens: the chunk's length.
         """
-        found = []
-        nats, distances = reconstruction_nlls[:-1, NATS].tolist(), self.distances(reconstruction_nlls, tokens).tolist()
-        for expert, value, distance in zip(self.experts, nats, distances, strict=True):
+        found, quantile = [], self.in_domain_quantile
+        values, distances = reconstruction_nlls[:-1, NLL], self.distances(reconstruction_nlls, tokens)
+        for expert, value, distance in zip(self.experts, values.tolist(), distances.tolist(), strict=True):
             if expert.profile is None or math.isnan(distance):
-                found.append(
-                    value <= expert.calibration.reconstruction_nll(tokens, self.in_domain_quantile)
-                )  # false for nan
+                found.append(value <= expert.calibration.reconstruction_nll(tokens, quantile))  # false for nan
             else:
-                found.append(distance <= expert.profile.limit(tokens, self.in_domain_quantile))
+                found.append(distance <= expert.profile.limit(tokens, quantile))
         return torch.tensor(found)
 
     def decide(self, reconstruction_nlls: torch.Tensor, tokens: int, previous: int | None = None) -> Route:
@@ -210,16 +213,16 @@ class Router:
             previous: number of the expert that served before; -1: the base model; None: nothing came before.
         """
         reconstruction_nlls = reconstruction_nlls.detach().double().cpu()
-        nats, logs = reconstruction_nlls[:-1].unbind(-1)
-        scored = {name: float(value) for name, value in zip(self.names, nats, strict=True) if not value.isnan()}
-        logs = logs.nan_to_num(nan=math.inf)
+        values, log_reconstruction_nll = reconstruction_nlls[:-1].unbind(-1)
+        scored = {name: float(value) for name, value in zip(self.names, values, strict=True) if not value.isnan()}
+        log_reconstruction_nll = log_reconstruction_nll.nan_to_num(nan=math.inf)
         if tokens < self.fewest:
-            return self._route(BASE if previous is None else previous, "short", scored, _lead(logs))
-        own = self.in_domain(reconstruction_nlls, tokens)
-        if not own.any():
-            return self._route(BASE, "unknown", scored, _lead(logs))
-        best = int(torch.where(own, logs, math.inf).argmin())
-        margin, profile = _lead(logs, best), self.experts.experts[best].profile
+            return self._route(BASE if previous is None else previous, "short", scored, _lead(log_reconstruction_nll))
+        in_domain = self.in_domain(reconstruction_nlls, tokens)
+        if not in_domain.any():
+            return self._route(BASE, "unknown", scored, _lead(log_reconstruction_nll))
+        best = int(torch.where(in_domain, log_reconstruction_nll, math.inf).argmin())
+        margin, profile = _lead(log_reconstruction_nll, best), self.experts.experts[best].profile
         least = profile.margin(tokens, self.overlap_quantile) if profile is not None else -math.inf
         return self._route(best, "overlap" if margin < least else "known", scored, margin)
 
@@ -255,8 +258,8 @@ class Router:
         return Route(self.names[number] if number != BASE else None, number, status, nlls, margin)
 
 
-def _lead(logs: torch.Tensor, number: int | None = None) -> float:
+def _lead(log_reconstruction_nll: torch.Tensor, number: int | None = None) -> float:
     """Least log NLL of the others minus an expert's, the best by default; infinite where there is no other."""
-    number = int(logs.argmin()) if number is None else number
-    others = [float(value) for i, value in enumerate(logs) if i != number and value < math.inf]
-    return min(others) - float(logs[number]) if others else math.inf
+    number = int(log_reconstruction_nll.argmin()) if number is None else number
+    others = [float(value) for i, value in enumerate(log_reconstruction_nll) if i != number and value < math.inf]
+    return min(others) - float(log_reconstruction_nll[number]) if others else math.inf

@@ -36,7 +36,7 @@ class Span:
 
 
 def find_spans(token_reconstruction_nll: torch.Tensor, *, switch: float, smooth: int = 1) -> list[Span]:
-    """The exact minimum of all tokens' nats plus `switch` for each change of expert; of equals, the fewest changes.
+    """The exact minimum of all tokens' NLL plus `switch` for each change of expert; of equals, the fewest changes.
 
     Args:
         token_reconstruction_nll: `[n, T]`, what each token costs under each expert; nan for an expert that is out of
@@ -114,8 +114,8 @@ def route_spans(router: Router, ids: torch.Tensor | Sequence[int], spans: Sequen
     Args:
         router: decides.
         ids: the document's crouter token ids.
-        spans: one longer than a chunk is judged by the mean over its chunks (with a shortlist: of those experts that
-            are on the list of all of them).
+        spans: one longer than a chunk is judged by the mean over its chunks (with `top_k_experts`: of those experts
+            that are among the top k of all of them).
     """
     ids, length = torch.as_tensor(ids, dtype=torch.long), router.crouter.config.chunk_length
     routes = []

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from hf_crouter.errors import InputError
-from hf_crouter.routing.profile import FLOOR, LOGS, NATS, Evidence, Profile, distances_across, summary
+from hf_crouter.routing.profile import FLOOR, LOG_NLL, NLL, Evidence, Profile, distances_across, summary
 
 AMONG = ("x", "y")
 
@@ -26,14 +26,14 @@ def fit(values, documents=None):
 
 def test_summary_of_tokens():
     found = summary(torch.tensor([[0.0, 1.0], [2.0, 2.0]]))
-    assert found[:, NATS].tolist() == [0.5, 2.0]
-    assert found[1, LOGS].item() == pytest.approx(np.log(2.0 + FLOOR))
+    assert found[:, NLL].tolist() == [0.5, 2.0]
+    assert found[1, LOG_NLL].item() == pytest.approx(np.log(2.0 + FLOOR))
 
 
 def test_its_own_texts_are_near_and_others_far():
     profile = fit(reconstruction_nlls())
-    near = [profile.distance(row[:, LOGS], 64) for row in reconstruction_nlls(seed=1)]
-    far = [profile.distance(row[:, LOGS], 64) for row in reconstruction_nlls(seed=1, own=1)]
+    near = [profile.distance(row[:, LOG_NLL], 64) for row in reconstruction_nlls(seed=1)]
+    far = [profile.distance(row[:, LOG_NLL], 64) for row in reconstruction_nlls(seed=1, own=1)]
     assert np.mean(np.array(near) <= 1) == pytest.approx(0.9, abs=0.06) and min(far) > max(near)
     assert profile.limit(64, 0.9) == 1 < profile.limit(64, 0.99)
     easy = np.full(3, np.log(FLOOR))
@@ -42,7 +42,7 @@ def test_its_own_texts_are_near_and_others_far():
 
 def test_margins_are_those_to_the_best_other():
     values = reconstruction_nlls()
-    assert fit(values).margin(64, 0.5) == pytest.approx(np.median(values[:, 1, LOGS] - values[:, 0, LOGS]))
+    assert fit(values).margin(64, 0.5) == pytest.approx(np.median(values[:, 1, LOG_NLL] - values[:, 0, LOG_NLL]))
 
 
 def test_what_was_not_measured_is_no_axis():
@@ -81,8 +81,8 @@ def test_evidence_belongs_to_its_weights(tmp_path):
     both = evidence.profiles({"a": "x", "b": "y"})
     assert both["a"].axes == both["b"].axes == (0, 1, 2)
     turned = evidence.profiles({"b": "y", "a": "x"})
-    assert turned["a"].distance(reconstruction_nlls(1)[0][[1, 0, 2], LOGS], 64) == pytest.approx(
-        both["a"].distance(reconstruction_nlls(1)[0][:, LOGS], 64)
+    assert turned["a"].distance(reconstruction_nlls(1)[0][[1, 0, 2], LOG_NLL], 64) == pytest.approx(
+        both["a"].distance(reconstruction_nlls(1)[0][:, LOG_NLL], 64)
     )
     other = evidence.profiles({"a": "z", "b": "y"})
     assert other["a"] is None and other["b"].axes == (1, 2)

@@ -10,7 +10,7 @@ from hf_crouter.errors import InputError, MismatchError
 from hf_crouter.routing.adapters import Lora
 from hf_crouter.routing.calibration import LengthCalibration, quantiles_by_length
 from hf_crouter.routing.experts import Expert, ExpertConfig, ExpertSet
-from hf_crouter.routing.profile import FLOOR, LOGS, NATS, Profile, summary
+from hf_crouter.routing.profile import FLOOR, LOG_NLL, NLL, Profile, summary
 from hf_crouter.routing.router import Router
 from hf_crouter.routing.spans import Span, route_spans, split_document
 
@@ -120,7 +120,7 @@ class TestTrained:
             router.reconstruction_nlls(pieces),
             Router(tiny_crouter(), experts, rows=16).reconstruction_nlls(pieces),
         )
-        left_out = found[:, :-1, NATS].isnan()
+        left_out = found[:, :-1, NLL].isnan()
         assert (left_out.sum(1) == 1).all()
         assert torch.allclose(found[:, :-1][~left_out], full[:, :-1][~left_out], atol=1e-5)
         own = torch.tensor([0] * 20 + [1] * 20)
@@ -136,7 +136,7 @@ class TestTrained:
         medians = [min(e.calibration.reconstruction_nll(CHUNK, 0.5) for e in experts)] * 2
         for margin, verdict in ((least - 0.05, "overlap"), (least + 0.05, "known")):
             reconstruction_nlls = row(*medians)
-            reconstruction_nlls[HIGH, LOGS] += margin
+            reconstruction_nlls[HIGH, LOG_NLL] += margin
             route = router.decide(reconstruction_nlls, CHUNK)
             assert (route.number, route.status) == (LOW, verdict) and route.margin == pytest.approx(margin, abs=1e-5)
 
@@ -147,7 +147,7 @@ class TestTrained:
             assert router.distances(piece, CHUNK).argmin() == number
             assert router.in_domain(piece, CHUNK).tolist() == [number == LOW, number == HIGH]
         easy = own[0].clone()  # rebuilt with ease by everybody, and unlike the texts of anybody
-        easy[:, NATS], easy[:, LOGS] = 0.0, math.log(FLOOR)
+        easy[:, NLL], easy[:, LOG_NLL] = 0.0, math.log(FLOOR)
         assert not router.in_domain(easy, CHUNK).any() and router.decide(easy, CHUNK).status == "unknown"
         plain = Router(tiny_crouter(), ExpertSet(tuple(dataclasses.replace(e, profile=None) for e in experts)))
         assert plain.in_domain(easy, CHUNK).all() and plain.distances(easy, CHUNK).isnan().all()
@@ -205,7 +205,7 @@ class TestDecision:
         experts, tokens = made_up([1.0, 1.0]), torch.full((2, 100), 0.1)
         tokens[0, 1:], tokens[0, 0] = 0.05, 9.0  # half as much in all tokens but one
         reconstruction_nlls = summary(torch.cat([tokens, torch.full((1, 100), math.nan)]))
-        assert reconstruction_nlls[0, NATS] > reconstruction_nlls[1, NATS]
+        assert reconstruction_nlls[0, NLL] > reconstruction_nlls[1, NLL]
         assert Router(tiny_crouter(), experts).decide(reconstruction_nlls, 100).expert == "e0"
 
     def test_the_least_residual_serves(self):
