@@ -2,8 +2,8 @@
 
     python examples/01_read_a_long_file.py [FILE]
 
-What comes out: the continuation, what the file itself says there, and the report: every compressed chunk with the
-error of its latents and how many tokens were copied from it, and the bytes of keys and values beside those of the full
+What comes out: the continuation, what the file itself says there, and the report: every compressed chunk with its
+reconstruction NLL and how many tokens were copied from it, and the bytes of keys and values beside those of the full
 history. Soft prompts carry the gist, copying brings exact names from where the far past said them before, and the two
 chunks that share most words with the end stand raw again.
 """

@@ -2,8 +2,8 @@
 
     python examples/02_compress_and_restore.py [FILE]
 
-What comes out: for every chunk its residual (nats/token) and the share of tokens that the latents rebuild exactly
-at their position; the sizes; and the first place where the rebuilt text differs from the original.
+What comes out: for every chunk its reconstruction NLL (nats/token) and the share of tokens that the latents rebuild
+exactly at their position; the sizes; and the first place where the rebuilt text differs from the original.
 """
 
 import argparse
@@ -32,12 +32,12 @@ def main() -> None:
     context = compress_text(text, crouter, tokenizer, source=path.name)
     restored = restore_text(context, crouter, tokenizer)
 
-    print("chunk  tokens  residual  rebuilt exactly")
+    print("chunk  tokens  nats/token  rebuilt exactly")
     measures = zip(
         context.tokens.tolist(), context.reconstruction_nll.tolist(), context.accuracy.tolist(), strict=True
     )
     for chunk, (tokens, reconstruction_nll, accuracy) in enumerate(measures):
-        print(f"{chunk:>5}  {tokens:>6}  {reconstruction_nll:>8.3f}  {accuracy:>15.1%}")
+        print(f"{chunk:>5}  {tokens:>6}  {reconstruction_nll:>10.3f}  {accuracy:>15.1%}")
     latents = len(context) * crouter.config.num_latents
     print(f"{path.name}: {context.num_tokens:,} tokens -> {latents} latents of {crouter.config.latent_size} numbers")
     print(f"the decoder itself is certain (confidence 0.9 or more) of {restored.certain_share:.1%} of the tokens")

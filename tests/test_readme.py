@@ -1,6 +1,7 @@
 """Everything that the README shows: Python and commands run, what it names exists, its figures are generated."""
 
 import importlib.util
+import inspect
 import os
 import re
 import shutil
@@ -13,6 +14,9 @@ from pathlib import Path
 
 import pytest
 
+import hf_crouter
+from hf_crouter.modes import MODES
+
 ROOT = Path(__file__).parent.parent
 INSTALL = (
     "pip install -c constraints.txt -e . && hf-crouter demo",
@@ -20,6 +24,7 @@ INSTALL = (
 )
 LONG_FILE = "long_file.py"  # the reader's own text; every other file has to come from an earlier line
 SHOWN = {"text", "console", "bibtex"}
+OWN_MODES = [cls for cls in MODES.values() if cls.__module__.startswith("hf_crouter.")]  # other tests may add theirs
 
 Block = namedtuple("Block", "language line code not_run")
 
@@ -215,6 +220,37 @@ def test_the_file_tree_names_what_exists():
     paths = [path for block in BLOCKS if block.language == "text" for path in tree(block.code)]
     assert paths, "expected an annotated file tree"
     assert [path for path in paths if not (ROOT / path).exists()] == []
+
+
+def options_shown(markdown):
+    """`Class(option=)` in a markdown text, as pairs of names."""
+    return set(re.findall(r"\b([A-Z]\w+)\((\w+)=", markdown))
+
+
+def test_modes_and_options_shown_are_those_of_the_package():
+    for name, option in options_shown(README):
+        assert option in inspect.signature(getattr(hf_crouter, name)).parameters, f"{name}({option}=)"
+    shown = options_shown(README) | {("CompressedHistory", name) for name in re.findall(r"`(\w+)=`", README)}
+    for cls in (hf_crouter.CompressedHistory, *OWN_MODES):
+        options = set(inspect.signature(cls).parameters) - {"host", "crouter", "modes"}
+        missing = {option for option in options if (cls.__name__, option) not in shown}
+        assert not missing, f"the README does not show {cls.__name__}'s {', '.join(sorted(missing))}"
+    for cls in OWN_MODES:
+        assert re.search(rf"^\| `{cls.__name__}\(\d*\)` \|", README, re.MULTILINE), f"no row for {cls.__name__}"
+
+
+def test_the_changelog_says_what_options_are_called_now():
+    changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert f"## {hf_crouter.__version__} (" in changelog
+    assert missing_links(changelog, ROOT) == []
+    rows = [line.split("|")[1:-1] for line in changelog.splitlines() if line.startswith("| `")]
+    new = options_shown("\n".join(row[-1] for row in rows))
+    for name, option in new:
+        if hasattr(hf_crouter, name):
+            assert option in inspect.signature(getattr(hf_crouter, name)).parameters, f"{name}({option}=)"
+    for cls in OWN_MODES:
+        renamed = {(cls.__name__, option) for option in inspect.signature(cls).parameters}
+        assert renamed <= new, f"the changelog does not name {renamed - new}"
 
 
 def test_figures_are_generated():
