@@ -44,9 +44,9 @@ def test_context_is_what_the_crouter_makes_chunk_by_chunk(crouter, context):
         with torch.no_grad():
             latents = model.encode(chunk).to(torch.bfloat16)
             logits = model.decode(latents.float(), length=chunk.shape[1])[0]
-        nats = -logits.log_softmax(-1)[torch.arange(chunk.shape[1]), chunk[0]].mean()
+        loss = -logits.log_softmax(-1)[torch.arange(chunk.shape[1]), chunk[0]].mean()
         torch.testing.assert_close(context.latents[i], latents[0], atol=0.02, rtol=0.02)
-        torch.testing.assert_close(context.reconstruction_nll[i], nats, atol=2e-3, rtol=0.02)
+        torch.testing.assert_close(context.reconstruction_nll[i], loss, atol=2e-3, rtol=0.02)
         assert context.accuracy[i] == (logits.argmax(-1) == chunk[0]).float().mean()
 
 
@@ -67,6 +67,25 @@ def test_round_trip_is_exact_and_the_text_comes_back(crouter, context, saved):
     assert restored.text == TEXT
     assert restored.confidence.shape == (context.num_tokens,)
     assert restored.certain_share == (restored.confidence >= 0.9).float().mean() > 0.9
+
+
+def test_a_file_of_the_first_version(tmp_path):
+    tensors = {"latents": torch.ones(2, 3, 4).bfloat16(), "tokens": torch.tensor([5, 1], dtype=torch.int32),
+               "residual": torch.tensor([0.5, 2.0]), "accuracy": torch.tensor([1.0, 0.0])}  # fmt: skip
+    metadata = {"format": "crouter-context-1", "chunks": "2", "num_tokens": "6", "crouter": "c",
+                "crouter_fingerprint": "f", "tokenizer_fingerprint": "t", "source": "s", "sha256": "0",
+                "num_bytes": "7"}  # fmt: skip
+    digest = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
+    save_file(tensors, tmp_path / "old", {**metadata, "digest": digest.hexdigest()})
+    found = CompressedContext.load(tmp_path / "old")
+    assert torch.equal(found.reconstruction_nll, tensors["residual"]) and found.num_tokens == 6
+    found.save(tmp_path / "new")
+    assert CompressedContext.load(tmp_path / "new").num_bytes == 7
+    assert load_file(tmp_path / "new").keys() == tensors.keys(), "and is written as before"
 
 
 def test_a_file_keeps_the_names_of_its_first_version(context, saved):

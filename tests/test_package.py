@@ -81,7 +81,7 @@ from transformers import AutoModel
 model = AutoModel.from_pretrained(sys.argv[1], trust_remote_code=True, dtype=torch.float32).eval()
 assert type(model).__name__ == "CRouterModel" and "hf_crouter." not in type(model).__module__
 ids = torch.arange(100, 612)[None]
-print(model.encode(ids).double().sum().item(), model(ids).residual.item())
+print(model.encode(ids).double().sum().item(), model(ids).reconstruction_nll.item())
 """
 
 

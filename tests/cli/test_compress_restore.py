@@ -44,7 +44,7 @@ def test_there_and_back(text, crouter, tmp_path, capsys):
     context = tmp_path / "c.safetensors"
     assert main(["compress", str(text), "-o", str(context), "--crouter", str(crouter)]) == 0
     out = capsys.readouterr().out
-    assert "verdict" in out and "uncalibrated" in out and "no calibration" in out
+    assert "grade" in out.splitlines()[0] and "uncalibrated" in out and "no calibration" in out
     made = CompressedContext.load(context)
     assert len(out.splitlines()) == len(made) + 4
     assert f"{len(made)} chunks: TRA 100.0%; {len(made)} uncalibrated" in out and "times the" in out
@@ -69,19 +69,21 @@ def test_json(text, crouter, tiny_host, tmp_path, capsys):
     assert found["exact"] and found["certain_share"] > 0.9 and rebuilt.read_bytes() == text.read_bytes()
 
 
-def test_verdicts_come_from_the_crouters_calibration(text, crouter, tmp_path, capsys):
+def test_grades_come_from_the_crouters_calibration(text, crouter, tmp_path, capsys):
     fingerprint = crouter_fingerprint(load_crouter(crouter)[0], decoder=True)
     Calibration.fit([0.5] * 100, 3, fingerprint).save(crouter)
     words = ["compress", str(text), "-o", str(tmp_path / "c.safetensors"), "--crouter", str(crouter), "--json"]
     assert main(words) == 0
-    assert {c["verdict"] for c in json.loads(capsys.readouterr().out)["chunks"]} == {"rebuildable"}
+    assert {c["reconstruction_grade"] for c in json.loads(capsys.readouterr().out)["chunks"]} == {"rebuildable"}
     Calibration.fit([1e-9] * 100, 3, fingerprint).save(crouter)
     assert main(words) == 0
-    assert {c["verdict"] for c in json.loads(capsys.readouterr().out)["chunks"]} == {"foreign"}
+    assert {c["reconstruction_grade"] for c in json.loads(capsys.readouterr().out)["chunks"]} == {"foreign"}
     Calibration.fit([0.5] * 100, 3, "of another crouter").save(crouter)
     assert main(words) == 0
     out, err = capsys.readouterr()
-    assert {c["verdict"] for c in json.loads(out)["chunks"]} == {"uncalibrated"} and "other weights" in err
+    assert {c["reconstruction_grade"] for c in json.loads(out)["chunks"]} == {
+        "uncalibrated"
+    } and "other weights" in err
 
 
 def test_a_text_shorter_than_a_chunk_works_and_says_so(crouter, tmp_path, capsys):

@@ -65,13 +65,18 @@ def test_from_texts_to_an_expert_that_is_listed_tested_and_removed(tmp_path, cap
 
 def test_list_shows_what_was_measured(experts, capsys):
     lines = output(["expert", "list", "--experts", experts], capsys).splitlines()
-    assert len(lines) == 3 and "residual 50%" in lines[0] and [line.split()[0] for line in lines[1:]] == list(KINDS)
+    assert (
+        len(lines) == 3
+        and "reconstruction NLL 50%" in lines[0]
+        and [line.split()[0] for line in lines[1:]] == list(KINDS)
+    )
     records = json.loads(output(["expert", "list", "--experts", experts, "--json"], capsys))
     for record, expert in zip(records, ExpertSet.load(experts), strict=True):
         folder = experts / expert.name
         assert record["host"] == "tiny-host" and record["tokens"]["compressor"] > 100_000
         assert record["bytes"] == sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-        assert record["residual"]["0.5"] == expert.calibration.reconstruction_nll(64, 0.5) < record["residual"]["0.99"]
+        usual = record["reconstruction_nll"]
+        assert usual["0.5"] == expert.calibration.reconstruction_nll(64, 0.5) < usual["0.99"]
         assert record["host_loss"]["adapter"] < record["host_loss"]["base"]
 
 
@@ -171,4 +176,4 @@ def test_generate_reads_under_the_experts(experts, capsys):
     assert main([str(word) for word in words]) == 0
     shown = capsys.readouterr().err
     assert "window from token" in shown and "expert" in shown
-    refused([*words[:9], "nowhere", *words[10:]], capsys, "nowhere", "no set of experts")
+    refused([*words[:8], "nowhere", *words[9:]], capsys, "nowhere", "no set of experts")

@@ -81,7 +81,7 @@ def results(folder):
 
 
 def test_the_harness_runs_with_its_own_options(pair, tasks, tmp_path, capsys):
-    words = f"pretrained={pair[1]},crouter={pair[0]},window=16,soft=true,keep_first=4"
+    words = f"pretrained={pair[1]},crouter={pair[0]},window=16,soft_prompts=true,keep_first=4"
     more = ("--batch_size", 2, "--log_samples", "--output_path")
     assert run(tasks, words, "--apply_chat_template", *more, tmp_path / "ours") == 0
     assert "tiny_choice" in capsys.readouterr().out

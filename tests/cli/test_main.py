@@ -70,7 +70,7 @@ def test_a_table_in_a_pipe_is_aligned_text(capsys):
 
 def test_a_table_on_a_terminal_is_framed(capsys, monkeypatch):
     monkeypatch.setenv("FORCE_COLOR", "1")
-    console.print_table([console.Column("verdict", right=False)], [("foreign",), ("[red]",)])
+    console.print_table([console.Column("grade", right=False)], [("foreign",), ("[red]",)])
     out = capsys.readouterr().out
     assert "┃" in out and "foreign" in out and "[red]" in out
 

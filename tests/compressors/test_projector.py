@@ -6,6 +6,7 @@ import torch
 from hf_crouter.compressors.projector import CONFIG, WEIGHTS, Projector, find_projector
 from hf_crouter.errors import InputError, MismatchError
 from hf_crouter.history import CompressedHistory
+from hf_crouter.modes import SoftPrompts
 from tests.tiny import LATENTS, tiny_crouter, tiny_host, tiny_projector
 
 
@@ -105,7 +106,7 @@ class TestFind:
         tiny_projector(tiny_host(seed=5), crouter).save(folder.with_name("another"))
         projector.save(folder)
         assert find_projector(crouter, host).config == projector.config
-        CompressedHistory(host, crouter).detach()
+        CompressedHistory(host, crouter, modes=[SoftPrompts()]).detach()
 
     def test_by_name(self, host, crouter, projector, folder):
         projector.save(folder)
@@ -128,4 +129,4 @@ class TestFind:
         for pair, word in (((other, crouter), "host"), ((host, tiny_crouter(seed=9)), "crouter")):
             for given in (projector, folder):
                 with pytest.raises(MismatchError, match=f"expected the {word}"):
-                    CompressedHistory(*pair, projector=given)
+                    CompressedHistory(*pair, modes=[SoftPrompts(projector=given)])

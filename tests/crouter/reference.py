@@ -47,7 +47,7 @@ def stack(layers, loops, x, positions, config):
 
 
 def reference(model, tokens):
-    """Latents, logits, mean loss (nats/token), per-token nats and TRA of one chunk, given as a list of ids."""
+    """Latents, logits, mean loss (nats/token), that of each token and TRA of one chunk, given as a list of ids."""
     model, config = model.double(), model.config
     step = config.chunk_length / config.num_latents
     positions = [(i + 0.5) * step - 0.5 for i in range(config.num_latents)] + list(range(config.chunk_length))
@@ -60,9 +60,9 @@ def reference(model, tokens):
     x = torch.cat([z @ model.from_latent.weight.T, model.decoder_input])
     x = stack(model.decoder, config.num_decoder_loops, x, positions, config)[config.num_latents :]
     logits = rms_norm(x, model.output_norm.weight) @ model.output_proj.weight.T @ model.embed_tokens.weight.T
-    nats, hits = [], 0
+    costs, hits = [], 0
     for position, token in enumerate(tokens):
         row = logits[position]
-        nats.append(float(torch.logsumexp(row, 0) - row[token]))
+        costs.append(float(torch.logsumexp(row, 0) - row[token]))
         hits += int(row.argmax()) == token
-    return z, logits[: len(tokens)], sum(nats) / len(nats), nats, hits / len(tokens)
+    return z, logits[: len(tokens)], sum(costs) / len(costs), costs, hits / len(tokens)

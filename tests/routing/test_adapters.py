@@ -104,7 +104,7 @@ def test_a_compressor_takes_adapters_as_well(tmp_path):
 
 
 @pytest.mark.parametrize("native", [True, False])
-def test_adapters_that_peft_has_mounted(folders, native):
+def test_adapters_that_peft_holds(folders, native):
     """Active or not, they rest while the stack serves, and serve again afterwards."""
     host, ids = tiny_host(), ids_of()
     if native:

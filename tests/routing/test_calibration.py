@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from hf_crouter.errors import InputError
-from hf_crouter.routing.calibration import Calibration, LengthCalibration, reconstruction_grade
+from hf_crouter.routing.calibration import QUANTILES, Calibration, LengthCalibration, reconstruction_grade
 
 
 @pytest.fixture
@@ -13,7 +13,7 @@ def calibration():
     return Calibration.fit(np.linspace(0.0, 1.0, 1001), documents=7, fingerprint="abc")
 
 
-def test_quantiles_are_those_of_the_residuals(calibration):
+def test_quantiles_are_those_of_the_values(calibration):
     assert calibration.quantiles[0.5] == pytest.approx(0.5)
     assert calibration.quantiles[0.99] == pytest.approx(0.99)
     assert (calibration.chunks, calibration.documents, calibration.fingerprint) == (1001, 7, "abc")
@@ -26,7 +26,7 @@ def test_quantiles_are_those_of_the_residuals(calibration):
     [(0.0, "rebuildable"), (0.9, "rebuildable"), (0.91, "uncertain"), (0.99, "uncertain"), (0.995, "foreign"),
      (float("nan"), "foreign"), (float("inf"), "foreign")],
 )  # fmt: skip
-def test_verdict_comes_from_the_quantiles(calibration, reconstruction_nll, expected):
+def test_grade_comes_from_the_quantiles(calibration, reconstruction_nll, expected):
     assert calibration.reconstruction_grade(reconstruction_nll) == expected
 
 
@@ -95,6 +95,21 @@ class TestLengths:
         lengths.save(tmp_path)
         assert LengthCalibration.load(tmp_path) == lengths
         assert (lengths.pieces, lengths.documents) == ({64: 1001, 128: 1001, 512: 1001}, 5)
+
+    def test_a_file_of_the_first_version(self, lengths, tmp_path):
+        quantiles = {"0.0": 0.0, **{str(q): q for q in QUANTILES}, "1.0": 1.0}
+        record = {
+            "residuals": {"64": quantiles},
+            "pieces": {"64": 9},
+            "documents": 3,
+            "fingerprint": "f",
+            "weights": "w",
+        }
+        (tmp_path / "calibration.json").write_text(json.dumps(record))
+        found = LengthCalibration.load(tmp_path)
+        assert found.reconstruction_nll(64, 0.25) == 0.25 and (found.documents, found.weights) == (3, "w")
+        found.save(tmp_path)
+        assert json.loads((tmp_path / "calibration.json").read_text()) == record, "and is written as before"
 
     @pytest.mark.parametrize("reconstruction_nlls", [{}, {64: []}, {64: [float("nan")]}, {0: [1.0]}], ids=str)
     def test_fit_refuses(self, reconstruction_nlls):

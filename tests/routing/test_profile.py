@@ -1,8 +1,11 @@
-"""The pattern of residuals, on made-up ones."""
+"""The pattern of reconstruction NLLs, on made-up ones."""
+
+import json
 
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import save_file
 
 from hf_crouter.errors import InputError
 from hf_crouter.routing.profile import FLOOR, LOG_NLL, NLL, Evidence, Profile, distances_across, summary
@@ -89,3 +92,16 @@ def test_evidence_belongs_to_its_weights(tmp_path):
     assert Evidence.load(tmp_path / "none") is None
     Evidence({}, {}, {}, {}).save(tmp_path)
     assert Evidence.load(tmp_path).profiles({}) == {}
+
+
+def test_evidence_of_the_first_version(tmp_path):
+    values, documents = reconstruction_nlls(40), np.arange(40) // 10
+    tensors = {"a/16/residuals": values, "a/16/documents": documents.astype(np.int64)}
+    measured = {"weights": {"a": "x", "b": "y"}, "texts": {"a": "t"}}
+    save_file(tensors, tmp_path / "evidence.safetensors", {"measured": json.dumps(measured)})
+    before = (tmp_path / "evidence.safetensors").read_bytes()
+    found = Evidence.load(tmp_path)
+    assert found is not None and found.weights == measured["weights"]
+    assert np.array_equal(found.reconstruction_nlls["a"][16], values)
+    found.save(tmp_path)
+    assert (tmp_path / "evidence.safetensors").read_bytes() == before, "and is written as before"

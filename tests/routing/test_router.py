@@ -1,4 +1,4 @@
-"""Decisions from residuals, with two experts that were trained and with made-up calibrations."""
+"""Decisions from reconstruction NLLs, with two experts that were trained and with made-up calibrations."""
 
 import dataclasses
 import math
@@ -69,7 +69,7 @@ class TestTrained:
         alone = Router(crouter, experts, rows=1).reconstruction_nlls(pieces)
         assert both.shape == (5, 3, 2) and torch.allclose(both, alone, atol=1e-5)
 
-    def test_residuals_are_those_of_the_adapter(self, router, crouter, experts):
+    def test_reconstruction_nlls_are_those_of_the_adapter(self, router, crouter, experts):
         piece = pieces_of("low")[0]
         assert router.token_reconstruction_nll(piece).shape == (2, CHUNK)
         with torch.no_grad():
@@ -111,36 +111,34 @@ class TestTrained:
         assert more.shape == (5, 4, 2) and torch.equal(more[:, :2], before[:, :2])
         assert more[:, 3].isnan().all(), "no expert has a profile in this set: the crouter alone is not asked"
 
-    def test_shortlist(self, crouter, experts, tmp_path):
+    def test_top_k(self, crouter, experts, tmp_path):
         third = Expert.load(save_expert(tmp_path / "third", trained=False, seed=9))
         experts = ExpertSet((*experts, third))
         pieces = [piece for first in DOMAINS.values() for piece in texts(first, 20, seed=9)]
         router = Router(crouter, experts, top_k_experts=2, rows=16)
-        found, full = (
-            router.reconstruction_nlls(pieces),
-            Router(tiny_crouter(), experts, rows=16).reconstruction_nlls(pieces),
-        )
+        found = router.reconstruction_nlls(pieces)
+        full = Router(tiny_crouter(), experts, rows=16).reconstruction_nlls(pieces)
         left_out = found[:, :-1, NLL].isnan()
         assert (left_out.sum(1) == 1).all()
         assert torch.allclose(found[:, :-1][~left_out], full[:, :-1][~left_out], atol=1e-5)
         own = torch.tensor([0] * 20 + [1] * 20)
-        assert left_out[torch.arange(40), own].float().mean() <= 0.1, "its own expert is nearly always on the list"
+        assert left_out[torch.arange(40), own].float().mean() <= 0.1, "its own expert is nearly always among them"
         route = router.decide(found[0], CHUNK)
         assert len(route.reconstruction_nll) == 2 and math.isfinite(route.margin)
         assert not Router(crouter, experts, top_k_experts=3).reconstruction_nlls(pieces[:2])[:, :-1].isnan().any()
 
     def test_overlap_is_below_the_experts_own_margins(self, router, experts):
-        verdicts = [router([piece])[0].status for piece in texts(DOMAINS["low"], 60, seed=11)]
-        assert verdicts.count("overlap") <= 4
+        found = [router([piece])[0].status for piece in texts(DOMAINS["low"], 60, seed=11)]
+        assert found.count("overlap") <= 4
         least = experts["low"].profile.margin(CHUNK, 0.01)
         medians = [min(e.calibration.reconstruction_nll(CHUNK, 0.5) for e in experts)] * 2
-        for margin, verdict in ((least - 0.05, "overlap"), (least + 0.05, "known")):
+        for margin, status in ((least - 0.05, "overlap"), (least + 0.05, "known")):
             reconstruction_nlls = row(*medians)
             reconstruction_nlls[HIGH, LOG_NLL] += margin
             route = router.decide(reconstruction_nlls, CHUNK)
-            assert (route.number, route.status) == (LOW, verdict) and route.margin == pytest.approx(margin, abs=1e-5)
+            assert (route.number, route.status) == (LOW, status) and route.margin == pytest.approx(margin, abs=1e-5)
 
-    def test_profiles_know_what_residuals_alone_do_not(self, crouter, experts):
+    def test_profiles_know_what_one_nll_does_not(self, crouter, experts):
         router = Router(crouter, experts, fewest=4)
         own = router.reconstruction_nlls(pieces_of("low", "high"))
         for piece, number in zip(own, (LOW, HIGH), strict=True):
@@ -155,7 +153,7 @@ class TestTrained:
         assert Router(tiny_crouter(), one).in_domain(easy, CHUNK).tolist() == [False, True], (
             "each by what is known of it"
         )
-        easy[HIGH] = math.nan  # left out by a shortlist
+        easy[HIGH] = math.nan  # not among the top k
         assert router.in_domain(easy, CHUNK).tolist() == [True, False]
 
     def test_borders_of_a_document(self, router):
@@ -171,7 +169,7 @@ class TestTrained:
 
 
 def made_up(medians, *, spread=0.5, margins=None):
-    """Experts whose residuals at 100 tokens lie evenly around a median, half of it at 10 tokens."""
+    """Experts whose reconstruction NLLs at 100 tokens lie evenly around a median, half of it at 10 tokens."""
     found = []
     for n, median in enumerate(medians):
         rows = {
@@ -186,9 +184,9 @@ def made_up(medians, *, spread=0.5, margins=None):
     return ExpertSet(tuple(found))
 
 
-def row(*nats):
-    """Residuals of one text all of whose tokens cost the same, the crouter alone not asked."""
-    return torch.tensor([[value, math.log(value + FLOOR)] for value in (*nats, math.nan)])
+def row(*values):
+    """Reconstruction NLLs of one text all of whose tokens cost the same, the crouter alone not asked."""
+    return torch.tensor([[value, math.log(value + FLOOR)] for value in (*values, math.nan)])
 
 
 def lead(other, own):
@@ -196,8 +194,8 @@ def lead(other, own):
     return math.log((other + FLOOR) / (own + FLOOR))
 
 
-def decide(experts, nats, tokens=100, previous=None, **options):
-    return Router(tiny_crouter(), experts, **options).decide(row(*nats), tokens, previous)
+def decide(experts, values, tokens=100, previous=None, **options):
+    return Router(tiny_crouter(), experts, **options).decide(row(*values), tokens, previous)
 
 
 class TestDecision:
@@ -208,7 +206,7 @@ class TestDecision:
         assert reconstruction_nlls[0, NLL] > reconstruction_nlls[1, NLL]
         assert Router(tiny_crouter(), experts).decide(reconstruction_nlls, 100).expert == "e0"
 
-    def test_the_least_residual_serves(self):
+    def test_the_least_log_nll_serves(self):
         experts = made_up([1.0, 3.0])
         assert decide(experts, [1.4, 2.8]).expert == "e0"
         assert decide(experts, [1.4, 1.3]).expert == "e1"
@@ -249,6 +247,11 @@ class TestDecision:
 
 
 class TestRefused:
+    def test_ids_of_another_tokenizer(self, crouter, experts):
+        most = crouter.config.vocab_size
+        with pytest.raises(MismatchError, match=f"expected ids below {most} .*, got {most}"):
+            Router(crouter, experts).reconstruction_nlls([torch.tensor([1, 2]), torch.tensor([most])])
+
     def test_sets(self, crouter, experts):
         with pytest.raises(InputError, match="at least one"):
             Router(crouter, ExpertSet(()))

@@ -55,9 +55,9 @@ def save_expert(folder, first=FOREIGN, *, seed=0, trained=True, crouter=None, ho
     save_adapter(folder / "host", seed)
     lora, fingerprint = Lora.load(folder / "compressor"), crouter_fingerprint(crouter, decoder=True)
     stack = AdapterStack(crouter, {"a": lora})
-    nats = {n: token_reconstruction_nll(crouter, texts(first, 256, n, seed=1), stack, rows=256) for n in LENGTHS}
+    costs = {n: token_reconstruction_nll(crouter, texts(first, 256, n, seed=1), stack, rows=256) for n in LENGTHS}
     stack.remove()
-    reconstruction_nlls = {length: [row.mean().item() for row in rows] for length, rows in nats.items()}
+    reconstruction_nlls = {length: [row.mean().item() for row in rows] for length, rows in costs.items()}
     config = ExpertConfig(fingerprint, "crouter ids", "tiny", host_fingerprint(host), "host ids", {"seed": seed})
     with torch.no_grad():
         centroid = Centroid.fit(crouter.encode(torch.stack(texts(first, 64, seed=1))))
