@@ -112,13 +112,6 @@ def kv_bytes(config: PretrainedConfig, dtype: torch.dtype | None = None) -> int:
     return 2 * text.num_hidden_layers * heads * head * torch.empty(0, dtype=saved).element_size()
 
 
-def count(word: str) -> int:
-    """An argument type: a whole number, 0 or more."""
-    if not word.isdecimal():
-        raise argparse.ArgumentTypeError(f"expected a whole number, 0 or more, got {word!r}")
-    return int(word)
-
-
 def share(word: str) -> float:
     """An argument type: a number from 0 to 1."""
     try:

@@ -71,11 +71,11 @@ def load_crouter(
     return model.to(device).eval(), tokenizer  # pyright: ignore[reportArgumentType]
 
 
-def crouter_folder(origin: str, part: str) -> Path:
+def crouter_folder(name_or_path: str, part: str) -> Path:
     """The local folder of a crouter, a copy of its `part` folder where it comes from the hub."""
-    if Path(origin).is_dir():
-        return Path(origin)
+    if Path(name_or_path).is_dir():
+        return Path(name_or_path)
     try:
-        return Path(huggingface_hub.snapshot_download(origin, allow_patterns=[f"{part}/**"]))
+        return Path(huggingface_hub.snapshot_download(name_or_path, allow_patterns=[f"{part}/**"]))
     except (HfHubHTTPError, HFValidationError, OSError, ValueError):
-        return Path(origin)  # holds no projectors: the caller says which command makes one
+        return Path(name_or_path)  # holds no projectors: the caller says which command makes one
