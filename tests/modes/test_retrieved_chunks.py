@@ -4,10 +4,10 @@ import torch
 from hf_crouter.errors import CapacityError, InputError
 from hf_crouter.ngram.scorers import Bm25Scorer, RandomScorer, RecencyScorer
 
-from . import reference
-from .test_chunking import TEXT, byte_tokenizer
-from .test_history import PREFIX, WINDOW, run
-from .tiny import CHUNK, LATENTS, VOCAB, make_history, prompt, tiny_crouter, tiny_host, tiny_projector
+from .. import reference
+from ..histories import PREFIX, WINDOW, run
+from ..test_chunking import TEXT, byte_tokenizer
+from ..tiny import CHUNK, LATENTS, VOCAB, make_history, prompt, tiny_crouter, tiny_host, tiny_projector
 
 K, REFRESH, LAST = 2, 5, 12
 torch.set_num_threads(1)
