@@ -1,7 +1,8 @@
 """Command-line options from a dataclass, so that a setting and its help text are written once.
 
-Not by `transformers.HfArgumentParser`: there a flag swallows the word behind it (`--bf16 NAME`), most flags have no
-`--no-FLAG`, lists may not be empty, every name is offered twice, and no public method fills the parser of a command.
+Not by `transformers.HfArgumentParser`: there a flag takes the word behind it for its value (`--bf16 NAME`), only flags
+that are on by default have a `--no-FLAG`, lists may not be empty, names of several words are offered twice, with `_`
+and with `-`, and no public method adds a dataclass to a parser that exists.
 """
 
 from __future__ import annotations

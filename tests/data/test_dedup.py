@@ -21,7 +21,7 @@ def test_tokens_are_words_and_single_signs():
 
 
 def slow_hash(token):
-    value = sum((byte + 1) * 0x9E3779B97F4A7C15**place for place, byte in enumerate(token.encode())) % 2**64
+    value = sum((byte + 1) * 0x9E3779B97F4A7C15**position for position, byte in enumerate(token.encode())) % 2**64
     value = (value ^ value >> 30) * 0xBF58476D1CE4E5B9 % 2**64
     value = (value ^ value >> 27) * 0x94D049BB133111EB % 2**64
     return value ^ value >> 31
@@ -71,8 +71,8 @@ def test_the_threshold_is_that_of_the_exact_jaccard_similarity(seed):
     for number in range(40):
         words = sentences(1000 * seed + number, 400).split()
         other = list(words)
-        for place in drawn.choice(400, drawn.integers(1, 16), replace=False):
-            other[place] = "changed"
+        for position in drawn.choice(400, drawn.integers(1, 16), replace=False):
+            other[position] = "changed"
         left, right = " ".join(words), " ".join(other)
         near = deduplicate(documents(a=left, b=right)).near
         similarity = jaccard(left, right)

@@ -234,8 +234,8 @@ def test_tasks_end_in_what_stands_in_the_older_chunks():
     ids, chunker = np.arange(3, 80), make_chunker(CHUNK)
     plain = cut_sample(ids, chunker, 2, options())
     older = ids[FIRST : FIRST + 2 * CHUNK].tolist()
-    for place in (0.0, 0.5, 0.99):
-        copy = cut_sample(ids, chunker, 2, options(), "copy", place)
+    for start_at in (0.0, 0.5, 0.99):
+        copy = cut_sample(ids, chunker, 2, options(), "copy", start_at)
         assert len(copy.window) == WINDOW and len(copy.target) == TARGET // 2
         cue = next(n for n in range(1, WINDOW + 1) if copy.window[-n - 1 : -n].tolist() != [copy.window[-n] - 1])
         first = older.index(copy.window[-cue])

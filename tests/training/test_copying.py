@@ -65,11 +65,11 @@ def test_recorded_examples_give_the_likelihood_of_the_mixture(reader):
     )[0]  # fmt: skip
     split = len(sample.history)
     with torch.no_grad():
-        for place in range(TARGET):
-            candidates = collect([archive.match(ids[: split + place][-64:])])
-            mixture = mix(logits[place][None], candidates, gate)
-            wanted = mixture.of(torch.tensor([int(ids[split + place])]), logits[place][None])
-            assert found[place].item() == pytest.approx(wanted.item(), abs=5e-3)  # features are kept in half precision
+        for position in range(TARGET):
+            candidates = collect([archive.match(ids[: split + position][-64:])])
+            mixture = mix(logits[position][None], candidates, gate)
+            wanted = mixture.of(torch.tensor([int(ids[split + position])]), logits[position][None])
+            assert found[position].item() == pytest.approx(wanted.item(), abs=5e-3)  # features in half precision
 
 
 def test_every_way_reads_what_it_says(reader, monkeypatch):

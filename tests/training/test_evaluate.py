@@ -17,15 +17,15 @@ def test_means_are_over_real_tokens_whatever_the_batches():
     crouter, (ids, mask) = tiny_crouter(vocab_size=3), chunks()  # few tokens: some are right by chance
     ids %= 3
     score = reconstruction_score(crouter, ids, mask, batch_size=3)
-    hits, nats = 0, 0.0
+    hits, nll = 0, 0.0
     for row, kept in zip(ids, mask.bool(), strict=True):
         alone = row[kept][None]
         logits = crouter(alone).logits.detach().double()[0]
         hits += int((logits.argmax(-1) == alone[0]).sum())
-        nats -= float(logits.log_softmax(-1).gather(1, alone[0][:, None]).sum())
+        nll -= float(logits.log_softmax(-1).gather(1, alone[0][:, None]).sum())
     assert hits > 0
     assert score.accuracy == pytest.approx(hits / int(mask.sum()))
-    assert score.reconstruction_nll == pytest.approx(nats / int(mask.sum()), abs=1e-5)
+    assert score.reconstruction_nll == pytest.approx(nll / int(mask.sum()), abs=1e-5)
     assert score.chunks == len(score.chunk_reconstruction_nll) == len(score.chunk_accuracy) == 7
     whole = reconstruction_score(crouter, ids, mask)
     torch.testing.assert_close(score.chunk_reconstruction_nll, whole.chunk_reconstruction_nll)
