@@ -49,6 +49,15 @@ def row_layout(length: int, row: Row, *, true_positions: bool = False, beside_ra
     """
     if not row.chunks:
         return torch.arange(length)
+    key, known = (true_positions, beside_raw), getattr(row, "_head", (None, None))
+    if known[0] != key:  # of most steps the row is the one before
+        known = key, _head(row, true_positions, beside_raw)
+        object.__setattr__(row, "_head", known)
+    return torch.cat([known[1], torch.arange(row.raw_start, length)])
+
+
+def _head(row: Row, true_positions: bool, beside_raw: bool) -> torch.Tensor:
+    """Codes of a compressed row's slots before its window; see `row_layout`."""
     aside = set(row.retrieved) if true_positions or not beside_raw else set()
     numbers = [n for n, chunk in enumerate(row.chunks) if chunk.entries is not None and n not in aside]
     entries = entry_codes(numbers, [len(row.chunks[n].entries) for n in numbers])  # pyright: ignore[reportArgumentType]
@@ -60,7 +69,7 @@ def row_layout(length: int, row: Row, *, true_positions: bool = False, beside_ra
         parts = [part for pair in zip(pieces, [*raw, raw[0][:0]], strict=True) for part in pair]
     else:
         parts = [entries, *raw]
-    return torch.cat([torch.arange(row.prefix or 0), *parts, torch.arange(row.raw_start, length)])
+    return torch.cat([torch.arange(row.prefix or 0), *parts])
 
 
 def row_experts(row: Row, codes: torch.Tensor) -> torch.Tensor:
