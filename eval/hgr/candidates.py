@@ -40,7 +40,7 @@ def search(work: Search) -> dict[tuple[int, str], dict[str, np.ndarray]]:
             archive = archive.extended(layout.past(row, count, layout.extra(kind, count)))
         ends = range(layout.split, layout.length)
         candidates = collect([archive.match(row[max(0, end - 64) : end]) for end in ends])
-        small = {"places": np.int16, "orders": np.int8, "tokens": np.int32, "best": np.int32}
+        small = {"positions": np.int16, "orders": np.int8, "tokens": np.int32, "best": np.int32}
         found[count, kind] = {
             name: value.numpy().astype(small.get(name, value.numpy().dtype))
             for name, value in vars(candidates).items()
@@ -48,12 +48,14 @@ def search(work: Search) -> dict[tuple[int, str], dict[str, np.ndarray]]:
     return found
 
 
-def joined(parts: Sequence[dict[str, np.ndarray]], places: int, device: torch.device | str) -> Candidates:
-    """Candidates of several rows of `places` each as those of one text."""
+def joined(parts: Sequence[dict[str, np.ndarray]], positions: int, device: torch.device | str) -> Candidates:
+    """Candidates of several rows of `positions` each as those of one text."""
     entries = [len(part["tokens"]) for part in parts]
     first = np.concatenate([[0], np.cumsum(entries)])
     arrays = {
-        "places": np.concatenate([part["places"].astype(np.int64) + i * places for i, part in enumerate(parts)]),
+        "positions": np.concatenate(
+            [part["positions"].astype(np.int64) + i * positions for i, part in enumerate(parts)]
+        ),
         # where there is nothing, the entry named is none of another text's, nor one behind the last
         "best": np.concatenate(
             [np.where(part["available"], part["best"].astype(np.int64) + first[i], 0) for i, part in enumerate(parts)]

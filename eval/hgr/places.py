@@ -49,11 +49,11 @@ class Places:
 
     def beside(self, candidates: Candidates) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Features `[N, F]`, available orders `[N, K]`, and each order's probability of the target `[N, K]`."""
-        at = self.scores[candidates.places, candidates.tokens].float() - self.normaliser[candidates.places]
+        at = self.scores[candidates.positions, candidates.tokens].float() - self.normaliser[candidates.positions]
         features = gate_features(candidates, HostView(at, self.best, self.token, self.entropy))
-        hit = self.targets[candidates.places] == candidates.tokens
+        hit = self.targets[candidates.positions] == candidates.tokens
         copied = torch.zeros(candidates.available.numel(), device=at.device)
-        copied.index_add_(0, candidates.places * len(ORDERS) + candidates.orders, candidates.probabilities * hit)
+        copied.index_add_(0, candidates.positions * len(ORDERS) + candidates.orders, candidates.probabilities * hit)
         return features, candidates.available, copied.view_as(candidates.available)
 
     def greedy(self, candidates: Candidates, weights: torch.Tensor) -> torch.Tensor:
@@ -64,14 +64,14 @@ class Places:
             weights: `[N, 1 + K]`, log-weights.
         """
         width = self.scores.shape[1]
-        added = weights[candidates.places, candidates.orders + 1].exp() * candidates.probabilities
+        added = weights[candidates.positions, candidates.orders + 1].exp() * candidates.probabilities
         choice = []
         for start in range(0, len(self.scores), DENSE):
             part = self.scores[start : start + DENSE].float() - self.normaliser[start : start + DENSE, None]
             part = (part + weights[start : start + DENSE, :1]).exp()
             low, high = torch.searchsorted(
-                candidates.places, torch.tensor([start, start + len(part)], device=part.device)
+                candidates.positions, torch.tensor([start, start + len(part)], device=part.device)
             ).tolist()
-            cells = (candidates.places[low:high] - start) * width + candidates.tokens[low:high]
+            cells = (candidates.positions[low:high] - start) * width + candidates.tokens[low:high]
             choice.append(part.flatten().index_add_(0, cells, added[low:high]).view_as(part).argmax(-1))
         return torch.cat(choice)

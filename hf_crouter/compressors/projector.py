@@ -165,21 +165,21 @@ def find_projector(crouter: CRouterModel, host: Any, name: str | None = None) ->
         MismatchError: there is none; says which command makes it.
         InputError: damaged files.
     """
-    origin = str(getattr(crouter.config, "_name_or_path", "") or "")
+    source = str(getattr(crouter.config, "_name_or_path", "") or "")
     found = []
     pattern = f"projectors/{name or '*'}/{CONFIG}"
-    for path in sorted(crouter_folder(origin, "projectors").glob(pattern)) if origin else []:
+    for path in sorted(crouter_folder(source, "projectors").glob(pattern)) if source else []:
         found.append((path.parent, _read_config(path.parent)[0]))
     wanted = (host_fingerprint(host), crouter_fingerprint(crouter))
     for folder, config in found:
         if (config.host_fingerprint, config.crouter_fingerprint) == wanted:
             return Projector.load(folder)
-    pair = f"host {display_name(unwrap(host))!r} ({wanted[0]}) and crouter {origin!r} ({wanted[1]})"
+    pair = f"host {display_name(unwrap(host))!r} ({wanted[0]}) and crouter {source!r} ({wanted[1]})"
     others = ", ".join(f"{c.host_name!r} ({c.host_fingerprint}, crouter {c.crouter_fingerprint})" for _, c in found)
     target = unwrap(host).config._name_or_path or "HOST"
     raise MismatchError(
         f"projector: expected one for {pair}, got {others or 'none'}; "
-        f"make it with: {align_command(target, origin or 'CROUTER')}"
+        f"make it with: {align_command(target, source or 'CROUTER')}"
     )
 
 

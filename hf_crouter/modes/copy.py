@@ -168,11 +168,13 @@ class Copier:
     ) -> None:
         """Remembers which tokens would come from the archive: the report asks for those that were taken."""
         which = brought.nonzero()[:, 0]
-        for place, token in set(zip(entries.places[which].tolist(), entries.tokens[which].tolist(), strict=True)):
-            where = matches[place].positions
+        for position, token in set(
+            zip(entries.positions[which].tolist(), entries.tokens[which].tolist(), strict=True)
+        ):
+            where = matches[position].positions
             if len(where):
-                prompt = place * self.prompts // len(input_ids)
-                self._brought.setdefault((prompt, *_step_key(input_ids[place])), {})[token] = int(where[-1])
+                prompt = position * self.prompts // len(input_ids)
+                self._brought.setdefault((prompt, *_step_key(input_ids[position])), {})[token] = int(where[-1])
 
     def rescore(
         self, cache: CacheView, input_ids: torch.Tensor, columns: Sequence[int], scores: torch.Tensor

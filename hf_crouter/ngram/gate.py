@@ -1,4 +1,4 @@
-"""The gate: how much the archive and the host weigh at a place, from features of both."""
+"""The gate: how much the archive and the host weigh at a position, from features of both."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class GateConfig:
 
 
 class Gate(nn.Module):
-    """Weights of the host and of every order, from the features of a place."""
+    """Weights of the host and of every order, from the features of a position."""
 
     def __init__(self, config: GateConfig | None = None):
         super().__init__()
@@ -116,9 +116,9 @@ def own_gate(crouter: CRouterModel | None, host: Any) -> Gate | None:
     Raises:
         InputError: damaged files.
     """
-    origin = str(getattr(crouter.config, "_name_or_path", "") or "") if crouter is not None else ""
-    folders = [path.parent for place in (crouter_folder(origin, "gates") if origin else None, SHIPPED)
-               if place is not None for path in sorted(place.glob(f"gates/*/{CONFIG}"))]  # fmt: skip
+    source = str(getattr(crouter.config, "_name_or_path", "") or "") if crouter is not None else ""
+    folders = [path.parent for folder in (crouter_folder(source, "gates") if source else None, SHIPPED)
+               if folder is not None for path in sorted(folder.glob(f"gates/*/{CONFIG}"))]  # fmt: skip
     gates = [Gate.load(folder) for folder in folders]
     wanted = host_fingerprint(host) if gates else ""
     return next((gate for gate in gates if gate.config.host_fingerprint == wanted), None)

@@ -2,7 +2,7 @@
 
 `p = w_0 p_host + sum_k w_k p_k`, with `p_k` what followed the last `k` tokens in the archive. A small gate gives the
 weights from what is known before the token: counts, agreement, the host's certainty, the confidence of rebuilt tokens.
-Axes: `N` places (rows of a step, or positions of a text), `K` orders, `E` candidates of all places, `V` vocabulary.
+Axes: `N` positions (rows of a step, or tokens of a text), `K` orders, `E` candidates of all positions, `V` vocabulary.
 
 Source of the mixture: kNN-LM (arXiv 1911.00172) and the infinity-gram (arXiv 2401.17377); gate and features are ours.
 """
@@ -21,24 +21,24 @@ from .gate import FROM_INDEX, INDEX_FEATURES, Gate
 
 _SEEN = math.log(0.01)
 _LOWEST = torch.finfo(torch.float32).min
-BLOCK = 64  # places whose whole distribution is held in float32 at once
+BLOCK = 64  # positions whose whole distribution is held in float32 at once
 
 
 @dataclass(frozen=True, eq=False)
 class Candidates:
-    """What the archive proposes at N places, flat.
+    """What the archive proposes at N positions, flat.
 
     Attributes:
-        places: `[E]`, int64, ascending.
+        positions: `[E]`, int64, ascending.
         orders: `[E]`, int64, index of the order, 0 to K - 1.
         tokens: `[E]`, int64.
-        probabilities: `[E]`, float32; they sum to 1 over a place and order.
+        probabilities: `[E]`, float32; they sum to 1 over a position and order.
         available: `[N, K]`, bool: the order has candidates.
         best: `[N, K]`, int64, the entry of the order's most probable token; 0 where there is none.
         features: `[N, INDEX_FEATURES]`, float32.
     """
 
-    places: torch.Tensor
+    positions: torch.Tensor
     orders: torch.Tensor
     tokens: torch.Tensor
     probabilities: torch.Tensor
@@ -47,7 +47,7 @@ class Candidates:
     features: torch.Tensor
 
     def __len__(self) -> int:
-        """Number of places N."""
+        """Number of positions N."""
         return len(self.features)
 
     def to(self, device: torch.device | str) -> Candidates:
@@ -56,19 +56,19 @@ class Candidates:
 
     def allowed(self, mask: torch.Tensor) -> Candidates:
         """Without the candidates that a mask `[N, V]` forbids; the others share their probability."""
-        keep = mask[self.places, self.tokens]
+        keep = mask[self.positions, self.tokens]
         if bool(keep.all()):
             return self
-        cells = self.places * len(ORDERS) + self.orders
+        cells = self.positions * len(ORDERS) + self.orders
         kept = torch.zeros(self.available.numel(), device=keep.device)
         kept.index_add_(0, cells, self.probabilities * keep)
         probabilities = torch.where(keep, self.probabilities, 0.0) / kept[cells].clamp(min=1e-12)
-        return Candidates(self.places, self.orders, self.tokens, probabilities,
+        return Candidates(self.positions, self.orders, self.tokens, probabilities,
                           self.available & (kept > 0).view_as(self.available), self.best, self.features)  # fmt: skip
 
 
 def collect(matches: Sequence[Matches]) -> Candidates:
-    """Candidates and their features from the matches of N places; on the CPU."""
+    """Candidates and their features from the matches of N positions; on the CPU."""
     count = len(ORDERS)
     features = np.zeros((len(matches), INDEX_FEATURES), np.float32)
     available = np.zeros((len(matches), count), bool)
@@ -115,7 +115,7 @@ def collect(matches: Sequence[Matches]) -> Candidates:
 
 @dataclass(frozen=True, eq=False)
 class HostView:
-    """What the gate sees of the host's distribution at N places.
+    """What the gate sees of the host's distribution at N positions.
 
     Attributes:
         candidates: `[E]`, log-probability of each candidate.
@@ -142,33 +142,33 @@ def view_host(scores: torch.Tensor, candidates: Candidates) -> tuple[HostView, t
         entropy = normaliser - (shares * part.clamp(min=_LOWEST)).sum(-1)  # 0 times -inf is 0
         parts.append((normaliser, log_best, token, entropy))
     normaliser, best, token, entropy = (torch.cat(values) for values in zip(*parts, strict=True))
-    at = scores[candidates.places, candidates.tokens].float() - normaliser[candidates.places]
+    at = scores[candidates.positions, candidates.tokens].float() - normaliser[candidates.positions]
     return HostView(at, best, token, entropy), normaliser
 
 
 def gate_features(candidates: Candidates, host: HostView) -> torch.Tensor:
     """`[N, INDEX_FEATURES + HOST_FEATURES]`, float32: all that a gate sees."""
-    count, places = len(ORDERS), len(candidates)
+    count, positions = len(ORDERS), len(candidates)
     probability = host.candidates.exp()
     device = probability.device
-    expected = torch.zeros(places * count, device=device)
-    cells = candidates.places * count + candidates.orders
+    expected = torch.zeros(positions * count, device=device)
+    cells = candidates.positions * count + candidates.orders
     expected.index_add_(0, cells, candidates.probabilities * probability)
-    top = torch.zeros(places, count, device=device)
+    top = torch.zeros(positions, count, device=device)
     if len(probability):
         top = torch.where(candidates.available, probability[candidates.best], 0.0)
     longest = candidates.available.int().cumsum(1).argmax(1)  # the last order that has candidates
-    chosen = torch.zeros(places, dtype=torch.long, device=device)
+    chosen = torch.zeros(positions, dtype=torch.long, device=device)
     if len(probability):
         chosen = candidates.tokens[candidates.best.gather(1, longest[:, None])[:, 0]]
     agrees = (chosen == host.token) & candidates.available.any(1)
     rest = torch.stack([host.entropy / 8, host.best.exp(), agrees.float()], dim=1)
-    return torch.cat([candidates.features, expected.view(places, count), top, rest], dim=1)
+    return torch.cat([candidates.features, expected.view(positions, count), top, rest], dim=1)
 
 
 @dataclass(frozen=True, eq=False)
 class Mixture:
-    """A host's distribution at N places with the archive's mixed in.
+    """A host's distribution at N positions with the archive's mixed in.
 
     Attributes:
         candidates: of the archive.
@@ -192,16 +192,16 @@ class Mixture:
     def added(self) -> torch.Tensor:
         """`[E]`, probability that each candidate gets from the archive."""
         entries = self.candidates
-        return self.weights[entries.places, entries.orders + 1].exp() * entries.probabilities
+        return self.weights[entries.positions, entries.orders + 1].exp() * entries.probabilities
 
     def log_probabilities(self, scores: torch.Tensor) -> torch.Tensor:
-        """The whole mixture, `[N, V]`, float32; places without candidates keep the host's."""
+        """The whole mixture, `[N, V]`, float32; positions without candidates keep the host's."""
         return self.with_sources(scores)[0]
 
     def with_sources(self, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The whole mixture, and `[E]`, bool: the archive brings the candidate, to 1 in 100 or more."""
         entries = self.candidates
-        at = (entries.places, entries.tokens)
+        at = (entries.positions, entries.tokens)
         own = scores.float() - (self.normaliser - self.weights[:, 0])[:, None]
         extra = torch.zeros_like(own).index_put_(at, self.added(), accumulate=True)
         kept, brought = own[at], extra[at].log()
@@ -209,15 +209,15 @@ class Mixture:
         return own.index_put_(at, torch.logaddexp(kept, brought)), (brought > kept) & (brought > _SEEN)
 
     def of(self, targets: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Log-probability of one token a place, `[N]`."""
+        """Log-probability of one token a position, `[N]`."""
         own = scores.gather(1, targets[:, None])[:, 0].float() - self.normaliser + self.weights[:, 0]
         return torch.logaddexp(own, self.copied(targets).log())
 
     def copied(self, targets: torch.Tensor) -> torch.Tensor:
-        """Probability that a token a place gets from the archive, `[N]`."""
+        """Probability that a token a position gets from the archive, `[N]`."""
         entries = self.candidates
-        hit = targets[entries.places] == entries.tokens
-        return torch.zeros_like(self.normaliser).index_add_(0, entries.places, self.added() * hit)
+        hit = targets[entries.positions] == entries.tokens
+        return torch.zeros_like(self.normaliser).index_add_(0, entries.positions, self.added() * hit)
 
     def greedy(self) -> torch.Tensor:
         """The most probable token, `[N]`: the host's own or a candidate."""
@@ -225,7 +225,7 @@ class Mixture:
         best, token = self.host.best + self.weights[:, 0], self.host.token.clone()
         if not len(entries.tokens):
             return token
-        cells, inverse = torch.unique(torch.stack([entries.places, entries.tokens]), dim=1, return_inverse=True)
+        cells, inverse = torch.unique(torch.stack([entries.positions, entries.tokens]), dim=1, return_inverse=True)
         total = torch.zeros(cells.shape[1], device=best.device).index_add_(0, inverse, self.added())
         own = torch.full_like(total, -math.inf).index_put_((inverse,), self.host.candidates)
         total = torch.logaddexp(own + self.weights[cells[0], 0], total.log())
@@ -240,7 +240,7 @@ def mix(scores: torch.Tensor, candidates: Candidates, gate: Gate, strength: floa
 
     Args:
         scores: `[N, V]`, logits or log-probabilities; what is -inf stays forbidden.
-        candidates: of the same N places, on the same device.
+        candidates: of the same N positions, on the same device.
         gate: gives the weights.
         strength: factor on every order's weight, 0 to 1.
     """

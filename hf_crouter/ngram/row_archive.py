@@ -68,24 +68,24 @@ class Archives:
         """
         made: dict[tuple[int, bytes], RowArchive] = {}
         found = [self._row(row, input_ids[i], limits[i], made) for i, row in enumerate(rows)]
-        self._known = {id(past.last): past for past in found if past.last is not None}
+        self._known = {id(before.last): before for before in found if before.last is not None}
         return found
 
     def _row(self, row: Row, ids: torch.Tensor, limit: int, made: dict[tuple[int, bytes], RowArchive]) -> RowArchive:
         # a chunk belongs to one history alone: where its object is known, so is all before it
         done = next((n for n in range(len(row.chunks), 0, -1) if id(row.chunks[n - 1]) in self._known), 0)
-        past = self._known[id(row.chunks[done - 1])] if done else self.empty
+        before = self._known[id(row.chunks[done - 1])] if done else self.empty
         chunks = row.chunks[done:]
         if not chunks:
-            return past
+            return before
         text = ids[row.pad + chunks[0].start : row.pad + chunks[-1].end].cpu().numpy()
-        key = (id(past), np.array([limit, chunks[0].start, *(c.end for c in chunks)]).tobytes() + text.tobytes())
+        key = (id(before), np.array([limit, chunks[0].start, *(c.end for c in chunks)]).tobytes() + text.tobytes())
         if key not in made:  # beams start as equal rows
-            made[key] = self._extended(past, chunks, text, limit)
+            made[key] = self._extended(before, chunks, text, limit)
         self._known[id(chunks[-1])] = replace(made[key], last=chunks[-1])
         return self._known[id(chunks[-1])]
 
-    def _extended(self, past: RowArchive, chunks: Sequence[Chunk], text: np.ndarray, limit: int) -> RowArchive:
+    def _extended(self, before: RowArchive, chunks: Sequence[Chunk], text: np.ndarray, limit: int) -> RowArchive:
         """All new chunks at once: each extension of a long archive may sort it anew."""
         first, ends = chunks[0].start, []
         pieces, weights, flags = [], [], []
@@ -103,8 +103,8 @@ class Archives:
                 pieces.append(piece)
                 weights.append(weight)
                 flags.append(self._copyable(chunk, len(piece)))
-            ends.append(len(past.archive) + sum(map(len, pieces)))
-        archive = past.archive
+            ends.append(len(before.archive) + sum(map(len, pieces)))
+        archive = before.archive
         if pieces:
             flag = np.concatenate(flags)
             archive = archive.extended(
@@ -112,7 +112,7 @@ class Archives:
                 np.concatenate(weights) if self.rebuild else None,
                 None if flag.all() else flag,
             )
-        return RowArchive(chunks[-1], archive, (*past.ends, *ends))
+        return RowArchive(chunks[-1], archive, (*before.ends, *ends))
 
     def _copyable(self, chunk: Chunk, length: int) -> np.ndarray:
         flags = np.ones(length, bool)

@@ -57,8 +57,8 @@ class GateExamples:
 def copied_by_order(candidates: Candidates, targets: torch.Tensor) -> torch.Tensor:
     """`[N, K]`: the probability that each order gives to one token at each of N positions."""
     count = len(ORDERS)
-    hit = targets[candidates.places] == candidates.tokens
-    cells = candidates.places * count + candidates.orders
+    hit = targets[candidates.positions] == candidates.tokens
+    cells = candidates.positions * count + candidates.orders
     flat = torch.zeros(len(candidates) * count, device=targets.device)
     return flat.index_add_(0, cells, candidates.probabilities * hit).view(-1, count)
 

@@ -124,7 +124,7 @@ def test_copied_by_order_is_the_share_of_the_target():
         found = copied_by_order(candidates, torch.tensor([token, token]))
         for position in range(2):
             for order in range(len(ORDERS)):
-                here = (candidates.places == position) & (candidates.orders == order) & (candidates.tokens == token)
+                here = (candidates.positions == position) & (candidates.orders == order) & (candidates.tokens == token)
                 assert found[position, order].item() == pytest.approx(candidates.probabilities[here].sum().item())
 
 
