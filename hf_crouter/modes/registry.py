@@ -133,7 +133,8 @@ def modes_from_options(options: Mapping[str, Any]) -> tuple[str | list[Mode], di
         options: values as words, numbers or booleans; None, False and 0 leave a mode out.
 
     Raises:
-        InputError: a value of the wrong kind, an option of a mode that is not on, or `modes` beside single modes.
+        InputError: a value of the wrong kind, an unknown setting, one of a mode that is not on, or `modes` beside
+            single modes.
     """
     rest = dict(options)
     chosen = rest.pop("modes", None)
@@ -144,6 +145,10 @@ def modes_from_options(options: Mapping[str, Any]) -> tuple[str | list[Mode], di
         given = {f.name: rest.pop(f"{name}_{f.name}") for f in settings if rest.get(f"{name}_{f.name}") is not None}
         for f in settings:
             rest.pop(f"{name}_{f.name}", None)
+        unknown = next((key for key in rest if key.startswith(f"{name}_") and key not in MODES), None)
+        if unknown is not None:
+            expected = ", ".join(f"{name}_{f.name}" for f in settings)
+            raise InputError(f"{unknown}: expected one of {name}'s settings ({expected}), got another word")
         if _off(value):
             if given:
                 raise InputError(f"{name}_{next(iter(given))}: expected {name} as well, got it alone")

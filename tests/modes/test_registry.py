@@ -97,6 +97,10 @@ class TestOptions:
             ({"retrieve": "two"}, "retrieve_chunks: expected a whole number, got 'two'"),
             ({"retrieve_every": 64}, "retrieve_every: expected retrieve as well, got it alone"),
             ({"copy": True, "copy_generated": "maybe"}, "copy_generated: expected true or false, got 'maybe'"),
+            (
+                {"retrieve": 2, "retrieve_evry": 64},
+                "retrieve_evry: expected one of retrieve's settings .*retrieve_every",
+            ),
             ({"modes": "auto", "copy": True}, "modes: expected 'auto' or single modes, got both"),
             ({"retrieve": -1}, "Retrieve.chunks=.: expected a number of chunks"),
         ],
