@@ -35,13 +35,13 @@ def run(args: argparse.Namespace) -> None:
         if name != "full_history" and share is not None:
             metrics[f"{name}.recovered"] = share
     metrics["copied"] = found["copied"]
-    reconstruction_nlls = sorted(chunk["residual"] for chunk in found["chunks"])
+    nlls = sorted(chunk["reconstruction_nll"] for chunk in found["chunks"])
     metrics |= {
-        "chunks": len(reconstruction_nlls),
-        "residual.median": reconstruction_nlls[len(reconstruction_nlls) // 2],
+        "chunks": len(nlls),
+        "reconstruction_nll.median": nlls[len(nlls) // 2],
+        "tra.mean": sum(chunk["accuracy"] for chunk in found["chunks"]) / len(nlls),
+        "chunks.routed": sum(route["expert"] is not None for route in found["routes"]),
     }
-    metrics["tra.mean"] = sum(chunk["accuracy"] for chunk in found["chunks"]) / len(reconstruction_nlls)
-    metrics["chunks.routed"] = sum(route["expert"] is not None for route in found["routes"])
     config = {key: found[key] for key in ("file", "host", "crouter", "dtype", "threads", "last", "window")}
     path = write_result(
         args.result, metrics, seed=0, config=config, notes="One file, no interval: " + found["summary"]

@@ -12,9 +12,9 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from eval.drawing import drawing, save
 from eval.results import FOLDER
 from hf_crouter.errors import InputError
-from hf_crouter.utils.io import replaced_file
 
 FIGURE = "hgr.svg"
 RESULT = "hgr-smollm2-135m.json"
@@ -63,16 +63,16 @@ WAYS = (
     Way("streaming.at8", "StreamingLLM", "#2e7d32", False, (592, -0.12), numbers=None),
     Way("expected_attention.at8", "ExpectedAttention", "#a0522d", False, (592, -0.24), numbers=None),
     Way("full_copy", "full history + copying", "#333333", True, (3600, 1.105), "right", (8, -9)),
-    Way("full", "full history", "#333333", True, (4612, 0.965), "right", (-7, 5)),
+    Way("full", "full history", "#333333", True, (3900, 1.022), "right", (-7, 5)),
     Way(
         "soft_retrieve2_bm25_copy",
-        "soft prompts + copying + recall of 2",
+        "soft prompts + copying + retrieval of 2",
         "#1b6ca8",
         True,
         (1690, 0.967),
         numbers=(7, -3),
     ),
-    Way("retrieve2_bm25_copy", "copying + recall of 2", "#c44e00", True, (1452, 0.85), numbers=(-9, -3)),
+    Way("retrieve2_bm25_copy", "copying + retrieval of 2", "#c44e00", True, (1452, 0.85), numbers=(-9, -3)),
     Way(
         "longer_same_slots_retrieve2_copy_fitted",
         "a window longer by as much, + copying",
@@ -146,8 +146,8 @@ def draw(points: dict[str, list[list[float]]], result: dict[str, Any]) -> Any:
         0.01, 0.012,
         f"Host: SmolLM2-135M-Instruct. {documents:.0f} files of code younger than the host. HGR: 0 as good as "
         "forgetting, 1 as good as keeping everything.\nSmall digits: chunks of 512 tokens behind the raw window. "
-        "Bars: 95% intervals, clustered by package. Recall by BM25.\nStreamingLLM, SnapKV and ExpectedAttention are "
-        f"kvpress' with 8 chunks; its Knorm lies below, at {knorm[0]:.1f} and {knorm[1]:.1f}. "
+        "Bars: 95% intervals, clustered by package. Retrieval by BM25.\nStreamingLLM, SnapKV and ExpectedAttention "
+        f"are kvpress' with 8 chunks; its Knorm lies below, at {knorm[0]:.1f} and {knorm[1]:.1f}. "
         f"{result['device']}, {result['date']}.",
         fontsize=7.5, color="#333333",
     )  # fmt: skip
@@ -163,15 +163,9 @@ def write(folder: Path, png: Path | None = None) -> Path:
     """
     result = _result(folder)
     points = drawn(result["metrics"])
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise InputError("figures: expected matplotlib, which the extra 'test' brings") from error
-    with matplotlib.rc_context({"svg.hashsalt": "hgr", "svg.fonttype": "path", "font.family": "DejaVu Sans"}):
+    with drawing("hgr"):
         figure = draw(points, result)
-        about = {"Title": "Quality against KV slots", "Description": digest(points), "Date": None}
-        with replaced_file(folder / FIGURE) as temporary:
-            figure.savefig(temporary, format="svg", metadata=about)
+        save(figure, folder / FIGURE, Title="Quality against KV slots", Description=digest(points))
         if png is not None:
             figure.savefig(png, format="png", dpi=2 * DPI)
     return folder / FIGURE

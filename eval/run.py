@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import sys
 
-from eval import demo, reading_step, reconstruction, routing
-from eval.benchmarks import prefill, recall_choice, suffix_index, training
+from eval import demo, reconstruction
+from eval.cost import copy_step, prefill, retrieval_choice, suffix_index, training
 from eval.hgr import experiment as hgr
 from eval.questions import retrieval, ruler
 from eval.reading import experiment as reading
+from eval.routing import experiment as routing
 from hf_crouter.errors import InputError
 
 EXPERIMENTS = {
@@ -17,13 +18,13 @@ EXPERIMENTS = {
     "tra-mini": reconstruction,
     "compress-cpu": prefill,
     "suffix-index": suffix_index,
-    "retrieval-choice": recall_choice,
+    "retrieval-choice": retrieval_choice,
     "training-gpu": training,
     "lm-eval": ruler,
     "hgr": hgr,
     "reading": reading,
     "retrieval-questions": retrieval,
-    "copy-cpu": reading_step,
+    "copy-cpu": copy_step,
     "routing": routing,
 }
 

@@ -19,7 +19,7 @@ in_turn() {  # the same stage in several processes, each with its share
 }
 case $step in
 data)
-  python3 -m eval.routing_data --data "$PROSE" --out "$work/routing-data"
+  python3 -m eval.routing.data --data "$PROSE" --out "$work/routing-data"
   ;;
 text)  # what needs no model: n-grams, TF-IDF
   python3 -m eval.run routing text "${common[@]}"
@@ -31,7 +31,7 @@ compare)  # whole copies of the crouter, adapters of other ranks
   in_turn train --seconds "${box[@]}" --options "${OPTIONS:-$options}" --compared wiki_en novels_en
   ;;
 measure)
-  in_turn measure --parts nats host probe shortlist arrow compared
+  in_turn measure --parts reconstruction host probe shortlist arrow compared
   ;;
 costs)
   python3 -m eval.run routing measure "${common[@]}" --host "$host" --parts latency

@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+from sklearn.metrics import roc_auc_score
 
 from eval.statistics import auroc, clustered_interval, mean_with_interval, ratio_with_interval
 
@@ -55,3 +56,7 @@ def test_auroc():
     assert auroc(values, 1 - labels) == 0
     assert auroc(np.ones(4), labels) == 0.5
     assert np.isnan(auroc(values, np.ones(4)))
+    generator = np.random.default_rng(0)
+    for digits in (1, 8):  # many ties, and none
+        values, labels = generator.normal(size=300).round(digits), generator.integers(0, 2, 300)
+        assert auroc(values, labels) == pytest.approx(roc_auc_score(labels, values), abs=1e-12)

@@ -1,0 +1,1 @@
+"""Figures of the routing measurement from its arrays, by subject."""

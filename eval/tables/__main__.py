@@ -1,0 +1,5 @@
+"""`python -m eval.tables`."""
+
+from eval.tables.readme import main
+
+raise SystemExit(main())

@@ -1,0 +1,89 @@
+"""Tables of what compressing, copying, retrieval and training cost."""
+
+from __future__ import annotations
+
+import re
+
+from eval.tables.cells import MISSING, Metrics, number, percent, ratio, table
+
+COMPRESSING = ("encode", "reconstruction_nll")  # the second with decoder and loss
+SHAPES = {"wide": "6 + 6 layers, 512 wide", "mini": "the shipped one: 2 + 3 layers twice, 448 wide"}
+
+
+def training_table(metrics: Metrics) -> list[str]:
+    """Throughput of stage 1 by shape and batch."""
+    rows = [
+        [label, batch, number(metrics.get(f"{shape}.b{batch}.tokens_per_second")),
+         percent(metrics.get(f"{shape}.b{batch}.mfu"), 1)]
+        for shape, label in SHAPES.items() for batch in ("64", "128")
+    ]  # fmt: skip
+    lines = table(["crouter", "chunks a step", "tokens/s", "MFU"], rows if metrics else [])
+    if metrics:
+        rate = number(metrics.get("matrix.flops_per_second", 0) / 1e12)
+        lines += [
+            "",
+            f"MFU: matrix FLOPs of the tokens, over a bfloat16 product timed in the same run: {rate} TFLOP/s.",
+        ]
+    return lines
+
+
+def index_table(metrics: Metrics) -> list[str]:
+    """What copying costs a token, by the tokens archived."""
+    columns = (("query.us", 0), ("query.p99.us", 0), ("build.seconds", 2), ("ids.bytes_per_token", 1),
+               ("index.bytes_per_token", 1))  # fmt: skip
+    rows = [
+        [size, *(number(metrics.get(f"{size}.{key}"), digits) for key, digits in columns)]
+        for size in ("10k", "100k", "1m")
+    ]
+    head = ["tokens archived", "match, µs a token", "99% of them below, µs", "index built, s", "ids, bytes a token",
+            "index, bytes a token"]  # fmt: skip
+    return table(head, rows if metrics else [])
+
+
+def step_table(metrics: Metrics) -> list[str]:
+    """What copying adds to a decode step of the host, in its faster dtype."""
+    rows = []
+    for size in ("10k", "100k", "1m") if metrics else ():
+        hosts = [
+            metrics[key] for dtype in ("float32", "bfloat16") if (key := f"host.step_ms.{dtype}.{size}") in metrics
+        ]
+        share = metrics.get(f"copy.step_share.{size}")
+        rows.append([size, number(metrics.get(f"copy.step_ms.{size}"), 2), number(min(hosts, default=None), 1),
+                     MISSING if share is None else f"{share:.1%}"])  # fmt: skip
+    return table(["tokens archived", "copying, ms a step", "the host's step, ms", "share"], rows)
+
+
+def choice_table(metrics: Metrics) -> list[str]:
+    """What choosing the chunks to retrieve costs, by how many there are."""
+    columns = (("choose.ms", 1), ("choose.p99.ms", 1), ("append.us", 0), ("bytes_per_chunk", 0))
+    rows = [
+        [size, *(number(metrics.get(f"{size}.{key}"), digits) for key, digits in columns)]
+        for size in ("100", "2k", "20k")
+    ]
+    head = ["compressed chunks", "choice, ms", "99% of them below, ms", "another chunk, µs", "bytes a chunk"]
+    return table(head, rows if metrics else [])
+
+
+def compress_table(metrics: Metrics) -> list[str]:
+    """Seconds to compress beside the host's own prefill, and where the one becomes cheaper than the other."""
+    lengths = {match[1] for key in metrics if (match := re.match(r"(\d+k?)\.encode\.seconds$", key))}
+    rows = []
+    for length in sorted(lengths, key=lambda name: int(name.rstrip("k")) * (1024 if name.endswith("k") else 1)):
+        times = [number(metrics.get(f"{length}.{arm}.seconds"), 2) for arm in ("prefill", *COMPRESSING)]
+        ratios = [ratio(metrics.get(f"{length}.{arm}.ratio")) for arm in COMPRESSING]
+        rows.append([length, *times, *ratios])
+    lines = table(
+        ["tokens", "host's prefill, s", "encode, s", "encode with NLL, s", "prefill ÷ encode",
+         "prefill ÷ encode with NLL"], rows
+    )  # fmt: skip
+    if rows:
+        points = [metrics.get(f"crossover.{arm}.tokens") for arm in COMPRESSING]
+        lines += ["", f"Cheaper than prefill: encode {since(points[0])}, encode with NLL {since(points[1])}."]
+    return lines
+
+
+def since(tokens: float | None) -> str:
+    """From how many tokens something holds."""
+    if tokens is None:
+        return "at no length"
+    return f"from {tokens:,.0f} tokens" if tokens else "at every length"

@@ -1,0 +1,117 @@
+"""Tables of what a host writes with a compressed past, and of the demo."""
+
+from __future__ import annotations
+
+from eval.tables.cells import Metrics, mebibytes, number, percent, plain, share, table, with_interval
+
+READERS = {
+    "full": "full history",
+    "window": "raw window",
+    "soft": "soft prompts",
+    "copy": "copying",
+    "copy_rebuilt": "copying from rebuilt latents",
+    "soft_retrieve2_bm25_copy": "soft prompts + copying + retrieval of 2",
+}
+DRAFTERS = {"copy": "copying", "soft_retrieve2_copy": "soft prompts + copying + retrieval of 2"}
+
+
+def nextline_table(metrics: Metrics) -> list[str]:
+    """The next line of code, written greedily."""
+    columns = ("exact", "edit", "right_tokens", "repetition", "known_names")
+    rows = []
+    for arm in ("window", "copy", "soft_retrieve2_bm25_copy", "full"):
+        keys = [f"nextline.{arm}.{column}" for column in columns]
+        rows.append([READERS[arm], *(plain(metrics, key) if key.endswith("right_tokens") else share(metrics, key)
+                                     for key in keys)])  # fmt: skip
+    head = ["what the host reads", "line exact", "edit similarity", "right tokens before the first mistake",
+            "repeated trigrams", "names that the file knows"]  # fmt: skip
+    lines = table(head, rows if metrics else [])
+    if metrics:
+        gains = [
+            share(metrics, f"nextline.{arm}_minus_window", sign=True) for arm in ("copy", "soft_retrieve2_bm25_copy")
+        ]
+        lines += ["", f"In %, but for the tokens. {number(metrics.get('nextline.lines'))} lines of "
+                      f"{number(metrics.get('nextline.packages'))} packages younger than the host. Exact lines "
+                      f"beyond those of the raw window: copying {gains[0]}, all three ways {gains[1]}."]  # fmt: skip
+    return lines
+
+
+def facts_table(metrics: Metrics) -> list[str]:
+    """A fact far back, asked for in the words in which it stands."""
+    rows = []
+    for task, label in (("passkey", "passkey"), ("kv", "value of a key")):
+        for length in ("4k", "8k", "32k", "128k"):
+            keys = [f"{task}.{length}.{arm}.accuracy" for arm in READERS]
+            rows.append([label, length, *(share(metrics, key, 0) for key in keys)])
+    lines = table(["what is asked", "prompt", *READERS.values()], rows if metrics else [])
+    if metrics:
+        samples = number(metrics.get("passkey.4k.copy.samples"))
+        lines += ["", f"Right answers in %, {samples} prompts a row. –: more than the host's positions hold, or not "
+                      f"measured."]  # fmt: skip
+    return lines
+
+
+def identifiers_table(metrics: Metrics) -> list[str]:
+    """Names that the raw window does not hold."""
+    rows = [
+        [READERS[arm], *(share(metrics, f"identifiers.{arm}.{key}") for key in ("accuracy", "whole"))]
+        for arm in ("window", "soft", "copy", "soft_retrieve2_bm25_copy", "full")
+    ]
+    lines = table(["what the host reads", "tokens right", "whole names right"], rows if metrics else [])
+    if metrics:
+        auroc = [plain(metrics, f"residual.{name}predicts_errors.auroc") for name in ("", "young.", "prose.")]
+        counts = [number(metrics.get(f"identifiers.{key}")) for key in ("tokens", "names")]
+        lines += ["", f"In %. {counts[0]} tokens of {counts[1]} names that last stood in compressed chunks. How well "
+                      f"a chunk's reconstruction NLL tells the tokens that copying from rebuilt latents loses, AUROC: "
+                      f"{auroc[0]} over code and prose, {auroc[1]} within code, {auroc[2]} within prose."]  # fmt: skip
+    return lines
+
+
+def near_table(metrics: Metrics) -> list[str]:
+    """Records that nearly match: the window holds the corrected value, the compressed past the old one."""
+    rows = [
+        [READERS[arm], *(share(metrics, f"manners.near.{arm}.{key}", 0) for key in ("right", "wrong_copied"))]
+        for arm in ("window", "copy", "full")
+    ]
+    return table(["what the host reads", "right value", "the old record's value"], rows if metrics else [])
+
+
+def drafts_table(metrics: Metrics) -> list[str]:
+    """Tokens a step of the host with drafts from the history."""
+    arms = [arm for arm in DRAFTERS if f"drafts.{arm}.tokens_a_step" in metrics]
+    rows = [
+        [DRAFTERS[arm], with_interval(metrics, f"drafts.{arm}.tokens_a_step", 1, 2, ""),
+         share(metrics, f"drafts.{arm}.same", 0)]
+        for arm in arms
+    ]  # fmt: skip
+    lines = table(["what the host reads", "tokens a step", "prompts with the same tokens, %"], rows)
+    if metrics:
+        ahead, prompts = (number(metrics.get(f"drafts.{key}")) for key in ("ahead", "prompts"))
+        lines += ["", f"Up to {ahead} tokens drafted; {prompts} prompts of young code; without drafts 1 token a step."]
+    return lines
+
+
+def demo_table(metrics: Metrics) -> list[str]:
+    """One file, read seven ways: loss, KV slots and KV bytes."""
+    labels = {
+        "window": "raw window only",
+        "soft": "raw window + soft prompts of the compressed past",
+        "copy": "raw window + copying",
+        "all": "raw window + soft prompts + copying",
+        "experts": "the same under the shipped experts' adapters",
+        "more_raw": "raw window + as many more raw tokens",
+        "full": "full history",
+    }
+    rows = [
+        [label, number(metrics.get(f"{arm}.loss"), 4), number(metrics.get(f"{arm}.slots")),
+         mebibytes(metrics.get(f"{arm}.kv_bytes")), percent(metrics.get(f"{arm}.recovered"), 1)]
+        for arm, label in labels.items()
+    ]  # fmt: skip
+    head = ["what the host sees", "loss, nats/token", "KV slots", "KV, MiB", "recovered of full history's worth"]
+    lines = table(head, rows if metrics else [])
+    if metrics:
+        worth = f"Full history is worth {number(metrics.get('worth'), 3)} nats/token on this file"
+        lines += ["", f"{worth}: one file, no interval. Tokens of the continuation that were copied: "
+                      f"{number(metrics.get('copied'))}. The chunks' mean TRA is "
+                      f"{percent(metrics.get('tra.mean'), 1)}."]  # fmt: skip
+    return lines

@@ -1,0 +1,133 @@
+"""Which table shows which result, and how they come into the README.
+
+A table stands between `<!-- table: NAME -->` and `<!-- end -->`; NAME is one of `TABLES`, and several may show one
+result. Nothing else is touched.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from eval.results import FOLDER
+from eval.tables import cost, hgr, questions, reading, reconstruction, routing
+from eval.tables.cells import MISSING, Metrics
+from hf_crouter.errors import InputError
+from hf_crouter.utils.io import replaced_file
+
+README = Path(__file__).parents[2] / "README.md"
+HOST = "SmolLM2-135M-Instruct"
+_BLOCK = re.compile(r"(?P<start><!-- table: (?P<name>\S+) -->\n)(?P<body>.*?)(?P<end><!-- end -->)", re.DOTALL)
+
+
+class Shown(NamedTuple):
+    """What a table shows.
+
+    Attributes:
+        result: name of the result.
+        host: the language model behind the figures.
+        table: its lines, from the metrics.
+        experiment: that makes the result; by default the one of its name.
+    """
+
+    result: str
+    host: str
+    table: Callable[[Metrics], list[str]]
+    experiment: str = ""
+
+
+TABLES = {
+    "demo": Shown("demo", HOST, reading.demo_table),
+    "hgr": Shown("hgr-smollm2-135m", HOST, hgr.gain_table, "hgr"),
+    "hgr-differences": Shown("hgr-smollm2-135m", HOST, hgr.difference_table, "hgr"),
+    "kvpress": Shown("hgr-smollm2-135m", HOST, hgr.kvpress_table, "hgr"),
+    "hgr-prose": Shown("hgr-smollm2-135m", HOST, hgr.prose_table, "hgr"),
+    "nextline": Shown("reading", HOST, reading.nextline_table),
+    "identifiers": Shown("reading", HOST, reading.identifiers_table),
+    "retrieval": Shown("reading", HOST, reading.facts_table),
+    "near-matches": Shown("reading", HOST, reading.near_table),
+    "tra-mini": Shown("tra-mini", "none, the crouter alone", reconstruction.tra_table),
+    "compress-cpu": Shown("compress-cpu", HOST, cost.compress_table),
+    "suffix-index": Shown("suffix-index", "none, the index alone", cost.index_table),
+    "copy-cpu": Shown("copy-cpu", HOST, cost.step_table),
+    "routing": Shown("routing", HOST, routing.accuracy_table),
+    "routing-host": Shown("routing", HOST, routing.host_table),
+    "routing-costs": Shown("routing", HOST, routing.cost_table),
+    "drafts": Shown("reading-drafts", HOST, reading.drafts_table, "reading"),
+    "retrieval-questions": Shown("retrieval-questions", "none, the choice alone", questions.retrieval_table),
+    "retrieval-choice": Shown("retrieval-choice", "none, the choice alone", cost.choice_table),
+    "lm-eval": Shown("lm-eval", HOST, questions.ruler_table),
+    "training-gpu": Shown("training-gpu", "none, the crouter alone", cost.training_table),
+}
+
+
+def render(name: str, folder: Path = FOLDER) -> str:
+    """A table in Markdown, with host, device and the command that made it.
+
+    Raises:
+        InputError: no table of this name, or a result that cannot be read.
+    """
+    if name not in TABLES:
+        raise InputError(f"no table is called {name}; there are {', '.join(TABLES)}")
+    source, host, table, experiment = TABLES[name]
+    path = folder / f"{source}.json"
+    try:
+        result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        lines = table(result["metrics"])
+        origin = f"Device: {result['device']}. Made by `{result['command']}` ({result['date']})."
+    except FileNotFoundError:
+        lines, origin = table({}), f"Device: {MISSING}. Made by `python -m eval.run {experiment or source}`."
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path}: expected a result of eval.run, got {error!r}") from error
+    return "\n".join([*lines, "", f"Host: {host}. {origin}"]) + "\n"
+
+
+def rewrite(text: str, folder: Path = FOLDER) -> tuple[str, list[str]]:
+    """The text with every table made anew, and the names of those that had been stale.
+
+    Raises:
+        InputError: a marker without its end, or of an unknown table.
+    """
+    stale = []
+
+    def replace(match: re.Match[str]) -> str:
+        body = f"\n{render(match['name'], folder)}\n"
+        if body != match["body"]:
+            stale.append(match["name"])
+        return match["start"] + body + match["end"]
+
+    found = [match["body"] for match in _BLOCK.finditer(text)]
+    if len(found) != text.count("<!-- table: ") or any("<!-- table: " in body for body in found):
+        raise InputError("expected <!-- end --> behind every <!-- table: NAME -->")
+    return _BLOCK.sub(replace, text), stale
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Rewrites the file; with `--check` names each stale table and returns 1. Bad input: 2."""
+    parser = argparse.ArgumentParser(
+        prog="python -m eval.tables", description="Makes the README's tables anew from eval/results."
+    )
+    parser.add_argument("file", nargs="?", type=Path, default=README, help="README.md by default")
+    parser.add_argument("--check", action="store_true", help="change nothing; status 1 where a table is stale")
+    parser.add_argument("--results", type=Path, default=FOLDER, help="folder of the results")
+    arguments = parser.parse_args(argv)
+    try:
+        text = arguments.file.read_text(encoding="utf-8")
+        fresh, stale = rewrite(text, arguments.results)
+        if arguments.check:
+            for name in stale:
+                print(f"{arguments.file.name}: table {name} is stale; run python -m eval.tables", file=sys.stderr)
+            return 1 if stale else 0
+        if stale:
+            with replaced_file(arguments.file) as temporary:
+                temporary.write_text(fresh, encoding="utf-8")
+    except (InputError, OSError) as error:
+        print(f"eval.tables: error: {error}", file=sys.stderr)
+        return 2
+    print(f"{arguments.file.name}: {', '.join(stale) or 'no table'} changed")
+    return 0
