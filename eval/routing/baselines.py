@@ -72,9 +72,9 @@ def gram_costs(grams: CharacterGrams, tokens: Sequence[str]) -> np.ndarray:
     costs = np.zeros((len(grams.log_shares), len(tokens)))
     for order in (1, 2, 3, 4):
         buckets = gram_buckets(text, (order,))
-        place = owner[order - 1 :]
+        ends_in = owner[order - 1 :]
         for row, shares in zip(costs, grams.log_shares, strict=True):
-            row += np.bincount(place, -shares[buckets] / 4, minlength=len(tokens))
+            row += np.bincount(ends_in, -shares[buckets] / 4, minlength=len(tokens))
     return costs
 
 

@@ -34,7 +34,7 @@ def decide_routes(crouter: Any, experts: ExpertSet, measured: Arrays, setting: S
     Returns:
         For `chunk`, `span` and `within`: `.nll`, `.log_nll` `[N, n + 1]`; `.calibrated` `[N, n]`, less each expert's
         median; `.excess`, less its 99% quantile; `.distance` `[N, n]`, where there are profiles. `.route` `[N]` of the
-        first two, and `mounted.COUNT.route` of chunks.
+        first two, and `added.COUNT.route` of chunks, by the number of experts.
     """
     fewest, count, evidence = min(64, setting.span), len(experts), evidence_of(measured, experts)
     router = Router(crouter, experts.first(count, evidence), fewest=fewest)
@@ -58,11 +58,11 @@ def decide_routes(crouter: Any, experts: ExpertSet, measured: Arrays, setting: S
         if name != "within":
             found[f"{name}.route"] = np.array([router.decide(row, length).number for row in rows], np.int64)
     router.remove()
-    for mounted in range(1, count + 1):  # experts mounted one after another
-        some = Router(crouter, experts.first(mounted, evidence), fewest=fewest)
-        columns = [*range(mounted), count]
+    for added in range(1, count + 1):  # experts added one after another
+        some = Router(crouter, experts.first(added, evidence), fewest=fewest)
+        columns = [*range(added), count]
         routes = [some.decide(row[columns], setting.chunk).number for row in pieces["chunk"][0]]
-        found[f"mounted.{mounted}.route"] = np.array(routes, np.int64)
+        found[f"added.{added}.route"] = np.array(routes, np.int64)
         some.remove()
     for kind in ("chunk", "span"):
         own = torch.from_numpy(measured[f"own.{kind}"].astype(np.float32))
@@ -71,7 +71,7 @@ def decide_routes(crouter: Any, experts: ExpertSet, measured: Arrays, setting: S
     sizes = [[expert.compressor.nbytes // 2, expert.host.nbytes // 2] for expert in experts]  # as saved, bfloat16
     return found | {
         "expert.bytes": np.array(sizes, np.int64),
-        "mounted.bit_difference": measured["mounted.bit_difference"],
+        "added.bit_difference": measured["added.bit_difference"],
     }
 
 

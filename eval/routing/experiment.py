@@ -58,7 +58,7 @@ NOTES = (
     "spliced calibration chunks (.own: on calibration files with docstrings). lag: chunks from the one that holds the "
     "change to the first on the new route; base: share of those that hold it which the base model serves. shortlistN: "
     "asked are the N nearest by centroids; recall: the right one is among them. forgetting: change of a domain's "
-    "routed host loss, nats/token, since it was mounted; sequential: of one adapter trained on the domains in turn. "
+    "routed host loss, nats/token, since it was added; sequential: of one adapter trained on the domains in turn. "
     "Times (.ms) of baselines, compared, switch and recompute are of a GPU that another process shared: upper bounds; "
     "those of cost.COUNT are not. Intervals: clustered by document."
 )
@@ -125,7 +125,7 @@ def run_measure(args: argparse.Namespace) -> None:
     if device == "cuda":
         torch.set_float32_matmul_precision("high")
     shard, shards = args.shard
-    if not shard:  # the others wait until it has mounted all experts
+    if not shard:  # the others wait until it has added all experts
         merged(args.save, args.domains)
     experts = awaited(args.save, args.domains)
     if experts.names != tuple(args.domains):
@@ -183,7 +183,7 @@ def run_decide(args: argparse.Namespace) -> None:
 
 
 def awaited(save: Path, domains: Sequence[str], seconds: float = 120) -> ExpertSet:
-    """The mounted set, once it holds every domain; whatever it holds after so many seconds."""
+    """The set of experts, once it holds every domain; whatever it holds after so many seconds."""
     folder, end = save / "experts", time.monotonic() + seconds
     while time.monotonic() < end:
         if (folder / SET_FILE).exists() and expert_names(folder) == list(domains):
@@ -232,7 +232,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--save", required=True, type=Path, help="folder of experts and arrays")
     parser.add_argument("--host", default="smollm2-135m")
     parser.add_argument("--crouter", help="the shipped one by default")
-    parser.add_argument("--domains", nargs="+", default=list(KNOWN), help="known ones, in the order of mounting")
+    parser.add_argument("--domains", nargs="+", default=list(KNOWN), help="known ones, in order of adding")
     parser.add_argument("--seconds", nargs=2, type=float, default=[60.0, 45.0], metavar=("COMPRESSOR", "HOST"),
                         help="training of each expert's two parts")  # fmt: skip
     parser.add_argument("--steps", nargs=2, type=int, metavar=("COMPRESSOR", "HOST"), help="instead of seconds")

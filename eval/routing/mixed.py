@@ -106,7 +106,7 @@ def docstrings(documents: Sequence[Document]) -> Iterator[Labelled]:
 
 
 def _complement(spans: Sequence[tuple[int, int]], length: int) -> list[tuple[int, int]]:
-    ends = [0, *(place for span in spans for place in span), length]
+    ends = [0, *(edge for span in spans for edge in span), length]
     return [(start, end) for start, end in zip(ends[::2], ends[1::2], strict=True) if end > start]
 
 
@@ -189,7 +189,7 @@ def mixed_documents(
     Args:
         python: test documents.
         tokenizer: reads text only.
-        seed: of order and places.
+        seed: of order and offsets.
         archives: also read the wheels.
         chunk: tokens of a piece.
 

@@ -86,7 +86,7 @@ def measure_reconstruction(
     # An expert of a set of one and of a set of all computes the same bits.
     alone = nll_of_pieces(crouter, ExpertSet(experts.experts[:1]), setting.chunks[:8], setting.rows, alone=False)
     both = nll_of_pieces(crouter, experts, setting.chunks[:8], setting.rows)
-    found["mounted.bit_difference"] = np.array([np.abs(alone[:, 0] - both[:, 0]).max()])
+    found["added.bit_difference"] = np.array([np.abs(alone[:, 0] - both[:, 0]).max()])
     return found
 
 

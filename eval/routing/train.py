@@ -108,12 +108,12 @@ def train_beside(args: Namespace, arguments: ExpertArguments, models: ExpertMode
                     positions_per_sequence=longer.window,
                     title=f"{name} {number}",
                 )
-            place = folder / (f"{name}{number}" if name == "sequential" else name)
+            path = folder / (f"{name}{number}" if name == "sequential" else name)
             part = Path(temporary) / f"adapter{number}"
             save_adapter(adapted, part)
-            place.mkdir(parents=True, exist_ok=True)
+            path.mkdir(parents=True, exist_ok=True)
             for file in part.iterdir():
-                (place / file.name).write_bytes(file.read_bytes())
+                (path / file.name).write_bytes(file.read_bytes())
             accelerator.free_memory()
 
 
@@ -131,15 +131,15 @@ def train_compared(args: Namespace, arguments: ExpertArguments, models: ExpertMo
          lambda index: reconstruction_batch(tokens, compressor, length, index), length),
         (HOST, large, HostLoss(models.host), lambda index: host_batch(tokens, large, index), large.window),
     ):  # fmt: skip
-        place = args.save / "compared" / domain / part
-        if place.exists():
+        path = args.save / "compared" / domain / part
+        if path.exists():
             continue
         model = models.crouter if part == COMPRESSOR else models.host
-        with temporary_folder_beside(place) as temporary:
+        with temporary_folder_beside(path) as temporary:
             settings = some.settings(part, temporary / "run")
             fit_adapter(loss, model, batch, (some, settings, positions), accelerator, temporary / domain / part)
-            place.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(temporary / domain / part, place)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(temporary / domain / part, path)
 
 
 def train_full(args: Namespace, arguments: ExpertArguments, models: ExpertModels, domain: str) -> None:
@@ -172,13 +172,13 @@ def train_full(args: Namespace, arguments: ExpertArguments, models: ExpertModels
 
 
 def merged(save: Path, domains: Sequence[str]) -> ExpertSet:
-    """The experts of all shards in the domains' order, mounted in `save/experts`."""
+    """The experts of all shards in the domains' order, added to `save/experts`."""
     folder = save / "experts"
     there = expert_names(folder) if (folder / SET_FILE).exists() else []
     for domain in domains:
-        for place in sorted(save.glob(f"trained/*/{domain}")):
+        for path in sorted(save.glob(f"trained/*/{domain}")):
             if domain not in there:
-                add_expert(folder, place)
+                add_expert(folder, path)
                 there.append(domain)
     if not there:
         raise InputError(f"{save}: expected trained experts, got none; run the stage `train`")
@@ -193,12 +193,12 @@ def ship(args: Namespace) -> None:
     models = load_models(arguments)
     with temporary_folder_beside(args.out) as temporary:
         for domain in args.domains:
-            place = next(iter(sorted(args.save.glob(f"trained/*/{domain}"))), None)
-            if place is None:
+            path = next(iter(sorted(args.save.glob(f"trained/*/{domain}"))), None)
+            if path is None:
                 raise InputError(f"{args.save}: expected a trained expert {domain}, got none; run the stage `train`")
             held_out = read_domain(args.data / domain, models, args.seed).held_out
             texts = cut_by_length(held_out, models.crouter.config.chunk_length, arguments.calibration_chunks)
-            add_expert(temporary / "set", place)
+            add_expert(temporary / "set", path)
             Expert.load(temporary / "set" / domain).save_description(temporary / "set" / domain, texts)
         measure_cross_scores(temporary / "set", models.crouter, "shipped")
         for domain in args.domains:

@@ -44,7 +44,7 @@ def host_table(metrics: Metrics) -> list[str]:
     rows = [[name, *(number(metrics.get(key.format(name)), 3) for key in keys)] for name in names]
     head = ["domain", "plain host", "routed", "its own adapter", "one adapter, trained in turn", "one, on all at once"]
     lines = table(head, rows)
-    note = "Loss in nats/token of the chunk after the one that was routed, held-out documents; in order of mounting."
+    note = "Loss in nats/token of the chunk after the one that was routed, held-out documents; in order of adding."
     return [*lines, "", note] if rows else lines
 
 

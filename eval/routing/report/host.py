@@ -43,14 +43,14 @@ def host_figures(figures: Figures, part: Mapping[str, np.ndarray], routes: np.nd
     figures.add("oracle.loss_ratio", ratio, documents[rows])
     figures.add("oracle.base_ratio", lambda index: macro(base[rows[index]], domains[rows[index]])
                 / macro(oracle[rows[index]], domains[rows[index]]), documents[rows])  # fmt: skip
-    places = {name: 1 + len(figures.names) + i for i, name in enumerate(beside)}
+    columns = {name: 1 + len(figures.names) + i for i, name in enumerate(beside)}
     for name in figures.names:
-        if f"large.{name}" in places:
+        if f"large.{name}" in columns:
             figures.found[f"host.{name}.large"] = float(
-                losses[truth == figures.names.index(name), places[f"large.{name}"]].mean()
+                losses[truth == figures.names.index(name), columns[f"large.{name}"]].mean()
             )
-    if "joint" in places:
-        joint = losses[:, places["joint"]]
+    if "joint" in columns:
+        joint = losses[:, columns["joint"]]
         figures.add("joint.loss_ratio", lambda index: macro(joint[rows[index]], domains[rows[index]])
                     / macro(oracle[rows[index]], domains[rows[index]]), documents[rows])  # fmt: skip
 
@@ -58,16 +58,16 @@ def host_figures(figures: Figures, part: Mapping[str, np.ndarray], routes: np.nd
 def continual_figures(
     figures: Figures, routes: Mapping[int, np.ndarray], losses: np.ndarray, beside: Sequence[str]
 ) -> None:
-    """What every earlier domain loses while others are mounted, routed; and while one adapter is trained on them.
+    """What every earlier domain loses while others are added, routed; and while one adapter is trained on them.
 
     Args:
         figures: collects.
-        routes: of all chunks, by the number of experts mounted.
+        routes: of all chunks, by the number of experts.
         losses: of second chunks, `[W, 1 + adapters]`.
         beside: names of the adapters after the experts'.
     """
     truth = figures.truth(1)
-    places = {name: 1 + len(figures.names) + i for i, name in enumerate(beside)}
+    columns = {name: 1 + len(figures.names) + i for i, name in enumerate(beside)}
     deltas, sequential, accuracies = [], [], []
     for stage in sorted(routes):
         chosen = losses[np.arange(len(losses)), routes[stage][::2] + 1]
@@ -79,12 +79,12 @@ def continual_figures(
             first = figures.found[f"continual.{number + 1}.{name}.routed"]
             deltas.append(float(chosen[rows].mean()) - first)
             accuracies.append(right - figures.found[f"continual.{number + 1}.{name}.accuracy"])
-            if f"sequential{stage - 1}" in places:
-                own = float(losses[rows, places[f"sequential{stage - 1}"]].mean())
+            if f"sequential{stage - 1}" in columns:
+                own = float(losses[rows, columns[f"sequential{stage - 1}"]].mean())
                 figures.found[f"continual.{stage}.{name}.sequential"] = own
                 sequential.append(own - figures.found[f"continual.{number + 1}.{name}.sequential"])
-            if "joint" in places:
-                figures.found[f"continual.joint.{name}"] = float(losses[rows, places["joint"]].mean())
+            if "joint" in columns:
+                figures.found[f"continual.joint.{name}"] = float(losses[rows, columns["joint"]].mean())
     figures.found["forgetting.max_abs_delta"] = float(np.abs(deltas).max())
     figures.found["forgetting.max_delta"] = float(max(deltas))
     figures.found["forgetting.max_accuracy_drop"] = float(-min(accuracies))

@@ -50,7 +50,7 @@ def metrics(
         if parts["host"]["window"].shape[-1] != 1 + len(names) + len(beside):
             beside = ()  # they were not trained
         host_figures(figures, parts["host"], part["chunk.route"], beside)
-        routes = {count: part[f"mounted.{count}.route"] for count in range(1, len(names) + 1)}
+        routes = {count: part[f"added.{count}.route"] for count in range(1, len(names) + 1)}
         continual_figures(figures, routes, parts["host"]["window"][:, 1], beside)
     for source in ("text", "probe", "arrow"):
         for name in BASELINES:

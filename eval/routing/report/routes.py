@@ -62,7 +62,7 @@ def routing_figures(figures: Figures, part: Mapping[str, np.ndarray]) -> None:
         figures.found |= {f"confusion.{row}.{column}": share for column, share in shares.items()}
     compressor, host = part["expert.bytes"].mean(0)
     figures.found |= {"expert.bytes": float(compressor), "expert.host.bytes": float(host)}
-    figures.found["mounted.bit_difference"] = float(part["mounted.bit_difference"][0])
+    figures.found["added.bit_difference"] = float(part["added.bit_difference"][0])
 
 
 def confusion(figures: Figures, routes: np.ndarray) -> dict[str, dict[str, float]]:

@@ -120,7 +120,7 @@ def test_trains_measures_and_reports(world, monkeypatch):
               "chunk.gain.unseen.far.auroc"]  # fmt: skip
     wanted += [f"baseline.{name}.accuracy" for name in ("ngram", "tfidf", "perplexity", "probe", "arrow")]
     assert [key for key in wanted if key not in found] == []
-    assert found["mounted.bit_difference"] == 0
+    assert found["added.bit_difference"] == 0
     assert found["baseline.ngram.accuracy"] > 0.9  # upper case against code
     shares = [found[f"confusion.python.{name}"] for name in (*KNOWN, "base")]
     assert sum(shares) == pytest.approx(1, abs=1e-5)
