@@ -283,3 +283,7 @@ def main(argv: list[str] | None = None) -> int:
     print(json.dumps(counts, indent=1))
     print(f"{path.name}: {path.stat().st_size / 1e6:.1f} MB")
     return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
