@@ -100,11 +100,11 @@ def test_autoload_without_the_package(tmp_path):
 
 
 @pytest.mark.host
-def test_three_ways(tmp_path):
+def test_ways_to_read(tmp_path):
     out = run("06_ways_to_read.py", tmp_path, graphlib.__file__)
     losses = [float(line.split("loss ")[1].split()[0]) for line in out.splitlines() if "  loss " in line]
     assert len(losses) == 6 and len(set(losses)) == 6 and all(0 < loss < 5 for loss in losses)
-    assert "what was recalled:" in out and "chunk " in out
+    assert "what was retrieved:" in out and "chunk " in out
 
 
 def test_mount_an_expert(tmp_path):
