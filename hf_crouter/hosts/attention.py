@@ -39,7 +39,7 @@ class Caught:
 
 _CAUGHT: ContextVar[Caught | None] = ContextVar("hf_crouter_caught", default=None)
 _LOCK = Lock()
-_WRAPPED: dict[str, int] = {}  # blocks that are open, by name of the function
+_WRAPPED: dict[str, tuple[int, Callable | None]] = {}  # blocks that are open, and what stood in the local table
 
 
 @contextlib.contextmanager
@@ -68,16 +68,21 @@ def caught_queries(host: Any) -> Iterator[Caught]:
 
 def _wrap(name: str) -> None:
     with _LOCK:
-        _WRAPPED[name] = _WRAPPED.get(name, 0) + 1
-        if _WRAPPED[name] == 1:
-            plain = None if name == EAGER else ALL_ATTENTION_FUNCTIONS[name]
-            ALL_ATTENTION_FUNCTIONS[name] = _catching(plain)
+        count, before = _WRAPPED.get(name, (0, None))
+        if not count:
+            before = ALL_ATTENTION_FUNCTIONS._local_mapping.get(name)
+            ALL_ATTENTION_FUNCTIONS[name] = _catching(before if name == EAGER else ALL_ATTENTION_FUNCTIONS[name])
+        _WRAPPED[name] = count + 1, before
 
 
 def _unwrap(name: str) -> None:
     with _LOCK:
-        _WRAPPED[name] -= 1
-        if not _WRAPPED[name]:
+        count, before = _WRAPPED.pop(name)
+        if count > 1:
+            _WRAPPED[name] = count - 1, before
+        elif before is not None:
+            ALL_ATTENTION_FUNCTIONS[name] = before
+        else:
             del ALL_ATTENTION_FUNCTIONS[name]  # of the local table, where the wrapper stood before the shared one
 
 

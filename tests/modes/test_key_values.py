@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 from transformers.generation import CompileConfig
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hf_crouter import CapacityError, CompressedHistory, InputError, Retrieve
 from hf_crouter.hosts.attention import caught_queries
@@ -212,9 +213,20 @@ def test_other_calls_keep_their_attention(monkeypatch):
         assert torch.equal(other(ids).logits, plain) and not caught.queries
         host(ids)
     assert sorted(caught.queries) == [0, 1] and caught.queries[0].shape == (1, 4, 20, 8)
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
     assert not ALL_ATTENTION_FUNCTIONS._local_mapping
+
+
+def test_a_function_of_the_user_s_own_comes_back(monkeypatch):
+    host, ids, called = make_host("llama"), prompt(20)[0], []
+    plain = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    own = lambda *args, **options: called.append(1) or plain(*args, **options)  # noqa: E731
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._local_mapping, "sdpa", own)
+    with caught_queries(host) as outer:
+        with caught_queries(host) as inner:
+            host(ids)
+        host(ids)
+    assert len(called) == 4 and outer.queries and inner.queries
+    assert ALL_ATTENTION_FUNCTIONS._local_mapping == {"sdpa": own}
 
 
 def test_eager_attention_is_caught_as_well():
