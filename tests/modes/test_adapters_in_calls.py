@@ -15,6 +15,7 @@ from hf_crouter.cache.layout import common_columns
 from hf_crouter.cache.policy import ContextPolicy
 from hf_crouter.chunking import make_chunker
 from hf_crouter.errors import InputError
+from hf_crouter.history import CompressedHistory
 from hf_crouter.routing.adapters import AdapterStack, Lora
 from hf_crouter.types import Parts, Route
 
@@ -24,6 +25,7 @@ from ..routing.test_adapters import save_adapter
 from ..routing.trained_experts import trained_set
 from ..test_chunking import TEXT, byte_tokenizer
 from ..tiny import VOCAB, tiny_crouter, tiny_host
+from .kept_pairs import KeptPairs
 
 TARGETS = {"gpt_neox": ["query_key_value", "dense_4h_to_h"]}
 NAMES = ("low", "high")
@@ -229,6 +231,27 @@ class TestExactness:
         static = run(host, *ids, new=5, logits_processor=[routed(host, crouter, folders)],
                      cache_implementation="static")  # fmt: skip
         torch.testing.assert_close(torch.stack(static.logits), torch.stack(dynamic.logits), atol=2e-4, rtol=0)
+
+    def test_key_value_pairs_are_read_under_their_chunk_s_adapter(self, folders):
+        """Entries made by reading: a padded batch, beams' score and one-pass scores agree, and adapters matter."""
+        host = tiny_host().double()
+        crouter = tiny_crouter(chunk_length=32)
+
+        def history(*more):
+            modes = [KeptPairs(PREFIX), *more]
+            return CompressedHistory(host, crouter, modes=modes, window=WINDOW, keep_first=PREFIX)
+
+        mounted = history(MountedByMean(tuple(folders["llama"])))
+        out = run(host, *mixed(120, 90), new=40, logits_processor=[mounted])
+        assert {chunk.expert for chunk in mounted.report().chunks} >= {"low", "high"}
+        alone = run(host, out.sequences[1:, 30:120], new=40, logits_processor=[mounted])
+        torch.testing.assert_close(torch.stack(out.logits)[:, 1:], torch.stack(alone.logits), atol=1e-5, rtol=0)
+        scores = mounted.score(out.sequences[:1], last=40)
+        expected = torch.stack(out.logits, 1)[:1].log_softmax(-1).gather(2, out.sequences[:1, 120:, None])[..., 0]
+        torch.testing.assert_close(scores.double(), expected.double(), atol=1e-5, rtol=0)
+        mounted.detach()
+        plain = history().score(out.sequences[:1], last=40)
+        assert (plain - scores).abs().max() > 1e-3
 
     def test_guidance_with_a_padded_batch(self, folders, host, crouter):
         history = routed(host, crouter, folders)
