@@ -76,8 +76,19 @@ def entries(host, given, block, following, number, chunk, prefix):
              "pairs": [layer and layer[i] for layer in picked]} for i in range(kept(number))]  # fmt: skip
 
 
+MADE = {}  # what was compressed before the same tokens, to spare steps between two compactions the same work
+
+
 def compressed(host, row, length, prompt, prefix, window, block):
     """Slots of prefix and entries, by number of the chunk, when so many tokens of the row are decided."""
+    count = max(0, (length - prefix - window) // CHUNK)
+    key = (id(host), prompt, prefix, window, block, *row[: prefix + CHUNK * count + window * bool(count)].tolist())
+    if key not in MADE:
+        MADE[key] = host, _compressed(host, row, length, prompt, prefix, window, block)
+    return MADE[key][1]
+
+
+def _compressed(host, row, length, prompt, prefix, window, block):
     done, made = 0, []
     given = forward(host, row, [], list(range(prefix)))[1] if prefix else []
     for now in range(min(prompt, length), length + 1):
