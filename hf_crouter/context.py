@@ -211,10 +211,11 @@ def compress_text(
         latents = crouter.encode(batch, mask).to(torch.bfloat16)
         check_finite(latents, "latents", first=start)
         logits = crouter.decode(latents.to(crouter.dtype), length=batch.shape[1]).float()
-        nll = F.cross_entropy(logits.flatten(0, 1), batch.flatten(), reduction="none").view_as(batch) * mask
+        token_reconstruction_nll = F.cross_entropy(logits.flatten(0, 1), batch.flatten(), reduction="none")
         hits = (logits.argmax(-1) == batch) & mask
         count = mask.sum(-1)
-        results = (latents, tokens.int(), nll.sum(-1) / count, hits.sum(-1) / count)
+        reconstruction_nll = (token_reconstruction_nll.view_as(batch) * mask).sum(-1) / count
+        results = (latents, tokens.int(), reconstruction_nll, hits.sum(-1) / count)
         for part, result in zip(parts.values(), results, strict=True):
             part.append(result.cpu())
         progress(start + len(rows), len(chunks))

@@ -5,15 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 
-from ..crouter import CRouterModel
 from ..utils.hashing import bfloat16_bytes
+from . import CRouterModel
 
 CROUTER_FIELDS = (
     "vocab_size", "chunk_length", "num_latents", "latent_size", "embedding_size", "hidden_size", "intermediate_size",
     "num_attention_heads", "num_encoder_layers", "num_encoder_loops", "rope_theta", "rms_norm_eps",
 )  # fmt: skip
-
-
 ENCODER_PARTS = ("embed_", "slots", "pad_embedding", "encoder.", "latent_norm", "to_latent")
 
 

@@ -8,15 +8,11 @@ from pathlib import Path
 import huggingface_hub
 import torch
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-from transformers import (
-    AutoConfig,
-    AutoTokenizer,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
-from ..crouter import CRouterConfig, CRouterModel
 from ..errors import InputError, MismatchError
 from ..utils.loading import complete_model, from_pretrained_options, one_line
+from . import CRouterConfig, CRouterModel
 
 SHIPPED = Path(__file__).parent.parent / "checkpoints" / "crouter-code-mini"
 
@@ -78,4 +74,4 @@ def crouter_folder(name_or_path: str, part: str) -> Path:
     try:
         return Path(huggingface_hub.snapshot_download(name_or_path, allow_patterns=[f"{part}/**"]))
     except (HfHubHTTPError, HFValidationError, OSError, ValueError):
-        return Path(name_or_path)  # holds no projectors: the caller says which command makes one
+        return Path(name_or_path)  # no such folder: the caller says what is missing and how it is made

@@ -1,6 +1,6 @@
 """LoRA adapters of one model side by side: which one serves is told per position, per row, or not at all.
 
-The model's own modules stay as they are: forward hooks add what the chosen adapter adds. Ranks of all adapters are one
+The model's own modules stay as they are: forward hooks add what the active adapter adds. Ranks of all adapters are one
 product with the others' part set to zero, so that a switch costs nothing and a compiled graph stays one.
 Axes: `B` rows, `T` positions, `n` adapters, `r` rank, `I` and `O` a linear layer's input and output.
 
@@ -118,13 +118,13 @@ def _has_dora(module: Any, name: str) -> bool:
 class AdapterStack:
     """Adapters of one model, of which `using` says which serves where; outside it the model is its plain self.
 
-    Where PEFT holds adapters of the same names in the model, those rest while the stack serves; other active
-    ones stay in force, as a part of the model. What is chosen holds for the thread that chose it. Compiled graphs, and
-    PEFT's adapters that rest, know one choice alone: there one call at a time.
+    Where PEFT holds adapters of the same names in the model, those pause while the stack serves; others that
+    are active stay so, as a part of the model. `activate` holds for the thread that calls it. Compiled graphs, and
+    PEFT's paused adapters, are the same for all threads: there one call at a time.
 
     Args:
-        model: has the modules that the adapters name; plain, or with PEFT's layers in their place.
-        adapters: by name; their numbers are their places in this order.
+        model: has the modules that the adapters name; plain, or with PEFT's layers around them.
+        adapters: by name; their numbers are their positions in this order.
 
     Raises:
         MismatchError: an adapter of another model: a module is missing or has other sizes.
@@ -133,7 +133,7 @@ class AdapterStack:
     def __init__(self, model: nn.Module, adapters: Mapping[str, Lora]):
         self.names = tuple(adapters)
         self._model = model
-        self._local = threading.local()  # of each thread what `_now` gives
+        self._local = threading.local()  # of each thread what `_active` gives
         self._compiled: torch.Tensor | None = None  # the same for compiled graphs: one-hot, `[B, 1 or T, n]`
         self._down: dict[str, torch.Tensor] = {}  # `[n * r, I]`
         self._up: dict[str, torch.Tensor] = {}  # `[O, n * r]`
@@ -148,7 +148,7 @@ class AdapterStack:
                         f"adapter {name}: expected {path} of {down.shape[1]} to {up.shape[0]}, got {have}; "
                         "it belongs to another model"
                     )
-        self._resting: list[tuple[Any, Any]] | None = None  # PEFT's layers and what was active there; None: not asked
+        self._paused: list[tuple[Any, Any]] | None = None  # PEFT's layers and what was active there; None: not asked
         self._handles = []
         for path in sorted({path for adapter in adapters.values() for path in adapter.down}):
             module: Any = modules[path]
@@ -160,8 +160,8 @@ class AdapterStack:
             for i, (first, second) in enumerate(parts):
                 if first is not None and second is not None:
                     down[i, : len(first)], up[:, i, : len(first)] = first.cpu(), second.cpu()
-            place = {"device": module.weight.device, "dtype": _float_dtype(module.weight.dtype)}
-            self._down[path], self._up[path] = down.flatten(0, 1).to(**place), up.flatten(1, 2).to(**place)
+            options = {"device": module.weight.device, "dtype": _float_dtype(module.weight.dtype)}
+            self._down[path], self._up[path] = down.flatten(0, 1).to(**options), up.flatten(1, 2).to(**options)
             self._handles.append(module.register_forward_hook(self._hook(path)))
 
     def __len__(self) -> int:
@@ -178,21 +178,21 @@ class AdapterStack:
             x = inputs[0]
             # a compiled graph must not depend on which adapter it is
             compiling = torch.compiler.is_compiling()
-            chosen, alone = (self._compiled, None) if compiling else self._now
-            if chosen is None or alone == BASE:
+            one_hot, single = (self._compiled, None) if compiling else self._active
+            if one_hot is None or single == BASE:
                 return None
             down, up = self._down[path], self._up[path]
             if not compiling and down.device != x.device:  # the model was moved
                 down, up = self._down[path], self._up[path] = down.to(x.device), up.to(x.device)
-            if alone is not None:
+            if single is not None:
                 rank = len(down) // len(self.names)
-                part = slice(alone * rank, (alone + 1) * rank)
+                part = slice(single * rank, (single + 1) * rank)
                 hidden = nn.functional.linear(x.to(down.dtype), down[part])
                 return output + nn.functional.linear(hidden, up[:, part]).to(output.dtype)
             hidden = nn.functional.linear(x.to(down.dtype), down).unflatten(-1, (len(self.names), -1))
             if not compiling:
-                chosen = _spread(chosen.to(x.device), x)
-            hidden = (hidden * chosen[..., None].to(hidden.dtype)).flatten(-2)
+                one_hot = _match_shape(one_hot.to(x.device), x)
+            hidden = (hidden * one_hot[..., None].to(hidden.dtype)).flatten(-2)
             return output + nn.functional.linear(hidden, up).to(output.dtype)
 
         return add
@@ -201,9 +201,9 @@ class AdapterStack:
         """Says which adapter serves from now on; None: the plain model.
 
         Args:
-            numbers: `[B]` or `[B, T]`, integers, the adapters' places; `BASE` for none.
+            numbers: `[B]` or `[B, T]`, integers, the adapters' numbers; `BASE` for none.
         """
-        self._rest(numbers is not None)
+        self._pause_peft(numbers is not None)
         if numbers is None:
             self._set(None, None)
             return
@@ -211,50 +211,50 @@ class AdapterStack:
         if numbers.ndim == 1 or (numbers == numbers[:, :1]).all():
             numbers = numbers.reshape(len(numbers), -1)[:, :1]
         first = int(numbers[0, 0])
-        alone = first if bool((numbers == first).all()) else None
+        single = first if bool((numbers == first).all()) else None
         key = (tuple(numbers.shape), numbers.cpu().numpy().tobytes())
-        known = getattr(self._local, "known", ((), None))
-        if key != known[0]:
+        last = getattr(self._local, "last", ((), None))
+        if key != last[0]:
             device = next(iter(self._down.values())).device if self._down else numbers.device
             hot = (numbers[..., None] == torch.arange(len(self.names), device=numbers.device)).to(device)
-            known = self._local.known = key, hot.to(torch.float32)
-        self._set(known[1], alone)
+            last = self._local.last = key, hot.to(torch.float32)
+        self._set(last[1], single)
 
     @property
-    def _now(self) -> tuple[torch.Tensor | None, int | None]:
-        """One-hot choice `[B, 1 or T, n]`, and the adapter that all positions share; None where they differ."""
-        return getattr(self._local, "now", (None, None))
+    def _active(self) -> tuple[torch.Tensor | None, int | None]:
+        """One-hot activation `[B, 1 or T, n]`, and the adapter that all positions share; None where they differ."""
+        return getattr(self._local, "active", (None, None))
 
-    def _set(self, chosen: torch.Tensor | None, alone: int | None) -> None:
-        self._local.now = chosen, alone
-        self._compiled = chosen
+    def _set(self, one_hot: torch.Tensor | None, single: int | None) -> None:
+        self._local.active = one_hot, single
+        self._compiled = one_hot
 
     @contextlib.contextmanager
     def using(self, numbers: torch.Tensor | Sequence[int] | None) -> Iterator[None]:
-        """`activate` for a block; what was chosen before returns after it."""
-        before = self._now
+        """`activate` for a block; what was active before returns after it."""
+        before = self._active
         self.activate(numbers)
         try:
             yield
         finally:
-            self._rest(before[0] is not None)
+            self._pause_peft(before[0] is not None)
             self._set(*before)
 
-    def _rest(self, rest: bool) -> None:
-        """Puts PEFT's adapters of these names out of force, or back."""
-        if rest and self._resting is None:
-            self._resting = []
+    def _pause_peft(self, pause: bool) -> None:
+        """Deactivates PEFT's adapters of these names, or activates them again."""
+        if pause and self._paused is None:
+            self._paused = []
             for layer in self._model.modules():
                 if any(name in getattr(layer, "lora_A", ()) for name in self.names):
                     wrapped: Any = layer
                     active = wrapped._active_adapter
-                    self._resting.append((wrapped, active))
+                    self._paused.append((wrapped, active))
                     names = [active] if isinstance(active, str) else active
                     wrapped._active_adapter = [name for name in names if name not in self.names]
-        elif not rest:
-            for layer, active in self._resting or ():
+        elif not pause:
+            for layer, active in self._paused or ():
                 layer._active_adapter = active
-            self._resting = None
+            self._paused = None
 
     def remove(self) -> None:
         """Takes the hooks off."""
@@ -264,15 +264,15 @@ class AdapterStack:
         self._handles = []
 
 
-def _spread(chosen: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """A choice `[B, 1 or T, n]` in the shape of a layer's input: `[B, T, I]`, or `[B * T, I]` in some models."""
+def _match_shape(one_hot: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """A one-hot `[B, 1 or T, n]` in the shape of a layer's input: `[B, T, I]`, or `[B * T, I]` in some models."""
     if x.ndim == 2:
-        rows = len(chosen)
-        chosen = chosen.expand(rows, len(x) // rows, -1) if chosen.shape[1] == 1 else chosen
-        return chosen.flatten(0, 1)
-    if chosen.shape[1] not in (1, x.shape[1]):  # another forward of the call, guidance for example: the window's
-        chosen = chosen[:, -1:]
-    return chosen
+        rows = len(one_hot)
+        one_hot = one_hot.expand(rows, len(x) // rows, -1) if one_hot.shape[1] == 1 else one_hot
+        return one_hot.flatten(0, 1)
+    if one_hot.shape[1] not in (1, x.shape[1]):  # another forward of the call, guidance for example: the window's
+        one_hot = one_hot[:, -1:]
+    return one_hot
 
 
 def _linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -181,11 +181,13 @@ def read_description(folder: Path) -> tuple[str, ExpertConfig, dict[str, str]]:
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path}: not an expert's description, or damaged ({error!r})") from error
     texts = [value for key, value in asdict(config).items() if key != "training"]
-    known = {*ADAPTER_FILES, CALIBRATION_FILE}
+    required = {*ADAPTER_FILES, CALIBRATION_FILE}
     if not all(isinstance(value, str) for value in (*texts, *sums.values())) or not isinstance(config.training, dict):
         raise InputError(f"{path}: not an expert's description, or damaged")
-    if sums.keys() - {LATENTS_FILE, TEXTS_FILE} != known:
-        raise InputError(f"{path}: expected checksums of {', '.join(sorted(known))}, got {', '.join(sums) or 'none'}")
+    if sums.keys() - {LATENTS_FILE, TEXTS_FILE} != required:
+        raise InputError(
+            f"{path}: expected checksums of {', '.join(sorted(required))}, got {', '.join(sums) or 'none'}"
+        )
     check_name(name)
     return name, config, sums
 

@@ -141,7 +141,7 @@ class ExpertSet:
     """Experts of one crouter and one host, in a fixed order.
 
     Attributes:
-        experts: their numbers are their places; profiles that they had among others are dropped.
+        experts: their numbers are their positions; profiles that they had among others are dropped.
 
     Raises:
         InputError: two of one name.
@@ -266,7 +266,7 @@ def add_expert(set_folder: str | os.PathLike, expert_folder: str | os.PathLike) 
 
     Args:
         set_folder: of the set.
-        expert_folder: of the expert; may already be its place in the set.
+        expert_folder: of the expert; may already stand in the set.
 
     Raises:
         InputError: damaged files, a name that is taken, or the set cannot be written.
@@ -278,11 +278,11 @@ def add_expert(set_folder: str | os.PathLike, expert_folder: str | os.PathLike) 
     if expert.name in names:
         raise InputError(f"{set_folder}: there is an expert named {expert.name} already")
     ExpertSet((*(ExpertSet.load(set_folder) if names else ()), expert))
-    place = set_folder / expert.name
-    if place.resolve() != expert_folder.resolve():
-        if place.exists() and not (place / EXPERT_FILE).exists():
-            raise InputError(f"{place}: expected an expert or nothing there, got something else")
-        with replaced_folder(place) as part:
+    target = set_folder / expert.name
+    if target.resolve() != expert_folder.resolve():
+        if target.exists() and not (target / EXPERT_FILE).exists():
+            raise InputError(f"{target}: expected an expert or nothing there, got something else")
+        with replaced_folder(target) as part:
             for path in [*read_description(expert_folder)[2], EXPERT_FILE]:
                 (part / path).parent.mkdir(exist_ok=True)
                 shutil.copyfile(expert_folder / path, part / path)
@@ -302,10 +302,10 @@ def remove_expert(set_folder: str | os.PathLike, name: str) -> None:
     if name not in names and not left:
         raise InputError(f"{set_folder}: expected one of the experts {', '.join(names) or '(none)'}, got {name}")
     write_json(set_folder / SET_FILE, {"names": [other for other in names if other != name]})
-    place = set_folder / name
-    if place.is_dir():
-        with temporary_folder_beside(place) as away:  # half a folder is never seen under its name
-            place.rename(away / name)
+    target = set_folder / name
+    if target.is_dir():
+        with temporary_folder_beside(target) as away:  # half a folder is never seen under its name
+            target.rename(away / name)
 
 
 def _check_unique(names: list[str], where: str) -> None:

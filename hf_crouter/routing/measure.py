@@ -45,10 +45,10 @@ def measure_evidence(
     checksums: dict[str, str] = {}
     for expert in experts:
         texts = Texts.load(Path(set_folder) / expert.name)
-        known = _known(before, weights, expert, texts)
+        earlier = _measured_before(before, weights, expert, texts)
         if texts is not None:
             documents[expert.name], checksums[expert.name] = texts.documents, texts.checksum
-        elif before is not None and expert.name in known:
+        elif before is not None and expert.name in earlier:
             documents[expert.name] = before.documents[expert.name]
             checksums[expert.name] = before.texts.get(expert.name, "")
         else:
@@ -57,12 +57,12 @@ def measure_evidence(
         for length, groups in documents[expert.name].items():
             table = np.full((len(groups), len(experts) + 1, 2), np.nan, np.float32)
             for column, name in enumerate([*weights, ""]):
-                if name in known and length in known[name]:
-                    table[:, column] = known[name][length]
+                if name in earlier and length in earlier[name]:
+                    table[:, column] = earlier[name][length]
                 elif texts is not None:
                     passes.append((texts.ids[length], table[:, column], column))
             reconstruction_nlls[expert.name][length] = table
-    for done, (ids, place, column) in enumerate(passes, 1):
+    for done, (ids, measures, column) in enumerate(passes, 1):
         pieces = list(torch.from_numpy(ids))
         stack = None
         if column < len(experts):
@@ -72,7 +72,7 @@ def measure_evidence(
         finally:
             if stack is not None:
                 stack.remove()
-        place[:] = torch.stack([summary(row) for row in measured]).numpy()
+        measures[:] = torch.stack([summary(row) for row in measured]).numpy()
         if advance is not None:
             advance(done, len(passes), ids.size)
     evidence = Evidence(weights, checksums, reconstruction_nlls, documents)
@@ -80,7 +80,7 @@ def measure_evidence(
     return evidence
 
 
-def _known(
+def _measured_before(
     before: Evidence | None, weights: dict[str, str], expert: Expert, texts: Texts | None
 ) -> dict[str, dict[int, np.ndarray]]:
     """What was measured of an expert's texts: `[N, 2]` by the column's expert ("": the crouter alone) and length."""

@@ -74,7 +74,7 @@ class Profile:
 
         Args:
             among: checksums of the n experts' compressors.
-            number: the expert's place among them.
+            number: the expert's position among them.
             reconstruction_nlls: `[N, n + 1, 2]` by length, see `summary`; nan under experts that did not measure them.
             documents: `[N]` by length, which document each text comes from.
 
@@ -185,16 +185,16 @@ class Evidence:
         Args:
             weights: checksum of each expert's compressor, in the set's order.
         """
-        places = {name: i for i, name in enumerate(self.weights) if weights.get(name) == self.weights[name]}
+        columns = {name: i for i, name in enumerate(self.weights) if weights.get(name) == self.weights[name]}
         found: dict[str, Profile | None] = {}
         for number, name in enumerate(weights):
             rows = {}
-            for length, values in self.reconstruction_nlls.get(name, {}).items() if name in places else ():
+            for length, values in self.reconstruction_nlls.get(name, {}).items() if name in columns else ():
                 rows[length] = np.full((len(values), len(weights) + 1, 2), np.nan, np.float32)
                 rows[length][:, -1] = values[:, -1]
                 for column, other in enumerate(weights):
-                    if other in places:
-                        rows[length][:, column] = values[:, places[other]]
+                    if other in columns:
+                        rows[length][:, column] = values[:, columns[other]]
             whole = rows and all(np.isfinite(values[:, [number, -1]]).all() for values in rows.values())
             found[name] = Profile.fit(tuple(weights.values()), number, rows, self.documents[name]) if whole else None
         return found

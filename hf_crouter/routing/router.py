@@ -107,7 +107,7 @@ class Router:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The experts' names; their numbers are their places."""
+        """The experts' names; their numbers are their positions."""
         return self.experts.names
 
     @property
@@ -254,8 +254,8 @@ class Router:
             raise InputError("router: expected its adapters on the crouter, got a router after `remove`")
         return self._stacks[number]
 
-    def _route(self, number: int, status: str, nlls: dict[str, float], margin: float) -> Route:
-        return Route(self.names[number] if number != BASE else None, number, status, nlls, margin)
+    def _route(self, number: int, status: str, reconstruction_nll: dict[str, float], margin: float) -> Route:
+        return Route(self.names[number] if number != BASE else None, number, status, reconstruction_nll, margin)
 
 
 def _lead(log_reconstruction_nll: torch.Tensor, number: int | None = None) -> float:
