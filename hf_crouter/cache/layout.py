@@ -49,11 +49,12 @@ def row_layout(length: int, row: Row, *, true_positions: bool = False, beside_ra
     """
     if not row.chunks:
         return torch.arange(length)
-    key, known = (true_positions, beside_raw), getattr(row, "_head", (None, None))
-    if known[0] != key:  # of most steps the row is the one before
-        known = key, _head(row, true_positions, beside_raw)
-        object.__setattr__(row, "_head", known)
-    return torch.cat([known[1], torch.arange(row.raw_start, length)])
+    key = true_positions, beside_raw
+    kept, head = getattr(row, "_head", (None, torch.empty(0)))
+    if kept != key:  # in most steps the row is the one of the step before
+        head = _head(row, true_positions, beside_raw)
+        object.__setattr__(row, "_head", (key, head))
+    return torch.cat([head, torch.arange(row.raw_start, length)])
 
 
 def _head(row: Row, true_positions: bool, beside_raw: bool) -> torch.Tensor:
