@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any, Literal, overload
 
 import torch
+from transformers import PreTrainedModel
 
 from .cache.kv_cache import CompressedCache
 from .cache.policy import ContextPolicy
@@ -16,12 +17,13 @@ from .cache.prefix import FirstTurn
 from .chunking import Chunker, SameTokenizerChunker, make_chunker
 from .crouter import CRouterModel
 from .errors import InputError, MismatchError
-from .generation.mixin import HistoryProcessor, active_call, always_on, mix_in, mix_out
+from .generation.call import HistoryProcessor, active_call
+from .generation.mixin import always_on, mix_in, mix_out
 from .generation.report import HistoryReport
 from .generation.trace import Trace
 from .hosts.tokenizers import local_tokenizer
 from .hosts.unwrap import unwrap
-from .modes import bound_modes, resolve_modes
+from .modes import BoundModes, bound_modes, resolve_modes
 from .scoring import score_last
 from .types import Mode, Opening, ScoreState, Setting
 
@@ -94,11 +96,15 @@ class CompressedHistory(HistoryProcessor):
         except BaseException:
             bound.close()
             raise
-        self._scores, self._bound = bound.scores, bound
-        weakref.finalize(self, bound.close)  # a history that is dropped without `detach`
+        self._scores = bound.scores
+        self.changes_scores = bool(bound.scores)
         self._trace: Trace | None = None
         self.attached = True
-        mix_in(self.host, self.policy.adapters is not None)
+        hooked = self.policy.adapters is not None
+        mix_in(self.host, hooked)
+        # what `detach` does, for a history that is dropped without it as well
+        self._detach = weakref.finalize(self, _release, self.host, hooked, bound)
+        self._detach.atexit = False
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         """Scores `[B, V]` as the modes change them, as log-probabilities; a token at -inf stays there.
@@ -109,9 +115,9 @@ class CompressedHistory(HistoryProcessor):
             InputError: a long history, and the host's `generate` was not reached: compression was silently skipped.
         """
         call = active_call(self.host)
-        if self.attached and call is None and self._is_long(input_ids):
+        if self.attached and call is None and self._would_compress(input_ids):
             raise InputError("compression was skipped: expected a generate call of this history's own host")
-        if call is None or call.processor is not self or not self._scores:
+        if call is None or call.processor is not self or call.plain or not self._scores:
             return scores
         if call.cache is None or not call.cache.compressed or len(call.cache.rows) != len(input_ids):
             return scores
@@ -119,23 +125,38 @@ class CompressedHistory(HistoryProcessor):
             width = call.prompt or input_ids.shape[1]
             same = self.policy.chunker.same_tokenizer
             call.states = self._opened(Opening(scores.shape[-1], width, call.rows, None, same))
-        changed: torch.Tensor = scores
+        raw = call.raw_scores if call.raw_scores is not None else scores
+        changed: torch.Tensor = raw
         for state in call.states:
             changed = state.step(call.cache, input_ids, changed)
-        return changed  # pyright: ignore[reportReturnType]
+        if changed is raw:
+            return scores
+        # what processors before this one did to a token's score they do to the changed one too
+        done = torch.where(raw.isfinite(), scores - raw, scores)
+        return torch.where(scores == -torch.inf, scores, changed + done)  # pyright: ignore[reportReturnType]
 
     def _opened(self, opening: Opening) -> list[ScoreState]:
         return [mode(opening) for mode in self._scores]
 
-    def _is_long(self, input_ids: torch.Tensor) -> bool:
-        return input_ids.shape[1] > self.policy.fewest + 1024  # room for a raw prefix, whose length is not known here
+    def _would_compress(self, input_ids: torch.Tensor) -> bool:
+        """Whether something of these rows `[B, T]` would be compressed; what a call that is not its own was meant to.
+
+        Padding is not known here: the first tokens of a row do not count as long as they are the host's pad token.
+        """
+        if input_ids.shape[1] < self.policy.fewest:
+            return False
+        pad = self.host.generation_config.pad_token_id if self.host.generation_config is not None else None
+        for row in input_ids:
+            first = int((row != pad).long().argmax()) if isinstance(pad, int) else 0
+            ids = row[first:]
+            if len(ids) - self.policy.raw_prefix(ids, len(ids)) >= self.policy.fewest:
+                return True
+        return False
 
     def detach(self) -> None:
         """Gives the host its own class back; later calls with this processor are plain ones."""
-        if self.attached:
-            self.attached = False
-            mix_out(self.host, self.policy.adapters is not None)
-            self._bound.close()
+        self.attached = False
+        self._detach()
 
     def started(self) -> None:
         """Forgets the call before: what is not finished has no report."""
@@ -220,6 +241,11 @@ class CompressedHistory(HistoryProcessor):
         )  # fmt: skip
         self.finished(scored.cache, input_ids, scored.states)
         return (scored.log_probabilities, scored.greedy) if greedy else scored.log_probabilities
+
+
+def _release(host: PreTrainedModel, hooked: bool, bound: BoundModes) -> None:
+    mix_out(host, hooked)
+    bound.close()
 
 
 def _chunker(setting: Setting, tokenizers: tuple[str, str]) -> Chunker:

@@ -8,13 +8,16 @@ from typing import Any, NamedTuple
 
 import torch
 
+from .cache.capacity import check_length
 from .cache.kv_cache import CompressedDynamicCache
 from .cache.masks import mask_and_positions
 from .cache.policy import ContextPolicy
 from .cache.prefill import prefill
 from .errors import InputError
-from .generation.mixin import row_pads
+from .hosts.probe import check_reading
+from .hosts.rope import rope_switch
 from .types import Opening, Row, ScoreState
+from .utils.batching import left_pads
 
 COLUMNS = 512  # most logits a row at once
 BLOCK = 64  # columns that become float32 at once
@@ -64,12 +67,19 @@ def score_last(
         InputError: `last` is not below the shortest row's length, or a mask with holes.
         CapacityError: more history than the host's positions can hold compressed.
     """
-    pads, width = row_pads(attention_mask, input_ids), input_ids.shape[1]
+    pads, width = left_pads(attention_mask, input_ids), input_ids.shape[1]
     lasts = [last] * len(pads) if isinstance(last, int) else [int(n) for n in last]
     if len(lasts) != len(pads):
         raise InputError(f"last: expected one number, or one for each of {len(pads)} rows, got {len(lasts)}")
     if min(lasts) < 1 or max(lasts) >= width - max(pads):
         raise InputError(f"last: expected 1 to {width - max(pads) - 1} (tokens of a row but one), got {last}")
+    check_reading(host)
+    for ids, pad, n in zip(input_ids, pads, lasts, strict=True):
+        prompt = width - pad - n
+        prefix = policy.raw_prefix(ids[pad:], prompt) if width - pad - 1 >= policy.fewest else 0
+        if width - pad - 1 - prefix >= policy.fewest:
+            check_length(host, policy, prefix, prompt, n - 1)
+    switch = rope_switch(host)
     cache = CompressedDynamicCache(config=host.config.get_text_config(decoder=True))
     first, ends = width - max(lasts), [width - n for n in lasts]  # of the rows' prompts
     rows = [Row(pad, prompt=end - pad) for pad, end in zip(pads, ends, strict=True)]
@@ -77,10 +87,10 @@ def score_last(
     states: Sequence[ScoreState] | None = None
     pieces, best = [], []
     while first < width:
-        end = _segment(policy, cache.rows, input_ids, first)
+        end = _segment(policy, cache.rows, input_ids, first, switch)
         main = end - first
         ids = input_ids[:, : end - 1]
-        prefill(host, policy, cache, ids, first, main)
+        prefill(host, policy, cache, ids, first, main, one_rotation=True)
         mask, positions = mask_and_positions(host, cache, main, host.device)
         with policy.serving(cache.experts[:, -main:]):
             out = host(
@@ -105,13 +115,21 @@ def score_last(
     return Scored(torch.cat(pieces, dim=1), torch.cat(best, dim=1), cache, states or ())
 
 
-def _segment(policy: ContextPolicy, rows: tuple[Row, ...], input_ids: torch.Tensor, first: int) -> int:
-    """Column after the longest run of targets from `first` on that see the same chunks compressed and retrieved."""
+def _segment(
+    policy: ContextPolicy, rows: tuple[Row, ...], input_ids: torch.Tensor, first: int, switch: int | None
+) -> int:
+    """Column after the longest run of targets from `first` on that see the same chunks compressed and retrieved.
+
+    On a host whose rotary factors switch, it also ends where the slots cross the switch.
+    """
     limit = min(first + COLUMNS, input_ids.shape[1])
     end = limit
     for i, row in enumerate(rows):
         row = policy.extend(row, input_ids[i, row.pad : first])
         end = min(end, row.pad + policy.next_retrieval(row, first - row.pad))
+        if switch is not None:
+            left = switch - policy.slots(policy.retrieve(row, input_ids[i, row.pad : first]), first - row.pad)
+            end = min(end, first + 1 + left) if left >= 0 else end
         if row.pad + row.prompt > first:
             end = min(end, row.pad + row.prompt)  # where a shorter part begins, its row chooses
 

@@ -9,6 +9,7 @@ import torch
 
 from ..errors import CapacityError
 from ..hosts.positions import max_positions
+from ..hosts.rope import rope_switch
 from .policy import ContextPolicy
 
 
@@ -20,7 +21,7 @@ def capacity(host: Any, policy: ContextPolicy, prefix: int) -> int | None:
         policy: its rule; where host and crouter do not share their tokens the answer is an estimate.
         prefix: raw tokens kept at the start of the row.
     """
-    positions = max_positions(host)
+    positions = _positions(host, policy)
     if positions and policy.true_positions:
         return positions
     chunk = policy.chunker.chunk_length
@@ -37,6 +38,24 @@ def capacity(host: Any, policy: ContextPolicy, prefix: int) -> int | None:
     return min(positions, raw) + chunks * chunk
 
 
+def check_length(host: Any, policy: ContextPolicy, prefix: int, prompt: int, new: int) -> None:
+    """Refuses a row that will come to need more slots than the positions that the host was trained on.
+
+    Args:
+        host: the plain host.
+        policy: its rule.
+        prefix: raw tokens kept at the start of the row.
+        prompt: tokens of its prompt.
+        new: tokens that will be read after it.
+
+    Raises:
+        CapacityError: names the capacity in host tokens.
+    """
+    fits = capacity(host, policy, prefix)
+    if fits is not None and prompt + new > fits:
+        raise CapacityError(f"{_fits(host, policy, prefix, fits)}, got a prompt of {prompt} and {new + 1} new ones")
+
+
 def check_capacity(host: Any, policy: ContextPolicy, prefix: int, codes: Sequence[torch.Tensor]) -> None:
     """Refuses more slots than the positions that the host was trained on.
 
@@ -49,17 +68,27 @@ def check_capacity(host: Any, policy: ContextPolicy, prefix: int, codes: Sequenc
     Raises:
         CapacityError: names the capacity in host tokens.
     """
-    positions = max_positions(host)
+    positions = _positions(host, policy)
     slots = max(len(row) for row in codes)
     if positions and policy.true_positions:
         slots = max(slots, *(int(row[-1]) + 1 for row in codes if len(row)))
-    if not positions or slots <= positions:
-        return
+    if positions and slots > positions:
+        fits = capacity(host, policy, prefix) or positions
+        raise CapacityError(f"{_fits(host, policy, prefix, fits)}, got a history of {slots} slots")
+
+
+def _positions(host: Any, policy: ContextPolicy) -> int | None:
+    """Positions that slots may take; keys at true ones are made once, so all under one set of rotary factors."""
+    positions = max_positions(host)
+    switch = rope_switch(host) if policy.true_positions else None
+    return min(positions, switch) if positions and switch else positions or switch
+
+
+def _fits(host: Any, policy: ContextPolicy, prefix: int, tokens: int) -> str:
     about = "" if policy.chunker.same_tokenizer else "about "
     count = policy.retriever.chunks if policy.retriever is not None else 0
     retrieved = f", {count} retrieved chunks" if count else ""
-    raise CapacityError(
-        f"history: expected at most {about}{capacity(host, policy, prefix) or positions} tokens a row (the host's "
-        f"{positions} positions, {prefix} of them raw prefix, window {policy.window}{retrieved}), "
-        f"got a history of {slots} slots"
+    return (
+        f"history: expected at most {about}{tokens} tokens a row (the host's {_positions(host, policy)} positions, "
+        f"{prefix} of them raw prefix, window {policy.window}{retrieved})"
     )

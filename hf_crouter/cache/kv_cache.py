@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
 from transformers import Cache, DynamicCache, StaticCache
 from transformers.cache_utils import DynamicLayer
 
+from ..errors import InputError
 from ..types import BASE, Row
 from .layout import PAD, STALE, entry_chunk, entry_place
 
@@ -133,6 +135,12 @@ class CompressedCache(Cache):
         self.true_positions = true_positions
         self.layout = self.experts = torch.empty(len(self.rows), 0, dtype=torch.long)
 
+    def mark_ends(self, columns: Sequence[int]) -> None:
+        """Notes the columns at which rows ended, 0 where one goes on; nothing where that is not known."""
+        if len(columns) == len(self.rows):
+            self.rows = tuple(replace(row, end=column - row.pad) if column and row.end is None else row
+                              for row, column in zip(self.rows, columns, strict=True))  # fmt: skip
+
     def clear(self) -> None:
         """Empties every slot."""
         raise NotImplementedError
@@ -140,7 +148,8 @@ class CompressedCache(Cache):
     def discard_partial(self) -> None:
         """Empties the cache if an earlier call broke off in the middle: its layers do not hold what `layout` says."""
         layers = cast(list[Any], self.layers)
-        if any(int(layer.get_seq_length()) != self.layout.shape[1] for layer in layers):
+        lengths = [int(layer.get_seq_length()) for layer in layers if hasattr(layer, "get_seq_length")]
+        if any(length != self.layout.shape[1] for length in lengths):
             self.clear()
             self._cut(0)
 
@@ -201,18 +210,40 @@ class CompressedCache(Cache):
         """Bytes of keys and values that `slots` slots of one row take in this cache's layers and dtype."""
         total, layers = 0, cast(list[Any], self.layers)
         for layer in layers:
-            if layer.is_initialized and layer.keys is not None and layer.keys.numel():
-                widths = sum(kv.shape[1] * kv.shape[3] * kv.element_size() for kv in (layer.keys, layer.values))
+            keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)  # recurrent layers have none
+            if keys is not None and values is not None and keys.numel():
+                widths = sum(kv.shape[1] * kv.shape[3] * kv.element_size() for kv in (keys, values))
                 total += widths * min(slots, getattr(layer, "sliding_window", None) or slots)
         return total
+
+    def check_filled(self) -> None:
+        """Counts the slots of the layers against the layout, after a forward.
+
+        Raises:
+            InputError: the host has not stored what it read here: something would be skipped, or kept in full.
+        """
+        layers = cast(list[Any], self.layers)
+        filled = [int(layer.get_seq_length()) for layer in layers if hasattr(layer, "get_seq_length")]
+        if not filled or max(filled) != self.layout.shape[1]:
+            slots, most = self.layout.shape[1], max(filled, default=0)
+            raise InputError(f"host: expected {slots} slots in the cache that it was given, got {most}")
 
 
 class CompressedDynamicCache(CompressedCache, DynamicCache):
     """Grows with its slots; the usual cache."""
 
+    _config: Any = None
+
     def __init__(self, *args, config=None, **kwargs):
         super().__init__(*args, config=config, **kwargs)
         self._config = config
+
+    @classmethod
+    def adopt(cls, cache: DynamicCache, config: Any) -> CompressedDynamicCache:
+        """An empty dynamic cache, made a compressed one in place; `config` is its host's."""
+        cache.__class__ = cls
+        cache._config = config if cache.layer_class_to_replicate is None else None  # pyright: ignore
+        return cache  # pyright: ignore[reportReturnType]
 
     def clear(self) -> None:
         """Empties every slot (the layers' own `reset` kept zeroed slots before transformers 5.2x)."""
@@ -224,6 +255,12 @@ class CompressedDynamicCache(CompressedCache, DynamicCache):
 
 class CompressedStaticCache(CompressedCache, StaticCache):
     """Buffers of a fixed size, whose addresses stay: for compiled decoding."""
+
+    @classmethod
+    def adopt(cls, cache: StaticCache) -> CompressedStaticCache:
+        """An empty static cache, made a compressed one in place."""
+        cache.__class__ = cls
+        return cache  # pyright: ignore[reportReturnType]
 
     def clear(self) -> None:
         """Empties every slot, in place."""

@@ -23,7 +23,7 @@ class ContextPolicy:
     Attributes:
         window: fewest raw tokens after the last compressed chunk.
         chunker: cuts the chunks.
-        prefix: tokens of a row to keep raw at its start, from its ids so far; None where that cannot be told yet.
+        prefix: tokens of a row to keep raw at its start, from its first ids.
         compressor: makes entries of the chunks; None where they are dropped.
         retriever: chooses the chunks that stand raw again; None where none do.
         router: finds the expert of every chunk and of the raw window; None without experts.
@@ -33,7 +33,7 @@ class ContextPolicy:
 
     window: int
     chunker: Chunker
-    prefix: Callable[[list[int]], int | None]
+    prefix: Callable[[list[int]], int]
     compressor: Compressor | None = None
     retriever: Retriever | None = None
     router: ChunkRouter | None = None
@@ -66,6 +66,27 @@ class ContextPolicy:
         """Fewest tokens of a row, its prefix not counted, at which a chunk can be compressed."""
         return self.window + (self.chunker.chunk_length if self.chunker.same_tokenizer else 1)
 
+    def raw_prefix(self, ids: torch.Tensor, prompt: int) -> int:
+        """Tokens that stay raw at a row's start: its prompt tells, or the first tokens that could be compressed.
+
+        Args:
+            ids: the row's tokens without padding, `[T]`.
+            prompt: how many of them are the prompt.
+        """
+        return self.prefix(ids[: max(prompt, self.fewest)].tolist())
+
+    def may_change(self, row: Row, length: int) -> bool:
+        """Whether a row of so many tokens may compress a chunk, or choose chunks to stand raw, that it has not yet."""
+        if row.prefix is None:
+            return length >= self.fewest
+        rest, step = length - row.raw_start, self.chunker.step
+        if row.pending is None and rest // step > row.probed // step:
+            return True
+        if row.pending is not None and length - row.pending.end >= self.window:
+            return True
+        last = row.retrievals[-1].at if row.retrievals else 0
+        return self.retriever is not None and length // self.retriever.every > last // self.retriever.every
+
     def extend(self, row: Row, ids: torch.Tensor) -> Row:
         """The row with every chunk that its tokens call for, entries not made yet.
 
@@ -75,13 +96,12 @@ class ContextPolicy:
             row: its state before.
             ids: the row's tokens without padding, drafts excluded, `[T]`.
         """
-        if len(ids) < self.fewest and row.prefix is None:
-            return row
+        if row.end is not None:
+            ids = ids[: row.end]
         if row.prefix is None:
-            prefix = self.prefix(ids.tolist())
-            if prefix is None:
+            if len(ids) < self.fewest:
                 return row
-            row = replace(row, prefix=prefix)
+            row = replace(row, prefix=self.raw_prefix(ids, row.prompt))
         while True:
             start = row.raw_start
             if row.pending is None and (len(ids) - start) // self.chunker.step > row.probed // self.chunker.step:
@@ -199,6 +219,14 @@ class ContextPolicy:
         """The same from now on, until None."""
         if self.adapters is not None:
             self.adapters.activate(experts)
+
+    def slots(self, row: Row, length: int) -> int:
+        """Slots of a row of so many tokens; chunks without entries yet count with the most that they can have."""
+        aside = set(row.retrieved) if self.true_positions or not self.beside_raw else set()
+        entries = sum(len(chunk.entries) if chunk.entries is not None else self.most_entries
+                      for n, chunk in enumerate(row.chunks) if n not in aside)  # fmt: skip
+        retrieved = sum(row.chunks[n].end - row.chunks[n].start for n in row.retrieved)
+        return (row.prefix or 0) + entries + retrieved + length - row.raw_start
 
     def next_retrieval(self, row: Row, length: int) -> int:
         """Tokens of the row, more than `length`, at which chunks are retrieved anew if none is compressed before."""

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
+from transformers import DynamicCache
 
 from ..errors import InputError
+from ..hosts.rope import rope_switch, rotated_as_of
 from ..types import Chunk, Entries, Row
 from .capacity import check_capacity
 from .kv_cache import CompressedCache, is_recording
@@ -22,7 +24,15 @@ ENCODE_BATCH = 8  # chunks
 
 @torch.no_grad()
 def prefill(
-    host: Any, policy: ContextPolicy, cache: CompressedCache, input_ids: torch.Tensor, verified: int, main: int | None
+    host: Any,
+    policy: ContextPolicy,
+    cache: CompressedCache,
+    input_ids: torch.Tensor,
+    verified: int,
+    main: int | None,
+    ends: Callable[[], Sequence[int]] | None = None,
+    *,
+    one_rotation: bool = False,
 ) -> tuple[int, int]:
     """Brings the cache to the layout that `input_ids` call for, short of the last `main` columns.
 
@@ -33,6 +43,9 @@ def prefill(
         input_ids: `[B, T]`, left-padded, the whole conversation.
         verified: columns that are decided; later ones are drafts and are compressed by no chunk.
         main: columns left to the forward of the caller; by default the raw columns that all rows share.
+        ends: gives the columns at which each row ended, 0 where it goes on; nothing where none ends before the others.
+        one_rotation: read anew where rotary factors switch even if nothing is compressed; `generate` leaves that to
+            the host.
 
     Returns:
         Columns left to the caller, and the slots that were kept from before.
@@ -42,31 +55,39 @@ def prefill(
         InputError: entries that are not finite.
     """
     width = input_ids.shape[1]
-    tokens = [input_ids[i, row.pad : verified] for i, row in enumerate(cache.rows)]
-    rows = [policy.retrieve(policy.extend(row, ids), ids) for row, ids in zip(cache.rows, tokens, strict=True)]
+    if main is not None and isinstance(cache, DynamicCache):  # of a static one the count stands on the device
+        cache.check_filled()
+    if ends is not None and any(row.end is None and policy.may_change(row, verified - row.pad) for row in cache.rows):
+        cache.mark_ends(ends())  # asked only where it matters, since asking waits for the device
+    before = cache.rows
+    tokens = [input_ids[i, row.pad : row.pad + row.end if row.end is not None else verified]
+              for i, row in enumerate(before)]  # fmt: skip
+    rows = [policy.retrieve(policy.extend(row, ids), ids) for row, ids in zip(before, tokens, strict=True)]
     rows = policy.route(rows, tokens)
     rows = with_entries(host, policy, rows, tokens)
-    codes = [row_layout(width - row.pad, row, true_positions=policy.true_positions, beside_raw=policy.beside_raw)
-             for row in rows]  # fmt: skip
-    check_capacity(host, policy, max(row.prefix or 0 for row in rows), codes)
+    codes = _codes(policy, cache, rows, width, main)
+    if any(row.chunks for row in rows):  # without, the host's own limits hold
+        check_capacity(host, policy, max(row.prefix or 0 for row in rows), codes)
     layout = stack_rows(codes, 0 if any(row.chunks for row in rows) else width)
     served = [row_experts(row, code) for row, code in zip(rows, codes, strict=True)]
     experts = stack_experts(served, layout.shape[1])
     wanted, cached = (layout, experts), (cache.layout, cache.experts)
-    slots = layout.shape[1]
+    slots, longest = layout.shape[1], max(len(row) for row in codes)
+    ours = one_rotation or any(row.chunks for row in rows)
+    common = 0 if ours and _rotated_anew(host, cache, longest) else common_columns(cached, wanted)
     if main is None:
         raw = min((width - row.pad - row.raw_start for row in rows if row.chunks), default=slots)
-        kept = min(common_columns(cached, wanted), slots - (width - verified) - 1)
+        kept = min(common, slots - (width - verified) - 1)
         main = min(raw, slots - kept)
     else:
-        kept = min(common_columns(cached, wanted), slots - main)
+        kept = min(common, slots - main)
     kept = cache.keep_columns(kept)
     cache.rows = tuple(rows)
     if kept < slots - main:
         cache.layout, cache.experts = layout[:, : slots - main], experts[:, : slots - main]
         embeddings = embed(host, cache, input_ids, kept)
         mask, positions = mask_and_positions(host, cache, slots - main - kept, embeddings.device)
-        with policy.serving(cache.experts[:, kept:]), cache.entries_put_in(kept):
+        with policy.serving(cache.experts[:, kept:]), cache.entries_put_in(kept), rotated_as_of(host, longest):
             host.base_model(
                 inputs_embeds=embeddings,
                 past_key_values=cache,
@@ -74,11 +95,43 @@ def prefill(
                 position_ids=positions,
                 use_cache=True,
             )
+        cache.check_filled()
         if is_recording(cache):
             cache.crop(0)  # sliding layers expect it between two forwards
     cache.layout, cache.experts = layout, experts
     cache.ids, cache.peak = input_ids, max(cache.peak, slots)
     return main, kept
+
+
+def _codes(
+    policy: ContextPolicy, cache: CompressedCache, rows: Sequence[Row], width: int, main: int | None
+) -> list[torch.Tensor]:
+    """Codes of each row's slots.
+
+    Nobody reads what a row gives after its end. It goes on as it stands while nothing else changes, so that no slot is
+    read anew for its sake; then all but the columns of the next forward go.
+    """
+    codes = [row_layout(width - row.pad, row, true_positions=policy.true_positions, beside_raw=policy.beside_raw)
+             for row in rows]  # fmt: skip
+    ended = [i for i, row in enumerate(rows) if row.end is not None]
+    if not ended or main is None:
+        return codes
+    held = [row[row != PAD] for row in cache.layout]
+    grown = all(torch.equal(codes[i][: len(held[i])], held[i]) for i in range(len(rows)) if i not in ended)
+    for i in ended:
+        length = width - rows[i].pad
+        new = torch.arange(length - main, length)
+        codes[i] = torch.cat([held[i], new]) if grown else new
+    return codes
+
+
+def _rotated_anew(host: Any, cache: CompressedCache, slots: int) -> bool:
+    """Whether so many slots call for other rotary factors than those that stand in the cache."""
+    switch = rope_switch(host)
+    if switch is None or not cache.layout.numel():
+        return False
+    before = int((cache.layout != PAD).sum(1).max())
+    return (before > switch) != (slots > switch)
 
 
 def with_entries(

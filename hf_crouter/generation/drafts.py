@@ -11,13 +11,14 @@ from ..cache.policy import ContextPolicy
 from ..types import Row
 
 
-def trim_drafts(generator: Any, policy: ContextPolicy, row: Callable[[], Row]) -> Any:
+def trim_drafts(generator: Any, policy: ContextPolicy, row: Callable[[], Row], switch: int | None = None) -> Any:
     """Makes a candidate generator of transformers hold back the drafts after a compaction or retrieval.
 
     Args:
         generator: its `get_candidates` is replaced on the instance.
         policy: what a row's tokens call for.
         row: state of the one row before the drafts (assisted decoding knows no batches).
+        switch: slots beyond which the host rotates by other factors, see `rope_switch`.
     """
     draft = generator.get_candidates
 
@@ -26,6 +27,9 @@ def trim_drafts(generator: Any, policy: ContextPolicy, row: Callable[[], Row]) -
         decided, before = input_ids.shape[1], row()
         now = policy.extend(before, ids[0, before.pad : decided])
         allowed, most = 0, min(ids.shape[1], policy.next_retrieval(now, decided - before.pad) + before.pad - 1)
+        if switch is not None and now.chunks:
+            left = switch - policy.slots(policy.retrieve(now, ids[0, before.pad : decided]), decided - before.pad)
+            most = min(most, decided + left) if left >= 0 else most
         while decided + allowed < most:
             later = policy.extend(now, ids[0, before.pad : decided + allowed + 1])
             if len(later.chunks) > len(now.chunks):

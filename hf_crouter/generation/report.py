@@ -182,7 +182,9 @@ class HistoryReport:
                 line = f"{c.row:>3}  {c.index:>5}  {span}  {c.tokens:>6}  {nll}  {accuracy}  {c.copied:>6}"
                 lines.append(line + (f"  {c.expert or 'plain host'} ({c.route_status})" if c.route_status else ""))
         else:
-            lines.append("Nothing was compressed: the history is shorter than window and chunk together.")
+            prefix = max(row.prefix for row in self.rows)
+            behind = f" behind the first {prefix} tokens, which stay raw," if prefix else ""
+            lines.append(f"Nothing was compressed:{behind} the history is shorter than window and chunk together.")
         if self.archive_tokens:
             lines.append(
                 f"Copying: {self.copied} tokens came from an archive of {self.archive_tokens:,} tokens "

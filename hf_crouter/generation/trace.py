@@ -37,12 +37,13 @@ class Trace:
         width, batch = cache.width, len(cache.rows)
         self.rows, self.chunks, self.retrievals, self.routes = [], [], [], []
         for i, row in enumerate(cache.rows):
-            length = width - row.pad
+            length = min(width - row.pad, row.end if row.end is not None else width)
             slots = [len(chunk.entries) if chunk.entries is not None else 0 for chunk in row.chunks]
-            kept = int((cache.layout[i] < -1).sum()) if row.chunks else 0  # without those that stand aside
-            prefix = min(row.prefix or 0, length) if row.chunks else 0
+            # without those that stand aside; of a row that ended no slots are left
+            kept = int((cache.layout[i] < -1).sum()) if row.end is None else sum(slots)
+            prefix = min(row.prefix or 0, length)
             retrieved = sum(row.chunks[n].end - row.chunks[n].start for n in row.retrieved)
-            raw = length - (row.raw_start if row.chunks else 0)
+            raw = length - max(prefix, row.chunks[-1].end if row.chunks else 0)
             self.rows.append(RowRecord(length, prefix, kept, raw, retrieved))
             self.retrievals += [
                 RetrievalRecord(i, made.at, chunk, scores)

@@ -6,7 +6,7 @@ A new one implements `types.Mode` and calls `register_mode`; everything else (`m
 
 from .copy import Copy
 from .experts import Experts
-from .registry import MODES, bound_modes, modes_from_options, register_mode, resolve_modes
+from .registry import MODES, BoundModes, bound_modes, modes_from_options, register_mode, resolve_modes
 from .retrieve import Retrieve
 from .soft_prompts import SoftPrompts
 
@@ -15,6 +15,7 @@ for _mode in (SoftPrompts, Copy, Retrieve, Experts):
 
 __all__ = [
     "MODES",
+    "BoundModes",
     "Copy",
     "Experts",
     "Retrieve",

@@ -195,6 +195,7 @@ class AdapterStack:
             hidden = (hidden * one_hot[..., None].to(hidden.dtype)).flatten(-2)
             return output + nn.functional.linear(hidden, up).to(output.dtype)
 
+        add.of_hf_crouter = True  # left out of a copied or pickled host  # pyright: ignore[reportFunctionMemberAccess]
         return add
 
     def activate(self, numbers: torch.Tensor | Sequence[int] | None) -> None:

@@ -142,6 +142,7 @@ class Row:
         pending: the next chunk, already cut but still in the raw window.
         probed: tokens after the last chunk up to which a next chunk was looked for.
         prompt: tokens of the call's prompt.
+        end: tokens of the row where it ended in this call, while others go on; what is behind them is padding.
         index: of the chunks, for retrieval; made when first needed, and may lag behind.
         retrievals: what was retrieved in this call, one after the other; the last one is in force.
         routes: the experts that served the raw window in this call; the last one is in force.
@@ -153,6 +154,7 @@ class Row:
     pending: Chunk | None = None
     probed: int = 0
     prompt: int = 0
+    end: int | None = None
     index: Sized | None = None
     retrievals: tuple[Retrieval, ...] = ()
     routes: tuple[WindowRoute, ...] = ()

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from ..errors import MismatchError
+from ..errors import InputError, MismatchError
 
 
 def padded(
@@ -32,3 +32,28 @@ def check_ids(pieces: Sequence[torch.Tensor], vocab_size: int) -> None:
     most = max((int(ids.max()) for ids in pieces if ids.numel()), default=0)
     if most >= vocab_size:
         raise MismatchError(f"tokenizer: expected ids below {vocab_size} (the crouter's), got {most}")
+
+
+def left_pads(attention_mask: torch.Tensor | None, input_ids: torch.Tensor) -> list[int]:
+    """Padding columns at the left of each row.
+
+    Args:
+        attention_mask: `[B, T]`; None: no padding.
+        input_ids: `[B, T]`.
+
+    Raises:
+        InputError: a mask that is not the ids' shape, is padded at the right, has holes or an empty row.
+    """
+    if attention_mask is None:
+        return [0] * len(input_ids)
+    if attention_mask.shape != input_ids.shape:
+        raise InputError(
+            f"attention_mask: expected the shape of input_ids {list(input_ids.shape)} (the whole conversation), "
+            f"got {list(attention_mask.shape)}"
+        )
+    mask = attention_mask.bool().cpu()
+    if not mask[:, -1].all():
+        raise InputError("attention_mask: expected padding at the left, got padding at the right or an empty row")
+    if (mask[:, :-1] & ~mask[:, 1:]).any():
+        raise InputError("attention_mask: expected one run of ones a row, got holes")
+    return (~mask).sum(1).tolist()

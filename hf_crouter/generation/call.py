@@ -1,0 +1,137 @@
+"""One running `generate` call: what it is recognised by, and what is known of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+
+from ..cache.kv_cache import CompressedCache
+from ..cache.policy import ContextPolicy
+from ..types import ScoreState
+
+
+class HistoryProcessor(LogitsProcessor):
+    """What a `generate` call is recognised by.
+
+    Attributes:
+        host: the plain host that it belongs to.
+        policy: what a row's tokens call for.
+        attached: whether it still belongs to the host; a detached one asks for nothing.
+        changes_scores: whether a mode has a say in the scores.
+    """
+
+    host: PreTrainedModel
+    policy: ContextPolicy
+    attached: bool = False
+    changes_scores: bool = False
+
+    def started(self) -> None:
+        """Called when a `generate` call begins."""
+
+    def finished(
+        self, cache: CompressedCache, sequences: torch.Tensor, states: Sequence[ScoreState], steps: tuple[int, int]
+    ) -> None:
+        """Called when a `generate` call has ended well.
+
+        Args:
+            cache: of the call.
+            sequences: the ids that it gave, `[rows, T]`.
+            states: changes of the scores in the call.
+            steps: how many of the host there were, and how many tokens a row they gave.
+        """
+
+
+@dataclass
+class Call:
+    """One running `generate` call of one host.
+
+    Attributes:
+        processor: the history that it was called with.
+        ids: `input_ids [B, T]` of the prompt; None where there are none.
+        options: what else it was called with, by name.
+        plain: nothing can be compressed in it and it is out of the ordinary: the host reads it as if alone.
+        compresses: it is long enough for something to be compressed.
+        ends_apart: its rows end one by one, and are padded behind their ends.
+        columns: most columns of ids that the host will read; None where that is not known.
+        cache: the compressed cache, once there is one.
+        steps: of the host, prepared so far.
+        read: columns that the first of them read, drafts left out.
+        states: changes of the scores, once something is compressed.
+        raw_scores: of the step in hand, before any processor, `[B, V]`.
+        ended: columns at which each row met its end, `[B]`, 0 while it goes on; None where rows end together.
+    """
+
+    processor: HistoryProcessor
+    ids: torch.Tensor | None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    plain: bool = False
+    compresses: bool = True
+    ends_apart: bool = False
+    columns: int | None = None
+    cache: CompressedCache | None = None
+    steps: int = 0
+    read: int = 0
+    states: Sequence[ScoreState] | None = None
+    raw_scores: torch.Tensor | None = None
+    ended: torch.Tensor | None = None
+
+    @property
+    def prompt(self) -> int | None:
+        """Columns of the prompt; what comes after them in the first step is drafted."""
+        return self.ids.shape[1] if self.ids is not None else None
+
+    @property
+    def rows(self) -> int:
+        """Prompts in the batch; beams and several sequences make more rows of them."""
+        return len(self.ids) if self.ids is not None else 1
+
+    def ends(self) -> list[int]:
+        """The same as `ended`; asking waits for the device."""
+        return self.ended.tolist() if self.ended is not None else []
+
+
+CALLS: ContextVar[Mapping[int, Call | None]] = ContextVar("hf_crouter_calls", default=MappingProxyType({}))
+
+
+def active_call(host: PreTrainedModel) -> Call | None:
+    """The `generate` call of this host that is running in this context with a history."""
+    return CALLS.get().get(id(host))
+
+
+class RawScores(LogitsProcessor):
+    """Keeps a step's scores before any other processor sees them; the same scores come back."""
+
+    def __init__(self, call: Call):
+        self.call = call
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        """See `Call.raw_scores`."""
+        self.call.raw_scores = scores.clone()  # others may write into theirs
+        return scores
+
+
+class EndsNoted(StoppingCriteriaList):
+    """A call's stopping criteria, which also tell it at which length each row ended."""
+
+    def __init__(self, criteria: StoppingCriteriaList, call: Call):
+        super().__init__(criteria)
+        self.call = call
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs: Any) -> torch.BoolTensor:
+        """Which rows end, `[B]`."""
+        done = super().__call__(input_ids, scores, **kwargs)
+        before = self.call.ended
+        before = torch.zeros_like(done, dtype=torch.long) if before is None else before
+        self.call.ended = torch.where(done & (before == 0), input_ids.shape[1], before)
+        return done
+
+
+def with_raw_scores(processors: LogitsProcessorList, call: Call) -> LogitsProcessorList:
+    """The processors of a call, behind one that keeps the raw scores for its history."""
+    return LogitsProcessorList([RawScores(call), *processors])
