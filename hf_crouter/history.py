@@ -19,7 +19,7 @@ from .crouter import CRouterModel
 from .errors import InputError, MismatchError
 from .generation.call import HistoryProcessor, active_call
 from .generation.mixin import always_on, mix_in, mix_out
-from .generation.report import HistoryReport
+from .generation.report import HistoryReport, RowRecord
 from .generation.trace import Trace
 from .hosts.tokenizers import local_tokenizer
 from .hosts.unwrap import unwrap
@@ -99,6 +99,7 @@ class CompressedHistory(HistoryProcessor):
         self._scores = bound.scores
         self.changes_scores = bool(bound.scores)
         self._trace: Trace | None = None
+        self._rows: tuple[RowRecord, ...] = ()
         self.attached = True
         hooked = self.policy.adapters is not None
         mix_in(self.host, hooked)
@@ -160,7 +161,7 @@ class CompressedHistory(HistoryProcessor):
 
     def started(self) -> None:
         """Forgets the call before: what is not finished has no report."""
-        self._trace = None
+        self._trace, self._rows = None, ()
 
     def finished(
         self,
@@ -173,6 +174,10 @@ class CompressedHistory(HistoryProcessor):
         uses = [state.use(cache, sequences) for state in states]
         self._trace = Trace(cache, self.policy.compressor is not None, uses, steps)
 
+    def left_alone(self, sequences: torch.Tensor) -> None:
+        """Keeps what there is to tell of a call in which nothing could be compressed."""
+        self._rows = tuple(RowRecord(sequences.shape[1], 0, 0, sequences.shape[1]) for _ in sequences)
+
     def report(self, measure: bool = True) -> HistoryReport:
         """About the latest `generate` or `score`: chunks and how well they can be rebuilt, slots, bytes.
 
@@ -180,7 +185,7 @@ class CompressedHistory(HistoryProcessor):
             measure: rebuild the chunks at the first call; slots and bytes alone cost nothing.
         """
         if self._trace is None:
-            return HistoryReport((), (), 0, 0, 0, 0, self.policy.compressor is not None)
+            return HistoryReport((), self._rows, 0, 0, 0, 0, self.policy.compressor is not None)
         report = self._trace.report(self.crouter if measure else None)
         return replace(report, modes=tuple(mode.name for mode in self.modes))
 

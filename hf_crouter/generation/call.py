@@ -46,6 +46,9 @@ class HistoryProcessor(LogitsProcessor):
             steps: how many of the host there were, and how many tokens a row they gave.
         """
 
+    def left_alone(self, sequences: torch.Tensor) -> None:
+        """Called when a call has ended that the host read as if alone; `sequences` `[rows, T]` are what it gave."""
+
 
 @dataclass
 class Call:

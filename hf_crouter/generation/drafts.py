@@ -27,7 +27,7 @@ def trim_drafts(generator: Any, policy: ContextPolicy, row: Callable[[], Row], s
         decided, before = input_ids.shape[1], row()
         now = policy.extend(before, ids[0, before.pad : decided])
         allowed, most = 0, min(ids.shape[1], policy.next_retrieval(now, decided - before.pad) + before.pad - 1)
-        if switch is not None and now.chunks:
+        if switch is not None:
             left = switch - policy.slots(policy.retrieve(now, ids[0, before.pad : decided]), decided - before.pad)
             most = min(most, decided + left) if left >= 0 else most
         while decided + allowed < most:

@@ -67,8 +67,10 @@ class CompressedGenerationMixin:
             CALLS.reset(token)
             if call is not None:
                 call.processor.policy.serve(None)
-        if call is not None and not call.plain:
-            sequences = result if isinstance(result, torch.Tensor) else result.sequences
+        sequences = result if isinstance(result, torch.Tensor) else getattr(result, "sequences", None)
+        if call is not None and call.plain and sequences is not None:
+            call.processor.left_alone(sequences)
+        elif call is not None and sequences is not None:
             if not call.steps and sequences.shape[1] > call.processor.policy.fewest:
                 raise InputError(SKIPPED)
             if call.cache is not None:

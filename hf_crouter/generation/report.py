@@ -195,6 +195,8 @@ class HistoryReport:
         if self.steps:
             rate = self.generated / self.steps
             lines.append(f"Decoding: {self.generated} tokens in {self.steps} steps of the host, {rate:.2f} a step")
+        if not self.peak_slots:
+            return "\n".join(lines)
         lines.append(
             f"KV: {self.kv_bytes:,} bytes at the peak of {self.peak_slots} slots; "
             f"{self.kv_bytes_full:,} for the full history"
