@@ -210,6 +210,50 @@ class TestManners:
             assert torch.isneginf(scores[0, [t for (t,) in often]]).all()
             assert scores[0].isfinite().any()
 
+    @pytest.mark.parametrize("kind", ["sequence_bias", "finfo", "-1e4", "bias up", "repetition_penalty"])
+    def test_what_was_done_to_a_score_is_done_to_its_copied_share(self, host, crouter, kind):
+        history, ids = make(host, crouter), repetitive(90)[0]
+        often = torch.bincount(ids[0]).topk(12).indices
+        free = run(host, ids, logits_processor=[history])
+        assert torch.isin(free.sequences[0, 90:], often).sum() > 5
+
+        class Adds:
+            def __init__(self, amount):
+                self.amount = amount
+
+            def __call__(self, input_ids, scores):
+                scores[:, often] += self.amount  # in place, as some do
+                return scores
+
+        class Lowest:
+            def __call__(self, input_ids, scores):
+                return scores.index_fill(1, often, torch.finfo(scores.dtype).min)
+
+        before, options = [], {}
+        if kind == "sequence_bias":
+            options = {"sequence_bias": [[[int(token)], -1e9] for token in often]}
+        elif kind == "repetition_penalty":
+            options = {"repetition_penalty": 1e6}
+        else:
+            before = [Lowest() if kind == "finfo" else Adds(3.0 if kind == "bias up" else -1e4)]
+        out = run(host, ids, logits_processor=[*before, history], **options)
+        plain = run(host, ids, logits_processor=[*before], **options)
+        if kind not in ("bias up", "repetition_penalty"):
+            assert not torch.isin(out.sequences[0, 90:], often).any()
+            assert not torch.isin(plain.sequences[0, 90:], often).any()
+        end = PREFIX + (90 - PREFIX - WINDOW) // CHUNK * CHUNK
+        raw = out.logits[0][0].clone()
+        if before and kind != "finfo":
+            raw[often] -= before[0].amount  # `generate` keeps what was written into
+        done = torch.zeros_like(raw)
+        if kind == "repetition_penalty":
+            seen = ids[0].unique()
+            done[seen] = torch.where(raw[seen] < 0, raw[seen] * 1e6, raw[seen] / 1e6) - raw[seen]
+        else:
+            done[often] = {"bias up": 3.0}.get(kind, -1e4)
+        expected = expected_step(ids[0], ids[0, PREFIX:end], raw, gate_of(history)) + done
+        torch.testing.assert_close(out.scores[0][0].softmax(-1), expected.softmax(-1), atol=1e-4, rtol=0)
+
     def test_allowed_prefixes_and_minimum_length(self, host, crouter):
         ids, _ = repetitive(90)
         allowed = list(range(5, 12))
