@@ -21,6 +21,7 @@ from .generation.call import HistoryProcessor, active_call
 from .generation.mixin import always_on, mix_in, mix_out
 from .generation.report import HistoryReport, RowRecord
 from .generation.trace import Trace
+from .hosts.families import check_family
 from .hosts.tokenizers import local_tokenizer
 from .hosts.unwrap import unwrap
 from .modes import BoundModes, bound_modes, resolve_modes
@@ -72,6 +73,7 @@ class CompressedHistory(HistoryProcessor):
         crouter_tokenizer: Any = None,
     ):
         self.host = unwrap(host)
+        check_family(self.host)
         if not isinstance(window, int) or window < 1:
             raise InputError(f"window: expected at least 1 token, got {window}")
         if keep_first != "auto" and (not isinstance(keep_first, int) or keep_first < 0):

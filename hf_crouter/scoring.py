@@ -14,6 +14,7 @@ from .cache.masks import mask_and_positions
 from .cache.policy import ContextPolicy
 from .cache.prefill import prefill
 from .errors import InputError
+from .hosts.devices import input_device
 from .hosts.probe import check_reading
 from .hosts.rope import rope_switch
 from .types import Opening, Row, ScoreState
@@ -79,7 +80,7 @@ def score_last(
         prefix = policy.raw_prefix(ids[pad:], prompt) if width - pad - 1 >= policy.fewest else 0
         if width - pad - 1 - prefix >= policy.fewest:
             check_length(host, policy, prefix, prompt, n - 1)
-    switch = rope_switch(host)
+    switch, device = rope_switch(host), input_device(host)
     cache = CompressedDynamicCache(config=host.config.get_text_config(decoder=True))
     first, ends = width - max(lasts), [width - n for n in lasts]  # of the rows' prompts
     rows = [Row(pad, prompt=end - pad) for pad, end in zip(pads, ends, strict=True)]
@@ -91,10 +92,10 @@ def score_last(
         main = end - first
         ids = input_ids[:, : end - 1]
         prefill(host, policy, cache, ids, first, main, one_rotation=True)
-        mask, positions = mask_and_positions(host, cache, main, host.device)
+        mask, positions = mask_and_positions(host, cache, main, device)
         with policy.serving(cache.experts[:, -main:]):
             out = host(
-                input_ids=ids[:, -main:].to(host.device),
+                input_ids=ids[:, -main:].to(device),
                 past_key_values=cache,
                 attention_mask=mask,
                 position_ids=positions,

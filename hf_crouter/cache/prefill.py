@@ -10,6 +10,7 @@ import torch
 from transformers import DynamicCache
 
 from ..errors import InputError
+from ..hosts.devices import input_device
 from ..hosts.rope import rope_switch, rotated_as_of
 from ..types import Chunk, Entries, Row
 from .capacity import check_capacity
@@ -85,11 +86,11 @@ def prefill(
     cache.rows = tuple(rows)
     if kept < slots - main:
         cache.layout, cache.experts = layout[:, : slots - main], experts[:, : slots - main]
-        embeddings = embed(host, cache, input_ids, kept)
-        mask, positions = mask_and_positions(host, cache, slots - main - kept, embeddings.device)
+        inputs = slot_inputs(host, cache, input_ids, kept)
+        mask, positions = mask_and_positions(host, cache, slots - main - kept, input_device(host))
         with policy.serving(cache.experts[:, kept:]), cache.entries_put_in(kept), rotated_as_of(host, longest):
             host.base_model(
-                inputs_embeds=embeddings,
+                **inputs,
                 past_key_values=cache,
                 attention_mask=mask,
                 position_ids=positions,
@@ -185,16 +186,20 @@ def _sharing_key(chunk: Chunk, row: int, ids_decide: bool) -> Any:
     return (ids_key(chunk.ids), ids_key(chunk.host_ids)) if ids_decide else (row, chunk.start)
 
 
-def embed(host: Any, cache: CompressedCache, input_ids: torch.Tensor, first: int) -> torch.Tensor:
-    """Input embeddings of the cache's slots from column `first` on, `[B, slots, H]`.
+def slot_inputs(host: Any, cache: CompressedCache, input_ids: torch.Tensor, first: int) -> dict[str, torch.Tensor]:
+    """What the host reads in a cache's slots from column `first` on: ids `[B, slots]` or embeddings `[B, slots, H]`.
 
-    Padding and entries that are keys and values get token 0's: of the latter the layers store what they are given.
+    Embeddings only where some entries are such: the layers of some hosts look ids up as well. Padding and entries that
+    are keys and values get token 0: of the latter the layers store what they are given.
     """
-    table = host.get_input_embeddings()
     codes = cache.layout[:, first:]
     pads = torch.tensor([row.pad for row in cache.rows])[:, None]
     columns = torch.where(codes >= 0, codes + pads, 0).to(input_ids.device)
-    embeddings = table(input_ids.gather(1, columns).to(table.weight.device))
+    ids = input_ids.gather(1, columns).to(input_device(host))
+    if not any(chunk.entries is not None and chunk.entries.embeddings is not None
+               for row in cache.rows for chunk in row.chunks):  # fmt: skip
+        return {"input_ids": ids}
+    embeddings = host.get_input_embeddings()(ids)
     for i, row in enumerate(cache.rows):
         where = (codes[i] < PAD).nonzero()[:, 0]
         chunks, places = entry_chunk(codes[i, where]), entry_place(codes[i, where])
@@ -203,4 +208,4 @@ def embed(host: Any, cache: CompressedCache, input_ids: torch.Tensor, first: int
             if entries is not None and entries.embeddings is not None:
                 some = entries.embeddings[places[here].to(entries.embeddings.device)]
                 embeddings[i, where[here].to(embeddings.device)] = some.to(embeddings.device, embeddings.dtype)
-    return embeddings
+    return {"inputs_embeds": embeddings}

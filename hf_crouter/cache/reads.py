@@ -20,6 +20,7 @@ import torch
 from transformers import DynamicCache
 
 from ..hosts.attention import Caught, caught_queries
+from ..hosts.devices import input_device
 from ..types import Chunk, ChunkRead, Compressor, Entries, LayerRead, Row
 from .layout import entry_codes, row_experts
 from .masks import layer_masks, sliding_layers, slot_positions
@@ -161,7 +162,7 @@ def _forward(
     past: Any,
     wanted: bool,
 ) -> Caught | None:
-    device, new = host.get_input_embeddings().weight.device, ids.shape[1]
+    device, new = input_device(host), ids.shape[1]
     positions = slot_positions(codes, True)[:, -new:].to(device)
     mask: Any = torch.ones_like(codes).to(device)
     if any(sliding_layers(host)):
@@ -231,7 +232,7 @@ def _empty(host: Any, like: torch.Tensor | None) -> Layer:
         config = host.config.get_text_config(decoder=True)
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        like = torch.empty(heads, 0, size, device=host.device, dtype=host.dtype)
+        like = torch.empty(heads, 0, size, device=input_device(host), dtype=host.dtype)
     return like[:, :0], like[:, :0]
 
 

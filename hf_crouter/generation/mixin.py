@@ -141,6 +141,9 @@ class CompressedGenerationMixin:
             call.read = verified
             pads = left_pads(attention_mask, input_ids)
             cache = open_cache(self, call, past_key_values, input_ids, pads, verified)
+        if call.cache is not None and cache is not call.cache:
+            got = type(cache).__name__
+            raise InputError(f"host: expected the slots in the cache that it was given, got another one back ({got})")
         if not isinstance(cache, CompressedCache):
             return host_inputs()  # a static cache too small ever to need compression
         call.cache = cache

@@ -1,5 +1,109 @@
-"""families stub"""
+"""Families of hosts: what was tried of each, or why it is refused.
+
+The one list: it feeds the tests (`tests/hosts/test_families.py` runs nine checks on a tiny random host of each), the
+table in `docs/hosts.md`, `hf-crouter doctor` and the text of refusals. A family that is not in it is tried against the
+plain host at first use (`probe.py`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import InputError
+
+CHECKS = (
+    "short prompts are bit-identical",
+    "every step of a long one equals a forward from scratch",
+    "copying equals brute force",
+    "sampling",
+    "beams",
+    "padded batches",
+    "prompt lookup",
+    "static caches",
+    "`score`",
+)
 
 
-def is_tested(host):
-    return True
+@dataclass(frozen=True)
+class Family:
+    """A `model_type` of transformers.
+
+    Attributes:
+        name: the `model_type`.
+        kind: `attention`, where some layers may slide; `hybrid`, with recurrent or convolutional layers between; or
+            `recurrent`.
+        without: numbers of the checks, from 0, that the plain host itself does not pass or refuses.
+        note: what a user should know.
+        refused: why; empty for a family that is served.
+    """
+
+    name: str
+    kind: str = "attention"
+    without: tuple[int, ...] = ()
+    note: str = ""
+    refused: str = ""
+
+
+_DRAFTS, _STATIC = 6, 7
+_STATE = "keeps a state instead of slots, out of which nothing can be taken"
+_PIECES = "reads a text in two pieces differently from one: its recurrent layers forget their state"
+_OWN = "keeps a cache of its own, not transformers'"
+
+_ATTENTION = ["afmoe", "apertus", "arcee", "aria_text", "axk1", "axk2", "biogpt", "bitnet", "bloom", "codegen", "cohere", "cohere2", "cohere2_moe", "ctrl", "cwm", "dbrx", "deepseek_v2", "deepseek_v3", "deepseek_v32", "diffllama", "doge", "dots1", "dots3_note_text", "ernie4_5", "ernie4_5_moe", "exaone4", "exaone_moe", "falcon", "flex_olmo", "flint", "gemma", "gemma2", "gemma3_text", "gemma4_unified_text", "glm", "glm4", "glm4_moe", "glm4_moe_lite", "glm_moe_dsa", "gpt-sw3", "gpt2", "gpt_bigcode", "gpt_neox", "gpt_neox_japanese", "gpt_oss", "gptj", "granite", "granite_swa", "granitemoe", "granitemoe_swa", "granitemoeshared", "helium", "hrm_text", "hunyuan_v1_dense", "hunyuan_v1_moe", "hy_v3", "hy_v4", "hyperclovax", "inkling2_text", "inkling_text", "internlm3", "iquestcoder", "jais2", "jetmoe", "kolibri1", "laguna", "llama", "llama4_text", "longcat_flash", "mellum", "mimo_v2_flash", "minicpm3", "minimax_m2", "minimax_m3_vl_text", "ministral", "ministral3", "mistral", "mixtral", "modernbert-decoder", "nanochat", "nemotron", "olmo", "olmo2", "olmo3", "olmoe", "opt", "persimmon", "phi", "phi3", "phimoe", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "seed_oss", "smollm3", "solar_open", "stablelm", "starcoder2", "vaultgemma", "xglm", "youtu"]
+_HYBRID = ["bailing_hybrid", "bamba", "falcon_h1", "granitemoehybrid", "kimi_linear", "nemotron_h", "olmo_hybrid", "qwen3_5_moe_text", "qwen3_5_text", "qwen3_next", "zamba2", "zaya"]
+_LOOKS_UP = "its layers look token ids up: no soft prompts"
+
+FAMILIES: dict[str, Family] = {
+    family.name: family
+    for family in (
+        *(Family(name) for name in _ATTENTION),
+        *(Family(name, "hybrid", (_DRAFTS,)) for name in _HYBRID),
+        *(Family(name, "hybrid") for name in ("lfm2", "lfm2_moe", "lfm3")),
+        Family("gpt_neo", without=(_STATIC,)),
+        Family("deepseek_v4", without=(_DRAFTS, _STATIC), note=_LOOKS_UP),
+        Family("mpt", note="its `use_cache` is False by default: pass `use_cache=True`"),
+        Family("gemma3n_text", note=_LOOKS_UP),
+        Family("gemma4_text", note="with per-layer embeddings no soft prompts"),
+        *(Family(name, "recurrent", refused=_STATE) for name in ("falcon_mamba", "mamba", "mamba2", "rwkv", "xlstm")),
+        *(Family(name, "hybrid", refused=_PIECES) for name in ("jamba", "recurrent_gemma", "zamba")),
+        Family("minimax", "hybrid", refused=_OWN),
+        Family("reformer", refused=_OWN),
+        Family("cpmant", refused="puts slots of its own before every text"),
+        Family("openai-gpt", refused="reads every text anew, without a cache"),
+    )
+}
+
+
+def family_of(host_or_config: Any) -> Family | None:
+    """The family of a host, by the `model_type` of its text model; None for one that is not in the list."""
+    config = getattr(host_or_config, "config", host_or_config)
+    text = config.get_text_config(decoder=True)
+    return FAMILIES.get(text.model_type) or FAMILIES.get(config.model_type)
+
+
+def is_tested(host: Any) -> bool:
+    """Whether it is one of the list's, with transformers' own code."""
+    return family_of(host) is not None and type(host).__module__.startswith("transformers.models.")
+
+
+def looks_ids_up(host_or_config: Any) -> bool:
+    """Whether layers of a host need the token ids beside their embeddings."""
+    config = getattr(host_or_config, "config", host_or_config).get_text_config(decoder=True)
+    return bool(getattr(config, "hidden_size_per_layer_input", 0)) or config.model_type == "deepseek_v4"
+
+
+def check_family(host: Any) -> None:
+    """Refuses a host of a family whose past cannot be read compressed.
+
+    Raises:
+        InputError: names the host and why.
+    """
+    family = family_of(host)
+    why = family.refused if family is not None else ""
+    if not why and not host._supports_default_dynamic_cache():
+        why = _OWN
+    if why:
+        raise InputError(
+            f"host: expected a decoder whose past can be read compressed, got {type(host).__name__}, which {why}"
+        )

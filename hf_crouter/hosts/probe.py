@@ -9,7 +9,8 @@ import torch
 from transformers import DynamicCache
 
 from ..errors import InputError
-from .families import is_tested
+from .devices import input_device
+from .families import is_tested, looks_ids_up
 
 LENGTH, FIRST = 24, 15  # tokens of the text, and of its first piece
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}  # of the logits' spread; coarser dtypes have OTHER
@@ -22,8 +23,8 @@ _READ: weakref.WeakSet[Any] = weakref.WeakSet()  # hosts that read alike
 def check_reading(host: Any) -> None:
     """Refuses a host of an unknown family that does not read a text in two pieces as it reads it in one.
 
-    The first piece goes in as embeddings with positions and fills a cache, the second as ids, which is how prefill and
-    decoding read a compressed past. Asked once a host.
+    The first piece goes in with positions, as embeddings where it can, and fills a cache, the second as ids: which is
+    how prefill and decoding read a compressed past. Asked once a host.
 
     Raises:
         InputError: what differs.
@@ -31,16 +32,17 @@ def check_reading(host: Any) -> None:
     if is_tested(host) or host in _READ:
         return
     config = host.config.get_text_config(decoder=True)
-    device = host.device
+    device = input_device(host)
     ids = (7 + 31 * torch.arange(LENGTH, device=device))[None] % config.vocab_size
     positions = torch.arange(LENGTH, device=device)[None]
     cache = DynamicCache(config=config)
     name = type(host).__name__
     whole = host(input_ids=ids, use_cache=False).logits[0, FIRST:].float()
     try:
-        embeddings = host.get_input_embeddings()(ids[:, :FIRST])
-        host.base_model(inputs_embeds=embeddings, past_key_values=cache, position_ids=positions[:, :FIRST],
-                        use_cache=True)  # fmt: skip
+        first = {"input_ids": ids[:, :FIRST]}
+        if not looks_ids_up(host):
+            first = {"inputs_embeds": host.get_input_embeddings()(ids[:, :FIRST])}
+        host.base_model(**first, past_key_values=cache, position_ids=positions[:, :FIRST], use_cache=True)
         filled = int(cache.get_seq_length())
         parts = host(input_ids=ids[:, FIRST:], past_key_values=cache, position_ids=positions[:, FIRST:],
                      use_cache=True).logits[0].float()  # fmt: skip

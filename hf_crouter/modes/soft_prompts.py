@@ -8,7 +8,9 @@ from typing import ClassVar
 
 from ..compressors.projector import Projector, find_projector
 from ..compressors.soft_prompts import SoftPromptCompressor
-from ..errors import MismatchError
+from ..errors import InputError, MismatchError
+from ..hosts.devices import input_device
+from ..hosts.families import looks_ids_up
 from ..types import Contribution, Parts, Setting
 
 
@@ -37,7 +39,7 @@ class SoftPrompts:
     @classmethod
     def ready(cls, setting: Setting) -> SoftPrompts | None:
         """See `Mode`: with a crouter that has a projector for this host."""
-        if setting.crouter is None:
+        if setting.crouter is None or looks_ids_up(setting.host):
             return None
         try:
             return cls(find_projector(setting.crouter, setting.host))
@@ -48,16 +50,21 @@ class SoftPrompts:
         """See `Mode.bind`.
 
         Raises:
-            InputError: damaged files.
+            InputError: damaged files, or a host that needs token ids in its layers.
             MismatchError: no projector for this host and crouter.
         """
+        if looks_ids_up(setting.host):
+            name = type(setting.host).__name__
+            raise InputError(
+                f"SoftPrompts: expected a host that reads embeddings alone, got {name}, whose layers look ids up as well"
+            )
         if self.projector is None:
             projector = find_projector(setting.crouter, setting.host)
         else:
             given = self.projector
             projector = given if isinstance(given, Projector) else Projector.load(os.fspath(given))
             projector.check(setting.host, setting.crouter)
-        device = setting.host.get_input_embeddings().weight.device
+        device = input_device(setting.host)
         config = projector.config
         return Parts(
             compressor=SoftPromptCompressor(setting.crouter, projector.to(device).eval()),

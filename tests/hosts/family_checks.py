@@ -1,0 +1,131 @@
+"""Nine checks of a host, each against something that shares no code with the package."""
+
+import torch
+
+from hf_crouter.hosts.families import looks_ids_up
+from hf_crouter.modes import Copy
+
+from .. import reference
+from ..histories import PREFIX, WINDOW, make, run
+from ..modes.copying import eager_gate, expected_step
+from ..tiny import CHUNK, prompt, tiny_crouter
+
+LENGTH, NEW = 45, 14  # one chunk more is compressed while decoding
+# whose own steps and whole forwards differ by more than others' in float32: recurrences and routing amplify rounding
+LOOSE = {"hrm_text": 3e-3, "qwen3_5_moe_text": 5e-3, "qwen3_5_text": 2e-3, "qwen3_next": 2e-3}
+
+
+def close(found, expected, host):
+    atol = LOOSE.get(host.config.get_text_config(decoder=True).model_type, 2e-4)
+    torch.testing.assert_close(found, expected, atol=atol, rtol=0)
+
+
+def history_of(host, **options):
+    """Soft prompts stand for chunks, or nothing on a host whose layers look ids up."""
+    return make(host, tiny_crouter(), **{"copy": False, "soft_prompts": not looks_ids_up(host), **options})
+
+
+@torch.no_grad()
+def from_scratch(host, history, row):
+    """Logits of the token after a row of ids, by one forward over its slots."""
+    compressor = history.policy.compressor
+    if compressor is not None:
+        return reference.next_logits(host, tiny_crouter(), compressor.projector, row, PREFIX, WINDOW)
+    kept, _, rest = reference.pieces(len(row), PREFIX, CHUNK, WINDOW)
+    ids = row[kept + rest][None]
+    return host(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0, -1].float()
+
+
+def reference_steps(host, history, sequence, first):
+    """Logits of a sequence's tokens from column `first` on, one forward from scratch each."""
+    return torch.stack([from_scratch(host, history, sequence[:end]) for end in range(first, len(sequence))])
+
+
+def short_prompts_are_bit_identical(host):
+    plain = run(host, *prompt(9), new=8)
+    history = history_of(host)
+    out = run(host, *prompt(9), new=8, logits_processor=[history])
+    assert torch.equal(torch.stack(out.logits), torch.stack(plain.logits))
+    assert not history.report().chunks
+
+
+def long_prompts_equal_a_forward_from_scratch(host):
+    history = history_of(host)
+    out = run(host, *prompt(LENGTH), new=NEW, logits_processor=[history])
+    expected = reference_steps(host, history, out.sequences[0], LENGTH)
+    close(torch.stack(out.logits)[:, 0], expected, host)
+    assert len(history.report().chunks) == (LENGTH + NEW - 1 - PREFIX - WINDOW) // CHUNK
+
+
+def copying_equals_brute_force(host):
+    gate = eager_gate()
+    history = history_of(host, copy=True, copy_gate=gate)
+    assert any(isinstance(mode, Copy) for mode in history.modes)
+    ids = prompt(15)[0].repeat(1, 3)
+    out = run(host, ids, new=NEW, logits_processor=[history])
+    close(torch.stack(out.logits)[:, 0], reference_steps(host, history, out.sequences[0], LENGTH), host)
+    for step in (0, NEW // 2, NEW - 1):
+        row = out.sequences[0, : LENGTH + step]
+        _, chunks, _ = reference.pieces(len(row), PREFIX, CHUNK, WINDOW)
+        archive = [int(row[p]) for chunk in chunks for p in chunk if p < LENGTH]
+        expected = expected_step(row.tolist(), archive, out.logits[step][0], gate)
+        torch.testing.assert_close(out.scores[step][0].softmax(-1), expected.exp(), atol=1e-4, rtol=0)
+
+
+def sampling_reads_what_was_drawn(host):
+    history = history_of(host)
+    torch.manual_seed(3)
+    out = run(host, *prompt(LENGTH), new=NEW, logits_processor=[history], do_sample=True)
+    expected = reference_steps(host, history, out.sequences[0], LENGTH)
+    close(torch.stack(out.logits)[:, 0], expected, host)
+
+
+def beams_score_what_they_give(host):
+    history = history_of(host)
+    out = run(host, *prompt(LENGTH), new=NEW, logits_processor=[history], num_beams=3, length_penalty=0.0)
+    expected = reference_steps(host, history, out.sequences[0], LENGTH).log_softmax(-1)
+    total = expected.gather(1, out.sequences[0, LENGTH:, None]).sum()
+    torch.testing.assert_close(out.sequences_scores[0], total, atol=1e-2, rtol=0)
+
+
+def padded_rows_are_what_they_are_alone(host):
+    history, lengths = history_of(host), (LENGTH, 31, 6)
+    out = run(host, *prompt(*lengths), new=NEW, logits_processor=[history])
+    for i, length in enumerate(lengths):
+        expected = reference_steps(host, history, out.sequences[i, LENGTH - length :], length)
+        close(torch.stack(out.logits)[:, i], expected, host)
+
+
+def drafts_change_no_token(host):
+    history, ids = history_of(host), prompt(15)[0].repeat(1, 3)
+    out = run(host, ids, new=NEW, logits_processor=[history])
+    drafted = run(host, ids, new=NEW, logits_processor=[history], prompt_lookup_num_tokens=4)
+    assert torch.equal(drafted.sequences, out.sequences)
+
+
+def a_static_cache_gives_the_same(host):
+    history = history_of(host)
+    out = run(host, *prompt(LENGTH), new=NEW, logits_processor=[history], cache_implementation="static")
+    expected = reference_steps(host, history, out.sequences[0], LENGTH)
+    close(torch.stack(out.logits)[:, 0], expected, host)
+
+
+def scores_equal_steps(host):
+    history = history_of(host)
+    ids = prompt(LENGTH + NEW)[0]
+    expected = reference_steps(host, history, ids[0], LENGTH).log_softmax(-1)
+    expected = expected.gather(1, ids[0, LENGTH:, None])[:, 0]
+    close(history.score(ids, NEW)[0], expected, host)
+
+
+CHECKS = (
+    short_prompts_are_bit_identical,
+    long_prompts_equal_a_forward_from_scratch,
+    copying_equals_brute_force,
+    sampling_reads_what_was_drawn,
+    beams_score_what_they_give,
+    padded_rows_are_what_they_are_alone,
+    drafts_change_no_token,
+    a_static_cache_gives_the_same,
+    scores_equal_steps,
+)

@@ -1,0 +1,169 @@
+"""Every family of `hosts/families.py`: nine checks of a tiny random host, or its refusal."""
+
+import pytest
+import torch
+from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
+
+from hf_crouter.errors import InputError
+from hf_crouter.history import CompressedHistory
+from hf_crouter.hosts import families, probe
+from hf_crouter.hosts.families import CHECKS as TITLES
+from hf_crouter.hosts.families import FAMILIES, family_of, is_tested
+from hf_crouter.modes import Retrieve
+
+from ..histories import PREFIX, WINDOW, assert_matches_reference, make, run
+from ..tiny import prompt, tiny_crouter, tiny_host
+from .family_checks import CHECKS
+from .tiny_families import text_families, tiny_family
+
+torch.set_num_threads(1)
+
+HERE = set(text_families())  # of this transformers
+SERVED = sorted(name for name, family in FAMILIES.items() if not family.refused and name in HERE)
+REFUSED = sorted(name for name, family in FAMILIES.items() if family.refused and name in HERE)
+QUICK = ("llama", "qwen2", "gemma3_text", "phi3", "gpt_neox", "bloom", "lfm2", "deepseek_v3")
+UNTRIED = {"cohere_compass_text", "qwen4_exp_text"}  # their default configurations do not run
+
+
+def test_every_decoder_of_this_transformers_is_in_the_list():
+    assert HERE - set(FAMILIES) == UNTRIED & HERE
+    assert len(SERVED) > 100 and len(TITLES) == len(CHECKS) == 9
+
+
+def checked(name, number):
+    if number not in FAMILIES[name].without:
+        CHECKS[number](tiny_family(name))
+        return
+    with pytest.raises(Exception):  # noqa: B017  # the plain host fails in ways of its own
+        plain_does(tiny_family(name), TITLES[number])
+
+
+def plain_does(host, title):
+    """A plain host's call of a kind, against its usual one."""
+    options = {"prompt lookup": {"prompt_lookup_num_tokens": 4}, "static caches": {"cache_implementation": "static"}}
+    ids = prompt(15)[0].repeat(1, 3)
+    torch.testing.assert_close(
+        torch.stack(run(host, ids, new=10, **options[title]).logits), torch.stack(run(host, ids, new=10).logits)
+    )
+
+
+@pytest.mark.parametrize("number", range(9), ids=[check.__name__ for check in CHECKS])
+@pytest.mark.parametrize("name", QUICK)
+def test_usual_families(name, number):
+    checked(name, number)
+
+
+@pytest.mark.families
+@pytest.mark.parametrize("number", range(9), ids=[check.__name__ for check in CHECKS])
+@pytest.mark.parametrize("name", [name for name in SERVED if name not in QUICK])
+def test_other_families(name, number):
+    checked(name, number)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_families(name):
+    host = tiny_family(name) if name != "xlstm" else type("xLSTM", (), {"config": AutoConfig.for_model("xlstm")})()
+    cls, keys = type(host), set(vars(host))
+    with pytest.raises(InputError) as error:
+        families.check_family(host)
+    assert FAMILIES[name].refused in str(error.value)
+    if name != "xlstm":
+        with pytest.raises(InputError, match=f"got {cls.__name__}, which "):
+            CompressedHistory(host, modes=[Retrieve(1)])
+        assert type(host) is cls and set(vars(host)) == keys
+
+
+@pytest.mark.parametrize("name", ["gemma3n_text", "gemma4_text"])
+def test_hosts_whose_layers_look_ids_up_take_no_soft_prompts(name):
+    with pytest.raises(InputError, match="SoftPrompts: expected a host that reads embeddings alone"):
+        make(tiny_family(name, hidden_size_per_layer_input=8), tiny_crouter())
+
+
+class Unknown(LlamaForCausalLM):
+    """A user's own class."""
+
+
+class Forgetful(Unknown):
+    """Reads every piece as if nothing was before it."""
+
+    def forward(self, input_ids=None, past_key_values=None, position_ids=None, **options):
+        if input_ids is not None and past_key_values is not None and past_key_values.get_seq_length():
+            past_key_values.reset()
+        return super().forward(input_ids, past_key_values=past_key_values, position_ids=position_ids, **options)
+
+
+class Ignorant(Unknown):
+    """Keeps nothing in the cache that it is given."""
+
+    def forward(self, input_ids=None, past_key_values=None, **options):
+        return super().forward(input_ids, **{**options, "use_cache": False})
+
+
+def unknown(cls):
+    torch.manual_seed(0)
+    config = tiny_host().config
+    host = cls(LlamaConfig(**{**config.to_dict()}))
+    host.generation_config.eos_token_id = None
+    return host.eval()
+
+
+class TestUnknownFamilies:
+    def test_one_that_reads_like_a_decoder_is_served(self):
+        host = unknown(Unknown)
+        assert family_of(host) is not None and not is_tested(host)
+        history = make(host, tiny_crouter(), copy=False)
+        out = run(host, prompt(70)[0], new=5, logits_processor=[history])
+        assert_matches_reference(out, (70,), host, tiny_crouter(), history.policy.compressor.projector)
+
+    def test_it_is_tried_once_and_only_where_something_is_compressed(self, monkeypatch):
+        host, tried = unknown(Unknown), []
+        monkeypatch.setattr(probe, "is_tested", lambda host: tried.append(1) and False)
+        history = make(host, tiny_crouter())
+        run(host, prompt(12)[0], new=3, logits_processor=[history])
+        assert not tried
+        forwards = []
+        host.model.register_forward_pre_hook(lambda module, args: forwards.append(1))
+        run(host, prompt(70)[0], new=3, logits_processor=[history])
+        first = len(forwards)
+        run(host, prompt(70)[0], new=3, logits_processor=[history])
+        assert tried and len(forwards) - first == first - 3  # one whole reading and two pieces
+
+    @pytest.mark.parametrize(
+        "cls, words", [(Forgetful, "in two pieces as in one"), (Ignorant, "in two pieces as in one")]
+    )
+    def test_one_that_does_not_is_refused(self, cls, words):
+        host = unknown(cls)
+        history = make(host, tiny_crouter())
+        with pytest.raises(InputError, match=words):
+            run(host, prompt(70)[0], new=3, logits_processor=[history])
+        with pytest.raises(InputError, match=words):
+            history.score(prompt(70)[0], 3)
+
+    @pytest.mark.parametrize("name", ["jamba", "recurrent_gemma", "zamba"])
+    def test_families_that_are_refused_by_name_fail_the_trial_as_well(self, name, monkeypatch):
+        if name not in HERE:
+            pytest.skip("not in this transformers")
+        monkeypatch.setitem(FAMILIES, name, None)
+        with pytest.raises(InputError, match="in two pieces as in one"):
+            probe.check_reading(tiny_family(name))
+
+    @pytest.mark.parametrize("name", ["llama", "gemma3n_text", "lfm2", "phi3", "deepseek_v3"])
+    def test_families_of_the_list_pass_it(self, name, monkeypatch):
+        monkeypatch.setattr(probe, "is_tested", lambda host: False)
+        probe.check_reading(tiny_family(name))
+
+
+def test_a_host_that_stops_storing_is_caught():
+    """What the trial cannot see, the count of slots after every prefill does."""
+    host = tiny_host()
+    history = make(host, tiny_crouter())
+    plain = type(host.model).forward
+
+    def forward(input_ids=None, past_key_values=None, **options):
+        long = input_ids is None or input_ids.shape[1] > 1
+        return plain(host.model, input_ids, past_key_values=past_key_values if long else None, **options)
+
+    host.model.forward = forward
+    with pytest.raises(InputError, match="slots in the cache that it was given"):
+        run(host, prompt(70)[0], new=5, logits_processor=[history])
+    assert (PREFIX, WINDOW) == (3, 8)
