@@ -56,7 +56,7 @@ class SoftPrompts:
         if looks_ids_up(setting.host):
             name = type(setting.host).__name__
             raise InputError(
-                f"SoftPrompts: expected a host that reads embeddings alone, got {name}, whose layers look ids up as well"
+                f"SoftPrompts: expected a host that reads embeddings alone, got {name}, whose layers look ids up too"
             )
         if self.projector is None:
             projector = find_projector(setting.crouter, setting.host)

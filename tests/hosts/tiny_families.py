@@ -9,12 +9,23 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from ..tiny import VOCAB
 
+
+def names(text):
+    return frozenset(text.split())
+
+
 # what is not a decoder of text by itself: encoders, halves of encoder-decoders, other inputs and outputs
-NOT_DECODERS = frozenset(
-    ["bart", "beam", "bert", "bert-generation", "big_bird", "bigbird_pegasus", "blenderbot", "blenderbot-small", "blt", "camembert", "data2vec-text", "electra", "ernie", "gemma4_assistant", "gemma4_unified_assistant", "git", "marian", "mbart", "megatron-bert", "moss_transcribe_diarize", "musicgen", "musicgen_melody", "mvp", "pegasus", "plbart", "prophetnet", "rembert", "roberta", "roberta-prelayernorm", "roc_bert", "roformer", "trocr", "whisper", "xlm", "xlm-roberta", "xlm-roberta-xl", "xlnet", "xmod", "got_ocr2", "phi4_multimodal", "fuyu", "dots3_note", "emu3", "moshi"]
-)
+NOT_DECODERS = names("""
+    bart beam bert bert-generation big_bird bigbird_pegasus blenderbot blenderbot-small blt camembert
+    data2vec-text electra ernie gemma4_assistant gemma4_unified_assistant git marian mbart megatron-bert
+    moss_transcribe_diarize musicgen musicgen_melody mvp pegasus plbart prophetnet rembert roberta
+    roberta-prelayernorm roc_bert roformer trocr whisper xlm xlm-roberta xlm-roberta-xl xlnet xmod got_ocr2
+    phi4_multimodal fuyu dots3_note emu3 moshi
+""")
 # names that load the class of another family with its text configuration nested, and vision beside it
-NESTED = frozenset(["gemma3", "gemma3n", "gemma4", "gemma4_unified", "llama4", "mllama", "qwen3_5", "qwen3_5_moe", "qwen4_exp"])
+NESTED = names("""
+    gemma3 gemma3n gemma4 gemma4_unified llama4 mllama qwen3_5 qwen3_5_moe qwen4_exp
+""")
 
 SHAPE = {
     "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
