@@ -128,7 +128,7 @@ class EndsNoted(StoppingCriteriaList):
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs: Any) -> torch.BoolTensor:
         """Which rows end, `[B]`."""
-        done = super().__call__(input_ids, scores, **kwargs)
+        done = super().__call__(input_ids, scores, **kwargs)  # pyright: ignore[reportArgumentType]
         before = self.call.ended
         before = torch.zeros_like(done, dtype=torch.long) if before is None else before
         self.call.ended = torch.where(done & (before == 0), input_ids.shape[1], before)

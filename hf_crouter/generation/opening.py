@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from transformers import StaticCache
+from transformers.cache_utils import StaticLayer
 
 from ..cache.kv_cache import CompressedCache, CompressedDynamicCache, CompressedStaticCache
 from ..errors import InputError
@@ -71,8 +72,8 @@ def _static(host: Any, call: Call, given: StaticCache, input_ids: torch.Tensor, 
         room = min(pads) + prefix + entries + raw + policy.window + length + DRAFTS
     room = min(most, room)
     if call.options.get("past_key_values") is given:
-        sizes = [layer.max_cache_len for layer in given.layers
-                 if hasattr(layer, "max_cache_len") and not getattr(layer, "is_sliding", False)]  # fmt: skip
+        growing = (layer for layer in given.layers if not getattr(layer, "is_sliding", False))
+        sizes = [layer.max_cache_len for layer in growing if isinstance(layer, StaticLayer)]
         if sizes and min(sizes) < room:
             raise InputError(f"past_key_values: expected a static cache of at least {room} slots, got {min(sizes)}")
         return CompressedStaticCache.adopt(given)

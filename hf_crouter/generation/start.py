@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from transformers import DynamicCache, GenerationConfig, StaticCache
-from transformers.generation import GenerationMode
+from transformers.generation.configuration_utils import GenerationMode
 
 from ..cache.capacity import check_length
 from ..cache.kv_cache import CompressedCache

@@ -114,8 +114,8 @@ class CompressedHFLM(_HFLM):
         if self._max_length:
             return self._max_length
         policy = self.history.policy
-        prefix = policy.prefix([]) or 0
-        if isinstance(policy.prefix, FirstTurn) and policy.prefix.opening:
+        prefix = policy.prefix([])
+        if isinstance(policy.prefix, FirstTurn) and policy.prefix.knows_turns:
             prefix = SYSTEM_TURN
         return capacity(self.history.host, policy, prefix) or NO_LIMIT
 

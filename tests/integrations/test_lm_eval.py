@@ -169,7 +169,7 @@ def test_max_length_is_what_fits(ours):
 
 def test_a_system_turn_has_room(folders):
     lm = make(folders)
-    lm.history.policy.prefix.opening = [1, 2]
+    lm.history.policy.prefix.closing = [1, 2]
     assert lm.max_length == capacity(lm.history.host, lm.history.policy, 512) < make(folders).max_length
 
 
