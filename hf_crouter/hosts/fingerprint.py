@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
 from typing import Any
 
 import torch
+from accelerate.utils import align_module_device
 
+from ..errors import InputError
 from ..utils.hashing import bfloat16_bytes
 from .unwrap import unwrap
 
@@ -22,13 +25,14 @@ LAYER = re.compile(r"\.(\d+)\.")
 def host_fingerprint(model: Any) -> str:
     """SHA-256 (first 32 hexadecimal digits) of a host's shape and of samples of its weights, cast to bfloat16.
 
-    Equal for the same weights in bfloat16 or float32, wrapped or not, with or without (unmerged) adapters.
+    Equal for the same weights in bfloat16 or float32, wrapped or not, with or without (unmerged) adapters, in memory or
+    offloaded by accelerate.
 
     Args:
         model: host, wrapped or plain.
 
     Raises:
-        InputError: no decoder, or its weights are not in memory.
+        InputError: no decoder, or one without weights (on the meta device).
     """
     host = unwrap(model)
     config = host.config.get_text_config(decoder=True)
@@ -43,20 +47,30 @@ def host_fingerprint(model: Any) -> str:
     embedding: Any = host.get_input_embeddings()
     while hasattr(embedding, "base_layer"):
         embedding = embedding.base_layer
-    digest.update(_rows(embedding.weight, EMBEDDING_ROWS))
+    digest.update(_rows(embedding, "weight", EMBEDDING_ROWS))
     weights = {}
-    for name, weight in host.named_parameters():
+    for name, _ in host.named_parameters():
         if "lora_" in name or ".modules_to_save." in name:
             continue
-        weights["." + name.replace(".base_layer", "").replace(".original_module", "")] = weight
+        weights["." + name.replace(".base_layer", "").replace(".original_module", "")] = name
     norms = [n for n in weights if not LAYER.search(n) and n.endswith(FINAL_NORMS)]
     layers = {name: int(LAYER.search(name)[1]) for name in weights if QUERY_KEY_VALUE.search(name)}  # pyright: ignore
     ends = (min(layers.values(), default=0), max(layers.values(), default=0))
     for name in [*norms[-1:], *(name for name, layer in layers.items() if layer in ends)]:
-        digest.update(_rows(weights[name], LAYER_ROWS if weights[name].ndim > 1 else weights[name].shape[0]))
+        path, _, leaf = weights[name].rpartition(".")
+        digest.update(_rows(host.get_submodule(path), leaf, LAYER_ROWS))
     return digest.hexdigest()[:32]
 
 
-def _rows(weight: torch.Tensor, count: int) -> bytes:
-    rows = torch.linspace(0, weight.shape[0] - 1, min(count, weight.shape[0])).long()
-    return bfloat16_bytes(weight.detach()[rows.to(weight.device)])
+def _rows(module: Any, name: str, count: int) -> bytes:
+    """Some rows of a module's weight, or all of a vector; an offloaded one comes into memory for it, alone."""
+    weight = getattr(module, name)
+    away = weight.device.type == "meta" and hasattr(module, "_hf_hook")
+    with align_module_device(module, execution_device=torch.device("cpu")) if away else contextlib.nullcontext():
+        weight = getattr(module, name)
+        if weight.device.type == "meta":
+            raise InputError(
+                f"host: expected weights, got none in {name} of {type(module).__name__} (the meta device)"
+            )
+        rows = torch.linspace(0, len(weight) - 1, len(weight) if weight.ndim < 2 else min(count, len(weight))).long()
+        return bfloat16_bytes(weight.detach()[rows.to(weight.device)])
