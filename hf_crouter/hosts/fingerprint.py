@@ -25,8 +25,8 @@ LAYER = re.compile(r"\.(\d+)\.")
 def host_fingerprint(model: Any) -> str:
     """SHA-256 (first 32 hexadecimal digits) of a host's shape and of samples of its weights, cast to bfloat16.
 
-    Equal for the same weights in bfloat16 or float32, wrapped or not, with or without (unmerged) adapters, in memory or
-    offloaded by accelerate.
+    Equal for the same weights in bfloat16 or float32, wrapped or not, with or without (unmerged) adapters, in memory
+    or offloaded by accelerate.
 
     Args:
         model: host, wrapped or plain.
