@@ -30,7 +30,7 @@ from .call import CALLS, Call, EndsNoted, HistoryProcessor, RawScores, active_ca
 from .drafts import trim_drafts
 from .opening import open_cache
 from .pickling import plain_reduction
-from .start import MODES, decide, refuse_other_ways
+from .start import decide, refuse_early
 
 ALWAYS_ON = "_hf_crouter_always_on"
 MIXED = "_hf_crouter_mixed"
@@ -175,11 +175,10 @@ class CompressedGenerationMixin:
         super()._prepare_cache_for_generation(generation_config, model_kwargs, generation_mode, *args, **kwargs)  # pyright: ignore
 
     def _validate_generation_mode(self, generation_mode, generation_config, *args, **kwargs):
-        """See the host's own; ways that transformers loads from a hub are refused before that."""
+        """See the host's own; pictures, and ways that transformers loads from a hub, are refused before that work."""
         call = active_call(self)  # pyright: ignore[reportArgumentType]
-        if call is not None and generation_mode not in MODES:
-            way = str(getattr(generation_mode, "value", generation_mode)).replace("_", " ")
-            refuse_other_ways(call, way, generation_config, dict(call.options))
+        if call is not None:
+            refuse_early(self, call, generation_config, generation_mode)
         super()._validate_generation_mode(generation_mode, generation_config, *args, **kwargs)  # pyright: ignore
 
     def _get_logits_processor(self, *args, **kwargs):

@@ -69,23 +69,29 @@ def decide(host: Any, call: Call, config: GenerationConfig, inputs: dict[str, An
             check_length(host, policy, _prefix(policy, length, ids), length, new - 1)
 
 
-def refuse_other_ways(call: Call, way: str, config: GenerationConfig, inputs: dict[str, Any]) -> None:
-    """Refuses a way to generate that a compressed past is not read in, where something would be compressed.
+def refuse_early(host: Any, call: Call, config: GenerationConfig, mode: Any) -> None:
+    """Refuses what would be work, or a download, before `decide` is reached: pictures, and other ways to generate.
 
     Args:
+        host: the plain host.
         call: that begins.
-        way: its name.
         config: of the call.
-        inputs: that it was called with, by name.
+        mode: a `GenerationMode`.
 
     Raises:
-        InputError: names the ways that there are.
+        InputError: something will be compressed, and this way to call does not allow it.
     """
+    obstacle = next(_media(host, call), None)
+    if mode not in MODES:
+        way = str(getattr(mode, "value", mode)).replace("_", " ")
+        obstacle = f"generate: expected greedy, sampling, beams or assisted decoding, got {way}"
+    if obstacle is None:
+        return
     columns = call.ids.shape[1] if call.ids is not None else 1
     new = config.max_new_tokens or max(0, (config.max_length or 20) - columns)
     policy = call.processor.policy
-    if policy.router is not None or any(_compresses(policy, row, new) for row in _rows(call, inputs)):
-        raise InputError(f"generate: expected greedy, sampling, beams or assisted decoding, got {way}")
+    if policy.router is not None or any(_compresses(policy, row, new) for row in _rows(call, dict(call.options))):
+        raise InputError(obstacle)
 
 
 def _compresses(policy: ContextPolicy, row: tuple[int, torch.Tensor | None], new: int) -> bool:

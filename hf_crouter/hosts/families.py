@@ -31,8 +31,8 @@ class Family:
 
     Attributes:
         name: the `model_type`.
-        kind: `attention`, where some layers may slide; `hybrid`, with recurrent or convolutional layers between; or
-            `recurrent`.
+        kind: `attention`, where some layers may slide; `hybrid`, with recurrent or convolutional layers between;
+            `images`, a text model that sees images as well; or `recurrent`.
         without: numbers of the checks, from 0, that the plain host itself does not pass or refuses.
         note: what a user should know.
         refused: why; empty for a family that is served.
@@ -70,6 +70,8 @@ _HYBRID = _names("""
     bailing_hybrid bamba falcon_h1 granitemoehybrid kimi_linear nemotron_h olmo_hybrid qwen3_5_moe_text
     qwen3_5_text qwen3_next zamba2 zaya
 """)
+_IMAGES = _names("gemma3 internvl llama4 llava mistral3 qwen2_5_vl qwen2_vl qwen3_vl smolvlm")
+_TEXT_ALONE = "text alone: a call with images is refused where something would be compressed"
 _LOOKS_UP = "its layers look token ids up: no soft prompts"
 
 FAMILIES: dict[str, Family] = {
@@ -78,6 +80,8 @@ FAMILIES: dict[str, Family] = {
         *(Family(name) for name in _ATTENTION),
         *(Family(name, "hybrid", (_DRAFTS,)) for name in _HYBRID),
         *(Family(name, "hybrid") for name in ("lfm2", "lfm2_moe", "lfm3")),
+        *(Family(name, "images", note=_TEXT_ALONE) for name in _IMAGES),
+        Family("qwen3_5", "images", (_DRAFTS,), note=_TEXT_ALONE),
         Family("gpt_neo", without=(_STATIC,)),
         Family("deepseek_v4", without=(_DRAFTS, _STATIC), note=_LOOKS_UP),
         Family("mpt", note="its `use_cache` is False by default: pass `use_cache=True`"),
@@ -94,10 +98,8 @@ FAMILIES: dict[str, Family] = {
 
 
 def family_of(host_or_config: Any) -> Family | None:
-    """The family of a host, by the `model_type` of its text model; None for one that is not in the list."""
-    config = getattr(host_or_config, "config", host_or_config)
-    text = config.get_text_config(decoder=True)
-    return FAMILIES.get(text.model_type) or FAMILIES.get(config.model_type)
+    """The family of a host, by its `model_type`; None for one that is not in the list."""
+    return FAMILIES.get(getattr(host_or_config, "config", host_or_config).model_type)
 
 
 def is_tested(host: Any) -> bool:
@@ -117,7 +119,7 @@ def check_family(host: Any) -> None:
     Raises:
         InputError: names the host and why.
     """
-    family = family_of(host)
+    family = family_of(host) or FAMILIES.get(host.config.get_text_config(decoder=True).model_type)
     why = family.refused if family is not None else ""
     if not why and not host._supports_default_dynamic_cache():
         why = _OWN

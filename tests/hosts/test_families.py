@@ -15,13 +15,15 @@ from ..histories import PREFIX, WINDOW, assert_matches_reference, make, run
 from ..tiny import prompt, tiny_crouter, tiny_host
 from .family_checks import CHECKS
 from .tiny_families import text_families, tiny_family
+from .tiny_image_hosts import IMAGE, tiny_image_host
+from .tiny_image_hosts import NAMES as IMAGE_NAMES
 
 torch.set_num_threads(1)
 
-HERE = set(text_families())  # of this transformers
+HERE = {*text_families(), *IMAGE_NAMES}  # of this transformers
 SERVED = sorted(name for name, family in FAMILIES.items() if not family.refused and name in HERE)
 REFUSED = sorted(name for name, family in FAMILIES.items() if family.refused and name in HERE)
-QUICK = ("llama", "qwen2", "gemma3_text", "phi3", "gpt_neox", "bloom", "lfm2", "deepseek_v3")
+QUICK = ("llama", "qwen2", "gemma3_text", "phi3", "gpt_neox", "bloom", "lfm2", "deepseek_v3", "qwen2_vl")
 UNTRIED = {"cohere_compass_text", "qwen4_exp_text"}  # their default configurations do not run
 
 
@@ -30,12 +32,16 @@ def test_every_decoder_of_this_transformers_is_in_the_list():
     assert len(SERVED) > 100 and len(TITLES) == len(CHECKS) == 9
 
 
+def tiny(name):
+    return tiny_image_host(name) if name in IMAGE_NAMES else tiny_family(name)
+
+
 def checked(name, number):
     if number not in FAMILIES[name].without:
-        CHECKS[number](tiny_family(name))
+        CHECKS[number](tiny(name))
         return
     with pytest.raises(Exception):  # noqa: B017  # the plain host fails in ways of its own
-        plain_does(tiny_family(name), TITLES[number])
+        plain_does(tiny(name), TITLES[number])
 
 
 def plain_does(host, title):
@@ -77,6 +83,23 @@ def test_refused_families(name):
 def test_hosts_whose_layers_look_ids_up_take_no_soft_prompts(name):
     with pytest.raises(InputError, match="SoftPrompts: expected a host that reads embeddings alone"):
         make(tiny_family(name, hidden_size_per_layer_input=8), tiny_crouter())
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_vl", "gemma3"])
+class TestImages:
+    def test_pictures_beside_a_long_prompt_are_refused(self, name):
+        host = tiny_image_host(name)
+        history = make(host, tiny_crouter())
+        pictures = {"pixel_values": torch.zeros(1, 3, 8, 8)}
+        with pytest.raises(InputError, match="pixel_values: expected text alone"):
+            run(host, prompt(70)[0], new=3, logits_processor=[history], **pictures)
+
+    def test_a_picture_in_an_earlier_turn_is_refused(self, name):
+        host = tiny_image_host(name)
+        history = make(host, tiny_crouter())
+        ids = prompt(70)[0].index_fill(1, torch.tensor([66]), IMAGE)
+        with pytest.raises(InputError, match="images and sounds are not compressed"):
+            run(host, ids, new=3, logits_processor=[history])
 
 
 class Unknown(LlamaForCausalLM):
