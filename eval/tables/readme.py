@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from eval.results import FOLDER
-from eval.tables import cost, hgr, questions, reading, reconstruction, routing
+from eval.tables import cost, hgr, hosts, questions, reading, reconstruction, routing
 from eval.tables.cells import MISSING, Metrics
 from hf_crouter.errors import InputError
 from hf_crouter.utils.io import replaced_file
@@ -110,7 +110,8 @@ def rewrite(text: str, folder: Path = FOLDER) -> tuple[str, list[str]]:
 def main(argv: list[str] | None = None) -> int:
     """Rewrites the file; with `--check` names each stale table and returns 1. Bad input: 2."""
     parser = argparse.ArgumentParser(
-        prog="python -m eval.tables", description="Makes the README's tables anew from eval/results."
+        prog="python -m eval.tables",
+        description="Makes the README's tables anew from eval/results, and docs/hosts.md.",
     )
     parser.add_argument("file", nargs="?", type=Path, default=README, help="README.md by default")
     parser.add_argument("--check", action="store_true", help="change nothing; status 1 where a table is stale")
@@ -119,13 +120,19 @@ def main(argv: list[str] | None = None) -> int:
     try:
         text = arguments.file.read_text(encoding="utf-8")
         fresh, stale = rewrite(text, arguments.results)
+        made = {arguments.file: fresh} if stale else {}
+        if arguments.file == README:  # beside the results, the package's own list of hosts
+            page = hosts.PAGE.read_text(encoding="utf-8")
+            if (anew := hosts.rewrite_page(page)) != page:
+                made[hosts.PAGE] = anew
+                stale.append(hosts.PAGE.name)
         if arguments.check:
             for name in stale:
                 print(f"{arguments.file.name}: table {name} is stale; run python -m eval.tables", file=sys.stderr)
             return 1 if stale else 0
-        if stale:
-            with replaced_file(arguments.file) as temporary:
-                temporary.write_text(fresh, encoding="utf-8")
+        for path, content in made.items():
+            with replaced_file(path) as temporary:
+                temporary.write_text(content, encoding="utf-8")
     except (InputError, OSError) as error:
         print(f"eval.tables: error: {error}", file=sys.stderr)
         return 2

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from packaging.requirements import Requirement
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..chunking import tokenizer_fingerprint
 from ..compressors.projector import align_command, find_projector
@@ -21,9 +21,11 @@ from ..crouter import CRouterModel
 from ..crouter.fingerprint import crouter_fingerprint
 from ..crouter.loading import load_crouter
 from ..errors import InputError
+from ..hosts.families import CHECKS, check_family, family_of, is_tested
 from ..hosts.fetch import cached_host, list_hosts
 from ..hosts.fingerprint import host_fingerprint
 from ..hosts.loading import load_host
+from ..hosts.probe import check_reading
 from ..ngram.gate import find_gate
 from ..routing.calibration import load_calibration, reconstruction_grade
 from .console import Column, print_json, print_table
@@ -117,6 +119,7 @@ def parts(host_name: str | None, crouter_name: str | None) -> Iterator[Check]:
             return
         host, host_tokenizer = load_host(name, dtype=torch.bfloat16)
         yield Check("host", "ok", f"{host.config._name_or_path}, {type(host).__name__}, {host_fingerprint(host)[:8]}")
+        yield family_check(host)
     except InputError as error:
         yield Check("host", "fail", str(error), f"hf-crouter host get {DEFAULT_HOST} --force, or name another host")
     if crouter is None or host is None:
@@ -142,6 +145,24 @@ def parts(host_name: str | None, crouter_name: str | None) -> Iterator[Check]:
                     "" if own else f"{align_command(name, str(crouter.name_or_path))} --only gate")  # fmt: skip
     except InputError as error:
         yield Check("gate", "fail", str(error), "fit it again: hf-crouter align --only gate")
+
+
+def family_check(host: PreTrainedModel) -> Check:
+    """Whether histories of such a host were tested, are refused, or read this one right at a trial."""
+    try:
+        check_family(host)
+        check_reading(host)
+    except InputError as error:
+        return Check("family", "fail", str(error), "name another host; docs/hosts.md lists those that are served")
+    family = family_of(host)
+    if family is None or not is_tested(host):
+        return Check(
+            "family", "ok", f"{host.config.model_type}: not in the list, read a short text right in two pieces"
+        )
+    checks = len(CHECKS) - len(family.without)
+    return Check(
+        "family", "ok", f"{family.name}: passes {checks} of {len(CHECKS)} checks{family.note and ', '}{family.note}"
+    )
 
 
 def crouter_checks(crouter: CRouterModel, tokenizer: PreTrainedTokenizerBase, name: str | None) -> Iterator[Check]:

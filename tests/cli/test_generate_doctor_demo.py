@@ -140,7 +140,8 @@ def test_doctor_finds_that_all_fits(pair, capsys):
     Calibration.fit([99.0] * 100, 3, fingerprint).save(pair[0])
     found = checks(capsys, words("doctor", pair), 0)
     assert {"python", "torch", "transformers", "device", "crouter", "calibration", "host", "tokenizers",
-            "projector", "gate"} <= set(found)  # fmt: skip
+            "family", "projector", "gate"} <= set(found)  # fmt: skip
+    assert "passes 9 of 9 checks" in found["family"]["detail"]
     assert "generic" in found["gate"]["detail"]
     assert all(check["status"] == "ok" for check in found.values()), found
     assert main(words("doctor", pair)) == 0
