@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from transformers import StaticCache
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
 from .kv_cache import CompressedCache
@@ -54,6 +55,18 @@ def mask_and_positions(
     if cache.true_positions and cache.has_key_values and any(sliding_layers(host)):
         return layer_masks(host, cache, cache.layout, columns, device, some), some
     return mask, some
+
+
+def over_buffers(host: Any, cache: CompressedCache, mask: Any) -> Any:
+    """A mask `[B, S]` as long as the keys of a static cache, for hosts that make their ALiBi of it (BLOOM).
+
+    In decoding such a host's own `prepare_inputs_for_generation` does the same.
+    """
+    if not isinstance(mask, torch.Tensor) or not isinstance(cache, StaticCache):
+        return mask
+    if not hasattr(host.base_model, "build_alibi_tensor"):
+        return mask
+    return F.pad(mask, (0, max(0, int(cache.get_max_length()) - mask.shape[1])))
 
 
 def layer_masks(

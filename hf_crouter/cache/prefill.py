@@ -16,7 +16,7 @@ from ..types import Chunk, Entries, Row
 from .capacity import check_capacity
 from .kv_cache import CompressedCache, is_recording
 from .layout import PAD, common_columns, entry_chunk, entry_place, row_experts, row_layout, stack_experts, stack_rows
-from .masks import mask_and_positions
+from .masks import mask_and_positions, over_buffers
 from .policy import ContextPolicy, ids_key
 from .reads import entries_by_reading
 
@@ -92,7 +92,7 @@ def prefill(
             host.base_model(
                 **inputs,
                 past_key_values=cache,
-                attention_mask=mask,
+                attention_mask=over_buffers(host, cache, mask),
                 position_ids=positions,
                 use_cache=True,
             )

@@ -189,6 +189,11 @@ def _cache(host: Any, config: GenerationConfig, cache: Any) -> Iterator[str]:
             f"past_key_values: expected a DynamicCache or a StaticCache, got {type(cache).__name__}, "
             "which cannot hold a compressed past"
         )
+    elif not cache.layers and any(DynamicCache(config=host.config).is_linear):
+        yield (
+            "past_key_values: expected DynamicCache(config=host.config) for a host with recurrent layers, "
+            "got one without a configuration"
+        )
     elif cache.layers and int(cache.get_seq_length()):
         yield "past_key_values: expected an empty or a compressed cache, got one with uncompressed history"
 

@@ -9,6 +9,7 @@ from hf_crouter.history import attach
 from hf_crouter.modes import Retrieve
 
 from ..histories import PREFIX, WINDOW, make, run
+from ..hosts.tiny_families import tiny_family
 from ..tiny import CHUNK, prompt, tiny_crouter, tiny_host
 
 torch.set_num_threads(1)
@@ -160,14 +161,21 @@ class TestCaches:
         scratch = run(host, turn, new=9, logits_processor=[history])
         torch.testing.assert_close(torch.stack(again.logits), torch.stack(scratch.logits), atol=1e-4, rtol=0)
 
+    def test_one_that_does_not_know_a_hosts_layers(self):
+        host = tiny_family("lfm2")
+        history = make(host, tiny_crouter())
+        with pytest.raises(InputError, match=r"expected DynamicCache\(config=host.config\)"):
+            run(host, *prompt(LONG), new=5, logits_processor=[history], past_key_values=DynamicCache())
+        cache = DynamicCache(config=host.config)
+        run(host, *prompt(LONG), new=5, logits_processor=[history], past_key_values=cache)
+        assert cache.get_seq_length() == history.report().slots
+
     def test_quantised(self, host, history):
         with pytest.raises(InputError, match="cache_implementation: expected a dynamic or static one"):
             run(host, *prompt(LONG), new=5, logits_processor=[history], cache_implementation="quantized")
 
     @pytest.mark.parametrize("family", ["mistral", "phi3"])
     def test_a_static_cache_whose_layers_all_slide(self, family):
-        from ..hosts.tiny_families import tiny_family
-
         host = tiny_family(family, sliding_window=12)
         history = make(host, tiny_crouter())
         out = run(host, *prompt(LONG), new=30, logits_processor=[history], cache_implementation="static")

@@ -104,10 +104,11 @@ def drafts_change_no_token(host):
 
 
 def a_static_cache_gives_the_same(host):
-    history = history_of(host)
-    out = run(host, *prompt(LENGTH), new=NEW, logits_processor=[history], cache_implementation="static")
-    expected = reference_steps(host, history, out.sequences[0], LENGTH)
-    close(torch.stack(out.logits)[:, 0], expected, host)
+    history, lengths = history_of(host), (LENGTH, 31)
+    out = run(host, *prompt(*lengths), new=NEW, logits_processor=[history], cache_implementation="static")
+    for i, length in enumerate(lengths):
+        expected = reference_steps(host, history, out.sequences[i, LENGTH - length :], length)
+        close(torch.stack(out.logits)[:, i], expected, host)
 
 
 def scores_equal_steps(host):
