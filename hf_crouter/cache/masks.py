@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from transformers import StaticCache
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
+from ..hosts.devices import input_device
 from .kv_cache import CompressedCache
 from .layout import PAD
 
@@ -62,10 +63,10 @@ def over_buffers(host: Any, cache: CompressedCache, mask: Any) -> Any:
 
     In decoding such a host's own `prepare_inputs_for_generation` does the same.
     """
-    if not isinstance(mask, torch.Tensor) or not isinstance(cache, StaticCache):
+    if not isinstance(cache, StaticCache) or not hasattr(host.base_model, "build_alibi_tensor"):
         return mask
-    if not hasattr(host.base_model, "build_alibi_tensor"):
-        return mask
+    if mask is None:
+        mask = (cache.layout != PAD).long().to(input_device(host))
     return F.pad(mask, (0, max(0, int(cache.get_max_length()) - mask.shape[1])))
 
 

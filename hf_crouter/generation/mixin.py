@@ -157,6 +157,8 @@ class CompressedGenerationMixin:
             inputs = host_inputs(cache=cache)
             if inputs.get("past_key_values") is not cache:  # a host that begins anew (longrope past its switch)
                 cache.clear()
+                if inputs["input_ids"].shape[1] != width:
+                    inputs = host_inputs(length=None, cache=cache)
             return {**inputs, "past_key_values": cache}
         mask, positions = mask_and_positions(self, cache, main, input_ids.device)
         if "position_ids" in kwargs:

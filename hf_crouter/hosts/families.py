@@ -45,7 +45,7 @@ class Family:
     refused: str = ""
 
 
-_DRAFTS, _STATIC = 6, 7
+_PADDED, _DRAFTS, _STATIC = 5, 6, 7
 _STATE = "keeps a state instead of slots, out of which nothing can be taken"
 _PIECES = "reads a text in two pieces differently from one: its recurrent layers forget their state"
 _OWN = "keeps a cache of its own, not transformers'"
@@ -56,21 +56,24 @@ def _names(text: str) -> list[str]:
 
 
 _ATTENTION = _names("""
-    afmoe apertus arcee aria_text axk1 axk2 biogpt bitnet bloom codegen cohere cohere2 cohere2_moe ctrl cwm dbrx
-    deepseek_v2 deepseek_v3 deepseek_v32 diffllama doge dots1 dots3_note_text ernie4_5 ernie4_5_moe exaone4
-    exaone_moe falcon flex_olmo flint gemma gemma2 gemma3_text gemma4_unified_text glm glm4 glm4_moe
-    glm4_moe_lite glm_moe_dsa gpt-sw3 gpt2 gpt_bigcode gpt_neox gpt_neox_japanese gpt_oss gptj granite
-    granite_swa granitemoe granitemoe_swa granitemoeshared helium hrm_text hunyuan_v1_dense hunyuan_v1_moe hy_v3
-    hy_v4 hyperclovax inkling2_text inkling_text internlm3 iquestcoder jais2 jetmoe kolibri1 laguna llama
-    llama4_text longcat_flash mellum mimo_v2_flash minicpm3 minimax_m2 minimax_m3_vl_text ministral ministral3
-    mistral mixtral modernbert-decoder nanochat nemotron olmo olmo2 olmo3 olmoe opt persimmon phi phi3 phimoe
-    qwen2 qwen2_moe qwen3 qwen3_moe seed_oss smollm3 solar_open stablelm starcoder2 vaultgemma xglm youtu
+    afmoe apertus arcee aria_text axk1 axk2 beam biogpt bitnet bloom codegen cohere cohere2 cohere2_moe
+    cohere_compass_text ctrl cwm dbrx deepseek_v2 deepseek_v3 deepseek_v32 diffllama doge dots1 dots3_note_text
+    emu3_text_model ernie4_5 ernie4_5_moe exaone4 exaone_moe falcon flex_olmo flint gemma gemma2 gemma3_text
+    gemma4_unified_text glm glm4 glm4_moe glm4_moe_lite glm_moe_dsa gpt-sw3 gpt2 gpt_bigcode gpt_neox
+    gpt_neox_japanese gpt_oss gptj granite granite_swa granitemoe granitemoe_swa granitemoeshared helium hrm_text
+    hunyuan_v1_dense hunyuan_v1_moe hy_v3 hy_v4 hyperclovax internlm3 iquestcoder jais2 jetmoe kolibri1 laguna
+    llama llama4_text longcat_flash mellum mimo_v2_flash minicpm3 minimax_m2 ministral ministral3 mistral mixtral
+    modernbert-decoder moshi nanochat nemotron olmo olmo2 olmo3 olmoe opt persimmon phi phi3 phimoe qwen2
+    qwen2_moe qwen3 qwen3_moe seed_oss smollm3 solar_open stablelm starcoder2 vaultgemma xglm youtu
 """)
 _HYBRID = _names("""
     bailing_hybrid bamba falcon_h1 granitemoehybrid kimi_linear nemotron_h olmo_hybrid qwen3_5_moe_text
-    qwen3_5_text qwen3_next zamba2 zaya
+    qwen3_5_text qwen3_next qwen4_exp_text zamba2 zaya
 """)
-_IMAGES = _names("gemma3 internvl llama4 llava mistral3 qwen2_5_vl qwen2_vl qwen3_vl smolvlm")
+_IMAGES = _names("""
+    aya_vision exaone4_5 gemma3 gemma4 glm4v idefics3 internvl kimi_k25 lfm2_vl llama4 llava llava_next
+    llava_onevision mistral3 mllama qwen2_5_vl qwen2_vl qwen3_vl qwen3_vl_moe smolvlm
+""")
 _TEXT_ALONE = "text alone: a call with images is refused where something would be compressed"
 _LOOKS_UP = "its layers look token ids up: no soft prompts"
 
@@ -81,9 +84,11 @@ FAMILIES: dict[str, Family] = {
         *(Family(name, "hybrid", (_DRAFTS,)) for name in _HYBRID),
         *(Family(name, "hybrid") for name in ("lfm2", "lfm2_moe", "lfm3")),
         *(Family(name, "images", note=_TEXT_ALONE) for name in _IMAGES),
-        Family("qwen3_5", "images", (_DRAFTS,), note=_TEXT_ALONE),
+        *(Family(name, "images", (_DRAFTS,), note=_TEXT_ALONE) for name in ("qwen3_5", "qwen3_5_moe", "qwen4_exp")),
+        Family("minimax_m3_vl_text", without=(_PADDED,)),
+        *(Family(name, without=(_STATIC,)) for name in ("inkling2_text", "inkling_text")),
         Family("gpt_neo", without=(_STATIC,)),
-        Family("deepseek_v4", without=(_DRAFTS, _STATIC), note=_LOOKS_UP),
+        Family("deepseek_v4", without=(_PADDED, _DRAFTS, _STATIC), note=_LOOKS_UP),
         Family("mpt", note="its `use_cache` is False by default: pass `use_cache=True`"),
         Family("gemma3n_text", note=_LOOKS_UP),
         Family("gemma4_text", note="with per-layer embeddings no soft prompts"),
@@ -92,6 +97,8 @@ FAMILIES: dict[str, Family] = {
         Family("minimax", "hybrid", refused=_OWN),
         Family("reformer", refused=_OWN),
         Family("cpmant", refused="puts slots of its own before every text"),
+        Family("blt", refused="cannot read on from a cache"),
+        Family("paligemma", "images", refused="reads a prompt in both directions"),
         Family("openai-gpt", refused="reads every text anew, without a cache"),
     )
 }
