@@ -34,6 +34,7 @@ def prefill(
     ends: Callable[[], Sequence[int]] | None = None,
     *,
     one_rotation: bool = False,
+    keep: bool = True,
 ) -> tuple[int, int]:
     """Brings the cache to the layout that `input_ids` call for, short of the last `main` columns.
 
@@ -47,6 +48,7 @@ def prefill(
         ends: gives the columns at which each row ended, 0 where it goes on; nothing where none ends before the others.
         one_rotation: read anew where rotary factors switch even if nothing is compressed; `generate` leaves that to
             the host.
+        keep: whether slots that stand there may stay once something is compressed.
 
     Returns:
         Columns left to the caller, and the slots that were kept from before.
@@ -74,8 +76,9 @@ def prefill(
     experts = stack_experts(served, layout.shape[1])
     wanted, cached = (layout, experts), (cache.layout, cache.experts)
     slots, longest = layout.shape[1], max(len(row) for row in codes)
-    ours = one_rotation or any(row.chunks for row in rows)
-    common = 0 if ours and _rotated_anew(host, cache, longest) else common_columns(cached, wanted)
+    compressed = any(row.chunks for row in rows)
+    anew = compressed and not keep or (compressed or one_rotation) and _rotated_anew(host, cache, longest)
+    common = 0 if anew else common_columns(cached, wanted)
     if main is None:
         raw = min((width - row.pad - row.raw_start for row in rows if row.chunks), default=slots)
         kept = min(common, slots - (width - verified) - 1)

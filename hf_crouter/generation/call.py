@@ -61,6 +61,7 @@ class Call:
         plain: nothing can be compressed in it and it is out of the ordinary: the host reads it as if alone.
         compresses: it is long enough for something to be compressed.
         ends_apart: its rows end one by one, and are padded behind their ends.
+        own_positions: the host gives its slots positions of its own before anything is compressed.
         columns: most columns of ids that the host will read; None where that is not known.
         cache: the compressed cache, once there is one.
         steps: of the host, prepared so far.
@@ -76,6 +77,7 @@ class Call:
     plain: bool = False
     compresses: bool = True
     ends_apart: bool = False
+    own_positions: bool = False
     columns: int | None = None
     cache: CompressedCache | None = None
     steps: int = 0

@@ -151,10 +151,12 @@ class CompressedGenerationMixin:
         if not first:
             verified = cache.width + 1  # of the new tokens the first is decided, the others are drafts
         held = cache.layout.shape[1]
-        main, kept = prefill(self, policy, cache, input_ids, verified, main, call.ends)
+        keep = cache.compressed or not call.own_positions
+        main, kept = prefill(self, policy, cache, input_ids, verified, main, call.ends, keep=keep)
         policy.serve(cache.experts[:, -main:])
         if not cache.compressed and kept == held:
             inputs = host_inputs(cache=cache)
+            call.own_positions |= "position_ids" in kwargs and inputs.get("position_ids") is None
             if inputs.get("past_key_values") is not cache:  # a host that begins anew (longrope past its switch)
                 cache.clear()
                 if inputs["input_ids"].shape[1] != width:
@@ -163,11 +165,17 @@ class CompressedGenerationMixin:
         mask, positions = mask_and_positions(self, cache, main, input_ids.device)
         if "position_ids" in kwargs:
             kwargs["position_ids"] = positions
-        if not isinstance(mask, dict):
-            return {**host_inputs(input_ids[:, -main:], None, cache, mask), "past_key_values": cache}
-        inputs = host_inputs(input_ids[:, -main:], None, cache, None)
-        masks = {kind: some if some is None else some.contiguous() for kind, some in mask.items()}
-        return {**inputs, "attention_mask": masks, "past_key_values": cache}
+        by_kind = isinstance(mask, dict)
+        inputs = {
+            **host_inputs(input_ids[:, -main:], None, cache, None if by_kind else mask),
+            "past_key_values": cache,
+        }
+        if by_kind:
+            masks = {kind: some if some is None else some.contiguous() for kind, some in mask.items()}
+            inputs["attention_mask"] = masks
+        if "position_ids" in kwargs and inputs.get("position_ids") is None:
+            inputs["position_ids"] = positions  # a host that would count slots, padding among them
+        return inputs
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode, *args, **kwargs):
         """See the host's own; here all is known that decides how a call is read."""

@@ -227,6 +227,8 @@ def tiny_family(model_type, seed=0, **changes):
     host.generation_config.eos_token_id = None
     host.generation_config.pad_token_id = 0
     host.generation_config.use_cache = True
+    if model_type in IMAGE_FAMILIES:
+        host.generation_config.suppress_tokens = [1, 2]  # a picture's ids, which no real host gives
     return host.eval()
 
 
