@@ -19,7 +19,7 @@ import torch
 from transformers import LogitsProcessorList, PreTrainedModel
 
 from ..cache.kv_cache import CompressedCache
-from ..cache.masks import mask_and_positions
+from ..cache.masks import mask_and_positions, over_buffers
 from ..cache.policy import ContextPolicy
 from ..cache.prefill import prefill
 from ..errors import InputError
@@ -165,7 +165,7 @@ class CompressedGenerationMixin:
         mask, positions = mask_and_positions(self, cache, main, input_ids.device)
         if "position_ids" in kwargs:
             kwargs["position_ids"] = positions
-        by_kind = isinstance(mask, dict)
+        by_kind, mask = isinstance(mask, dict), over_buffers(self, cache, mask)
         inputs = {
             **host_inputs(input_ids[:, -main:], None, cache, None if by_kind else mask),
             "past_key_values": cache,

@@ -10,6 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import transformers
+from packaging.version import Version
+
 from ..errors import InputError
 
 CHECKS = (
@@ -36,6 +39,7 @@ class Family:
         without: numbers of the checks, from 0, that the plain host itself does not pass or refuses.
         note: what a user should know.
         refused: why; empty for a family that is served.
+        since: the transformers in which the plain host reads right; before, it is tried like an unknown family.
     """
 
     name: str
@@ -43,6 +47,7 @@ class Family:
     without: tuple[int, ...] = ()
     note: str = ""
     refused: str = ""
+    since: str = ""
 
 
 _PADDED, _DRAFTS, _STATIC = 5, 6, 7
@@ -57,13 +62,13 @@ def _names(text: str) -> list[str]:
 
 _ATTENTION = _names("""
     afmoe apertus arcee aria_text axk1 axk2 beam biogpt bitnet bloom codegen cohere cohere2 cohere2_moe
-    cohere_compass_text ctrl cwm dbrx deepseek_v2 deepseek_v3 deepseek_v32 diffllama doge dots1 dots3_note_text
+    cohere_compass_text ctrl cwm dbrx deepseek_v2 deepseek_v3 deepseek_v32 diffllama dots1 dots3_note_text
     emu3_text_model ernie4_5 ernie4_5_moe exaone4 exaone_moe falcon flex_olmo flint gemma gemma2 gemma3_text
     gemma4_unified_text glm glm4 glm4_moe glm4_moe_lite glm_moe_dsa gpt-sw3 gpt2 gpt_bigcode gpt_neox
     gpt_neox_japanese gpt_oss gptj granite granite_swa granitemoe granitemoe_swa granitemoeshared helium hrm_text
     hunyuan_v1_dense hunyuan_v1_moe hy_v3 hy_v4 hyperclovax internlm3 iquestcoder jais2 jetmoe kolibri1 laguna
     llama llama4_text longcat_flash mellum mimo_v2_flash minicpm3 minimax_m2 ministral ministral3 mistral mixtral
-    modernbert-decoder moshi nanochat nemotron olmo olmo2 olmo3 olmoe opt persimmon phi phi3 phimoe qwen2
+    modernbert-decoder nanochat nemotron olmo olmo2 olmo3 olmoe opt persimmon phi phi3 phimoe qwen2
     qwen2_moe qwen3 qwen3_moe seed_oss smollm3 solar_open stablelm starcoder2 vaultgemma xglm youtu
 """)
 _HYBRID = _names("""
@@ -87,6 +92,8 @@ FAMILIES: dict[str, Family] = {
         *(Family(name, "images", (_DRAFTS,), note=_TEXT_ALONE) for name in ("qwen3_5", "qwen3_5_moe", "qwen4_exp")),
         Family("minimax_m3_vl_text", without=(_PADDED,)),
         *(Family(name, without=(_STATIC,)) for name in ("inkling2_text", "inkling_text")),
+        Family("doge", since="5.23", note="transformers 5.23 or later: before, its attention is not causal"),
+        Family("moshi", since="5.23", note="transformers 5.23 or later: before, it misreads a second piece"),
         Family("gpt_neo", without=(_STATIC,)),
         Family("deepseek_v4", without=(_PADDED, _DRAFTS, _STATIC), note=_LOOKS_UP),
         Family("mpt", note="its `use_cache` is False by default: pass `use_cache=True`"),
@@ -110,8 +117,11 @@ def family_of(host_or_config: Any) -> Family | None:
 
 
 def is_tested(host: Any) -> bool:
-    """Whether it is one of the list's, with transformers' own code."""
-    return family_of(host) is not None and type(host).__module__.startswith("transformers.models.")
+    """Whether it is one of the list's, with transformers' own code, in a version that reads it right."""
+    family = family_of(host)
+    if family is None or not type(host).__module__.startswith("transformers.models."):
+        return False
+    return not family.since or Version(transformers.__version__) >= Version(family.since)
 
 
 def looks_ids_up(host_or_config: Any) -> bool:
