@@ -9,10 +9,10 @@ import re
 from typing import Any
 
 import torch
-from accelerate.utils import align_module_device
 
 from ..errors import InputError
 from ..utils.hashing import bfloat16_bytes
+from .devices import offload_hooks, plain_module
 from .unwrap import unwrap
 
 EMBEDDING_ROWS = 64
@@ -44,10 +44,9 @@ def host_fingerprint(model: Any) -> str:
         ),
     ]
     digest = hashlib.sha256(json.dumps(shape).encode())
-    embedding: Any = host.get_input_embeddings()
-    while hasattr(embedding, "base_layer"):
-        embedding = embedding.base_layer
-    digest.update(_rows(embedding, "weight", EMBEDDING_ROWS))
+    embedding = plain_module(host.get_input_embeddings())
+    path = next(name for name, module in host.named_modules() if module is embedding)
+    digest.update(_rows(host, f"{path}.weight", EMBEDDING_ROWS))
     weights = {}
     for name, _ in host.named_parameters():
         if "lora_" in name or ".modules_to_save." in name:
@@ -57,20 +56,25 @@ def host_fingerprint(model: Any) -> str:
     layers = {name: int(LAYER.search(name)[1]) for name in weights if QUERY_KEY_VALUE.search(name)}  # pyright: ignore
     ends = (min(layers.values(), default=0), max(layers.values(), default=0))
     for name in [*norms[-1:], *(name for name, layer in layers.items() if layer in ends)]:
-        path, _, leaf = weights[name].rpartition(".")
-        digest.update(_rows(host.get_submodule(path), leaf, LAYER_ROWS))
+        digest.update(_rows(host, weights[name], LAYER_ROWS))
     return digest.hexdigest()[:32]
 
 
-def _rows(module: Any, name: str, count: int) -> bytes:
-    """Some rows of a module's weight, or all of a vector; an offloaded one comes into memory for it, alone."""
-    weight = getattr(module, name)
-    away = weight.device.type == "meta" and hasattr(module, "_hf_hook")
-    with align_module_device(module, execution_device=torch.device("cpu")) if away else contextlib.nullcontext():
-        weight = getattr(module, name)
-        if weight.device.type == "meta":
-            raise InputError(
-                f"host: expected weights, got none in {name} of {type(module).__name__} (the meta device)"
-            )
-        rows = torch.linspace(0, len(weight) - 1, len(weight) if weight.ndim < 2 else min(count, len(weight))).long()
-        return bfloat16_bytes(weight.detach()[rows.to(weight.device)])
+def _rows(host: Any, name: str, count: int) -> bytes:
+    """Some rows of a weight, or all of a vector."""
+    weight = _weight(host, name)
+    rows = torch.linspace(0, len(weight) - 1, len(weight) if weight.ndim < 2 else min(count, len(weight))).long()
+    return bfloat16_bytes(weight.detach()[rows.to(weight.device)])
+
+
+def _weight(host: Any, name: str) -> torch.Tensor:
+    """A weight in memory: the host's, or what a hook would bring in, which is read alone."""
+    path, _, leaf = name.rpartition(".")
+    weight = getattr(host.get_submodule(path), leaf)
+    if weight.device.type != "meta":
+        return weight
+    for below, hook in offload_hooks(host, path):
+        with contextlib.suppress(KeyError):
+            if (held := getattr(hook, "weights_map", None)) is not None:
+                return held[f"{below}.{leaf}" if below else leaf]
+    raise InputError(f"host: expected weights, got none in {name} (the meta device)")
