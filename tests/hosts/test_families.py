@@ -25,14 +25,14 @@ NAMES = {**{name: family for name, (family, _) in VARIANTS.items()}, "emu3": "em
 LISTED = {name: FAMILIES.get(NAMES.get(name, name)) for name in sorted(HOSTS)}
 HERE = Version(transformers.__version__)
 SERVED = [name for name, family in LISTED.items()
-          if family is not None and not family.refused and HERE >= Version(family.since or "0")]  # fmt: skip
-MISREAD = [name for name, family in LISTED.items() if family is not None and HERE < Version(family.since or "0")]
+          if family is not None and not family.refused and Version(family.since or "0") <= HERE]  # fmt: skip
+MISREAD = [name for name, family in LISTED.items() if family is not None and Version(family.since or "0") > HERE]
 REFUSED = [name for name, family in LISTED.items() if family is not None and family.refused]
 IMAGE_ID = 2  # that stands for a picture in prompts of tiny hosts
 QUICK = ("llama", "qwen2", "gemma3_text", "phi3", "gpt_neox", "bloom", "lfm2", "deepseek_v3", "qwen2_vl")
 # what a variant of a family does not pass as a plain host
 WITHOUT = {"falcon_alibi": (7,)}
-if HERE < Version("5.23"):  # faults of transformers' own that were mended later
+if Version("5.23") > HERE:  # faults of transformers' own that were mended later
     WITHOUT |= {"llama4": (7,), "llama4_text": (7,), "inkling_text": (6,), "deepseek_v4": (4,)}
 
 
