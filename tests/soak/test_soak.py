@@ -225,9 +225,11 @@ class Soak:
         length = lengths[number // several]
         steps = len(out.logits)
         sequence = out.sequences[number, width - length :]
-        tokens = report.rows[number].tokens if report.rows else len(sequence) - 1
-        if tokens < len(sequence) - 1:
-            return  # ended before the others
+        stops = [rule.lengths[number] for rule in options.get("stopping_criteria", ()) if isinstance(rule, Stops)]
+        end = min([*stops, 10**6])
+        ids = sequence[length:-1]
+        if end < out.sequences.shape[1] or (stops and bool((ids == options.get("eos_token_id")).any())):
+            return  # it ended before the others: nobody reads what it gives after that
         last = [record for record in report.retrievals if record.row == number]
         raw = sorted(record.chunk for record in last if record.length == last[-1].length)
         soft = any(isinstance(mode, SoftPrompts) for mode in history.modes)
