@@ -152,6 +152,7 @@ class Soak:
             return lambda: None
         if kind == "criteria":
             options["stopping_criteria"] = StoppingCriteriaList([Stops([10**6] * 64, error)])
+            options["eos_token_id"], options["pad_token_id"] = 96, 0
             return lambda: None
         modules = list(self.crouter.modules()) if kind == "encode" else list(host.modules())
         module, left = draw.choice(modules), [draw.randint(1, 12)]
@@ -228,7 +229,7 @@ class Soak:
         stops = [rule.lengths[number] for rule in options.get("stopping_criteria", ()) if isinstance(rule, Stops)]
         end = min([*stops, 10**6])
         ids = sequence[length:-1]
-        if end < out.sequences.shape[1] or (stops and bool((ids == options.get("eos_token_id")).any())):
+        if end < out.sequences.shape[1] or (stops and bool((ids == options["eos_token_id"]).any())):
             return  # it ended before the others: nobody reads what it gives after that
         last = [record for record in report.retrievals if record.row == number]
         raw = sorted(record.chunk for record in last if record.length == last[-1].length)
