@@ -64,6 +64,12 @@ def logits(host):
         return host(prompt(20)[0]).logits
 
 
+def test_a_tokenizer_larger_than_the_host_is_told(base):
+    byte_tokenizer(330).save_pretrained(base)
+    with pytest.raises(MismatchError, match="base: the tokenizer has 330 entries, the host embeds 320"):
+        load_host(base)
+
+
 class TestAdapterFolders:
     def test_is_the_host_with_the_adapter_active(self, base, adapter):
         host, tokenizer = load_host(adapter)
