@@ -67,6 +67,11 @@ class CompressedCache(Cache):
         return self.compressed or bool((self.experts != BASE).any())
 
     @property
+    def is_recurrent(self) -> bool:
+        """Whether some layers keep a state beside, or instead of, slots."""
+        return any(hasattr(layer, "conv_states") for layer in self.layers)
+
+    @property
     def has_key_values(self) -> bool:
         """Whether some chunk's entries are keys and values."""
         return any(chunk.entries is not None and chunk.entries.keys is not None

@@ -83,6 +83,8 @@ def prefill(
         raw = min((width - row.pad - row.raw_start for row in rows if row.chunks), default=slots)
         kept = min(common, slots - (width - verified) - 1)
         main = min(raw, slots - kept)
+        if slots - kept - main == 1 and main > width - verified + 1 and cache.is_recurrent:
+            main -= 1  # recurrent layers take one column for a decoding step, and its padding for a token
     else:
         kept = min(common, slots - main)
     kept = cache.keep_columns(kept)

@@ -97,6 +97,20 @@ def test_refused_families(name):
     assert type(host) is cls and set(vars(host)) == keys
 
 
+@pytest.mark.parametrize("name", ["lfm2", "qwen3_5_text", "granitemoehybrid"])
+def test_a_prefill_of_one_column_keeps_padding_out_of_a_recurrence(name):
+    host, lengths = HOSTS[name](), (29, 14)
+    history = CompressedHistory(host, tiny_crouter(), modes=[], window=8, keep_first=0)
+    out = run(host, *prompt(*lengths, seed=997520), new=3, logits_processor=[history])
+    for i, length in enumerate(lengths):
+        row = out.sequences[i, 29 - length :]
+        for step in range(3):
+            kept = row[16 : length + step] if i == 0 else row[: length + step]
+            with torch.no_grad():
+                expected = host(kept[None]).logits[0, -1]
+            torch.testing.assert_close(out.logits[step][i], expected, atol=1e-3, rtol=0)
+
+
 @pytest.mark.parametrize("name", MISREAD)
 def test_families_that_this_transformers_misreads(name):
     host = HOSTS[name]()

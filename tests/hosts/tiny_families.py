@@ -224,6 +224,7 @@ def tiny_family(model_type, seed=0, **changes):
         for weight in host.parameters():
             if not weight.any() or weight.ndim > 1 and weight.std() < 0.05:
                 weight.normal_(std=0.2 if weight.ndim > 1 else 0.05)
+        host.get_input_embeddings().weight[0].normal_(std=0.3)  # of a real host padding is no zero either
     host.generation_config.eos_token_id = None
     host.generation_config.pad_token_id = 0
     host.generation_config.use_cache = True

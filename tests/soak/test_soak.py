@@ -225,6 +225,8 @@ class Soak:
         number = self.random.randrange(len(out.sequences))
         length = lengths[number // several]
         steps = len(out.logits)
+        if not steps:
+            return
         sequence = out.sequences[number, width - length :]
         stops = [rule.lengths[number] for rule in options.get("stopping_criteria", ()) if isinstance(rule, Stops)]
         end = min([*stops, 10**6])
