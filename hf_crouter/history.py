@@ -43,9 +43,9 @@ class CompressedHistory(HistoryProcessor):
         crouter: chunk autoencoder; needed by `SoftPrompts`, `Experts` and `Copy(source="rebuilt")`, and for the
             reconstruction NLL in the report.
         modes: how the past is read: a list of modes such as `[SoftPrompts(), Copy(), Retrieve(2)]`, or of their names.
-            "auto": what works at once with what is there, `Retrieve(2)`, with a crouter that has this host's projector
-            `SoftPrompts()` and one that has its gate `Copy()` too. "fast": `Retrieve(2)`. An empty list drops what
-            leaves the window.
+            "auto": what works at once with what is there, `Retrieve(2)`, with a crouter that has a projector of this
+            host or a twin of it `SoftPrompts()` and one that has such a gate `Copy()` too. "fast": `Retrieve(2)`. An
+            empty list drops what leaves the window.
         window: fewest raw tokens kept at the end.
         keep_first: raw tokens kept at the start; "auto": the chat template's system turn, or else 4 (attention sinks).
         tokenizer: of the host; looked for beside the host (never on the network) where it is needed.
@@ -99,6 +99,7 @@ class CompressedHistory(HistoryProcessor):
             bound.close()
             raise
         self._scores = bound.scores
+        self._fitted = bound.fitted
         self.changes_scores = bool(bound.scores)
         self._trace: Trace | None = None
         self._rows: tuple[RowRecord, ...] = ()
@@ -187,9 +188,10 @@ class CompressedHistory(HistoryProcessor):
             measure: rebuild the chunks at the first call; slots and bytes alone cost nothing.
         """
         if self._trace is None:
-            return HistoryReport((), self._rows, 0, 0, 0, 0, self.policy.compressor is not None)
+            entries = self.policy.compressor is not None
+            return HistoryReport((), self._rows, 0, 0, 0, 0, entries, fitted=self._fitted)
         report = self._trace.report(self.crouter if measure else None)
-        return replace(report, modes=tuple(mode.name for mode in self.modes))
+        return replace(report, modes=tuple(mode.name for mode in self.modes), fitted=self._fitted)
 
     @overload
     def score(

@@ -21,6 +21,7 @@ from ..crouter import CRouterModel
 from ..crouter.fingerprint import crouter_fingerprint
 from ..crouter.loading import load_crouter
 from ..errors import InputError
+from ..fitting import HostInUse
 from ..hosts.families import CHECKS, check_family, family_of, is_tested
 from ..hosts.fetch import cached_host, list_hosts
 from ..hosts.fingerprint import host_fingerprint
@@ -131,17 +132,17 @@ def parts(host_name: str | None, crouter_name: str | None) -> Iterator[Check]:
     else:
         yield Check("tokenizers", "fail", "they differ and the crouter's gives no character offsets",
                     "use a crouter with a fast tokenizer")  # fmt: skip
+    known = HostInUse(host, host_tokenizer)
     try:
-        projector = find_projector(crouter, host)
-        yield Check("projector", "ok", f"{projector.config.host_name}, made for this host and crouter")
+        projector = find_projector(crouter, known)
+        yield Check("projector", "ok", projector.check(known, crouter).origin)
     except InputError as error:
         yield Check("projector", "fail", str(error),
                     align_command(name, str(crouter.name_or_path)))  # fmt: skip
     try:
-        gate = find_gate(crouter, host)
-        own = bool(gate.config.host_fingerprint)
-        yield Check("gate", "ok",
-                    f"{gate.config.host_name}, fitted on this host" if own else "the generic one copies for any host",
+        found = find_gate(crouter, known).fitted(known)
+        own = found.fit != "generic"
+        yield Check("gate", "ok", found.origin if own else "the generic one copies for any host",
                     "" if own else f"{align_command(name, str(crouter.name_or_path))} --only gate")  # fmt: skip
     except InputError as error:
         yield Check("gate", "fail", str(error), "fit it again: hf-crouter align --only gate")

@@ -15,8 +15,10 @@ from ..crouter import CRouterModel
 from ..crouter.fingerprint import crouter_fingerprint
 from ..crouter.loading import crouter_folder
 from ..errors import MismatchError
-from ..hosts.fingerprint import host_fingerprint
+from ..fitting import best_fit, check_fit, difference, in_use
+from ..hosts.fingerprint import EMBEDDINGS, host_architecture, host_fingerprint
 from ..hosts.unwrap import display_name, unwrap
+from ..types import Fitted
 from ..utils.module_io import load_weights, read_description, save_module
 
 NAME = "projector"
@@ -35,6 +37,7 @@ class ProjectorConfig:
         host_name: name for people and for the folder.
         host_fingerprint: of the host's weights.
         crouter_fingerprint: of the crouter's encoder.
+        host_architecture: see `hosts.fingerprint.host_architecture`; empty in files of 0.2 and before.
         host_tokenizer: fingerprint; empty where none was known.
         crouter_tokenizer: fingerprint; equal to `host_tokenizer` where both share their ids.
         training: record of the run that made it.
@@ -47,6 +50,7 @@ class ProjectorConfig:
     host_name: str
     host_fingerprint: str
     crouter_fingerprint: str
+    host_architecture: str = ""
     host_tokenizer: str = ""
     crouter_tokenizer: str = ""
     training: dict[str, Any] = field(default_factory=dict)
@@ -98,20 +102,25 @@ class Projector(nn.Module):
         load_weights(folder, NAME, projector, checksum)
         return projector.eval()
 
-    def check(self, host: Any, crouter: CRouterModel) -> None:
-        """Refuses another host or crouter than the ones it was made for.
+    def check(self, host: Any, crouter: CRouterModel, tokenizer: Any = None) -> Fitted:
+        """Whether the host is the one that it was made for or a twin of it; refuses others, and another crouter.
+
+        A twin has embeddings of the same shape, in the same family of hosts, and the same tokenizer.
+
+        Args:
+            host: the decoder, wrapped or plain, or its identity (`fitting.HostInUse`).
+            crouter: the chunk autoencoder.
+            tokenizer: of the host; looked for beside it where it is needed.
 
         Raises:
             MismatchError: names what was expected and what came.
         """
-        for what, expected, got in (
-            ("host", self.config.host_fingerprint, host_fingerprint(host)),
-            ("crouter", self.config.crouter_fingerprint, crouter_fingerprint(crouter)),
-        ):
-            if expected != got:
-                raise MismatchError(
-                    f"projector {self.config.host_name!r}: expected the {what} with fingerprint {expected}, got {got}"
-                )
+        name, known = f"projector {self.config.host_name!r}", in_use(host, tokenizer)
+        expected, got = self.config.crouter_fingerprint, crouter_fingerprint(crouter)
+        if expected != got:
+            raise MismatchError(f"{name}: expected the crouter with fingerprint {expected}, got {got}")
+        advice = align_command(known.host.name_or_path or "HOST", crouter.name_or_path or "CROUTER")
+        return replace(check_fit(name, self.config, known, EMBEDDINGS, advice), part=NAME)
 
 
 def new_projector(
@@ -147,19 +156,23 @@ def new_projector(
         host_name=host_name or display_name(inner),
         host_fingerprint=host_fingerprint(inner),
         crouter_fingerprint=crouter_fingerprint(crouter),
+        host_architecture=host_architecture(inner),
         host_tokenizer=tokenizer_fingerprint(host_tokenizer) if host_tokenizer is not None else "",
         crouter_tokenizer=tokenizer_fingerprint(crouter_tokenizer) if crouter_tokenizer is not None else "",
     )
     return Projector(config, scale)
 
 
-def find_projector(crouter: CRouterModel, host: Any, name: str | None = None) -> Projector:
-    """The projector in the crouter's folder (`projectors/*/`) that was made for this host and crouter.
+def find_projector(crouter: CRouterModel, host: Any, name: str | None = None, tokenizer: Any = None) -> Projector:
+    """The projector in the crouter's folder (`projectors/*/`) that was made for this crouter and host, or for a twin.
+
+    One that was made for this very copy of the host comes before a twin's.
 
     Args:
         crouter: loaded from a local folder or from the hub.
-        host: the decoder, wrapped or plain.
+        host: the decoder, wrapped or plain, or its identity (`fitting.HostInUse`).
         name: only the one in `projectors/<name>/`.
+        tokenizer: of the host; looked for beside it where it is needed.
 
     Raises:
         MismatchError: there is none; says which command makes it.
@@ -170,16 +183,20 @@ def find_projector(crouter: CRouterModel, host: Any, name: str | None = None) ->
     pattern = f"projectors/{name or '*'}/{CONFIG}"
     for path in sorted(crouter_folder(source, "projectors").glob(pattern)) if source else []:
         found.append((path.parent, _read_config(path.parent)[0]))
-    wanted = (host_fingerprint(host), crouter_fingerprint(crouter))
-    for folder, config in found:
-        if (config.host_fingerprint, config.crouter_fingerprint) == wanted:
-            return Projector.load(folder)
-    pair = f"host {display_name(unwrap(host))!r} ({wanted[0]}) and crouter {source!r} ({wanted[1]})"
-    others = ", ".join(f"{c.host_name!r} ({c.host_fingerprint}, crouter {c.crouter_fingerprint})" for _, c in found)
-    target = unwrap(host).config._name_or_path or "HOST"
+    known, reads = in_use(host, tokenizer), crouter_fingerprint(crouter)
+    own = [(folder, config) for folder, config in found if config.crouter_fingerprint == reads]
+    best = best_fit([config for _, config in own], known, EMBEDDINGS)
+    if best is not None:
+        return Projector.load(own[best][0])
+    pair = f"host {known.host_name!r} ({known.host_fingerprint or 'weights out of reach'}) or a twin"
+    others = ", ".join(
+        f"{c.host_name!r} ({c.host_fingerprint}, crouter {c.crouter_fingerprint}"
+        + (f": {difference(c, known, EMBEDDINGS)})" if c.crouter_fingerprint == reads else ")")
+        for _, c in found
+    )
     raise MismatchError(
-        f"projector: expected one for {pair}, got {others or 'none'}; "
-        f"make it with: {align_command(target, source or 'CROUTER')}"
+        f"projector: expected one for {pair} and crouter {source!r} ({reads}), got {others or 'none'}; "
+        f"make it with: {align_command(known.host.name_or_path or 'HOST', source or 'CROUTER')}"
     )
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from ..types import Fitted
+
 
 @dataclass(frozen=True)
 class ChunkRecord:
@@ -125,6 +127,8 @@ class HistoryReport:
         steps: of the host in `generate`, the reading of the prompt included; 0 after `score`.
         generated: tokens a row that these steps gave; more than one a step where drafts were accepted.
         modes: names of the ways to read.
+        fitted: whether each part that reads (projector, gate, experts) was fitted to this very copy of the host or to
+            a twin of it.
     """
 
     chunks: tuple[ChunkRecord, ...]
@@ -143,6 +147,7 @@ class HistoryReport:
     steps: int = 0
     generated: int = 0
     modes: tuple[str, ...] = ()
+    fitted: tuple[Fitted, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain lists and numbers, for JSON."""
@@ -173,6 +178,7 @@ class HistoryReport:
                       for r in self.routes if r.row == i]  # fmt: skip
         if self.modes:
             lines.append(f"Read by: {', '.join(self.modes)}")
+        lines += map(str, self.fitted)
         if self.chunks:
             lines.append("row  chunk        span  tokens  nats/token   TRA  copied" + "  expert" * bool(self.routes))
             for c in self.chunks:

@@ -1,4 +1,8 @@
-"""Which host, which crouter: hashes of weights that do not change with the dtype they are loaded in."""
+"""Which host: a hash of its weights that does not change with their dtype, and its architecture, which has no weights.
+
+The first tells this very copy from every other. The second is what copies of a model share: the hub's weights, the
+same ones at four bits, a fine-tune.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +24,11 @@ LAYER_ROWS = 8
 FINAL_NORMS = ("norm.weight", "ln_f.weight", "final_layer_norm.weight", "final_layernorm.weight", "norm_f.weight")
 QUERY_KEY_VALUE = re.compile(r"\.(q_proj|k_proj|v_proj|qkv_proj|query_key_value|c_attn|Wqkv|qkv)\.weight$")
 LAYER = re.compile(r"\.(\d+)\.")
+SHAPE = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
+         "intermediate_size", "num_experts")  # fmt: skip
+EMBEDDINGS = ("model_type", "embeddings")  # what input embeddings that are made for a host depend on
+ARCHITECTURE = (*EMBEDDINGS, *SHAPE, "positions")
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")  # as families call them
 
 
 def host_fingerprint(model: Any) -> str:
@@ -58,6 +67,59 @@ def host_fingerprint(model: Any) -> str:
     for name in [*norms[-1:], *(name for name, layer in layers.items() if layer in ends)]:
         digest.update(_rows(host, weights[name], LAYER_ROWS))
     return digest.hexdigest()[:32]
+
+
+def host_architecture(model: Any) -> str:
+    """A host's `ARCHITECTURE` as "name=value" words, such as "model_type=llama embeddings=49152x576 hidden_size=576".
+
+    `embeddings` is the input embeddings' shape, vocabulary x width; `positions` the family of position encodings, not
+    its base or scaling, which a fine-tune for longer texts changes. A word that a family has no value for is left out.
+    No weight is read: the same for an offloaded host and one on the meta device.
+
+    Args:
+        model: host, wrapped or plain.
+
+    Raises:
+        InputError: no decoder.
+    """
+    host = unwrap(model)
+    config = host.config.get_text_config(decoder=True)
+    values = {name: getattr(config, name, None) for name in SHAPE}
+    heads = values["num_attention_heads"]
+    if values["num_key_value_heads"] is None:
+        values["num_key_value_heads"] = heads
+    if values["head_dim"] is None and isinstance(heads, int) and isinstance(values["hidden_size"], int):
+        values["head_dim"] = values["hidden_size"] // max(1, heads)
+    values["num_experts"] = next((n for n in (getattr(config, name, None) for name in EXPERTS) if n is not None), None)
+    values |= {"model_type": config.model_type, "embeddings": _embeddings(host), "positions": _positions(config)}
+    return " ".join(f"{name}={_word(values[name])}" for name in ARCHITECTURE if values[name] is not None)
+
+
+def architecture_fields(architecture: str) -> dict[str, str]:
+    """The values by name, of what `host_architecture` wrote."""
+    return {name: value for name, _, value in (word.partition("=") for word in architecture.split())}
+
+
+def _embeddings(host: Any) -> str:
+    """Vocabulary x width; of packed or sharded weights, whose own shape says nothing, as the module states it."""
+    embedding = plain_module(host.get_input_embeddings())
+    shape = tuple(embedding.weight.shape)
+    if len(shape) != 2 or not embedding.weight.is_floating_point():
+        shape = (embedding.num_embeddings, embedding.embedding_dim)
+    return f"{shape[0]}x{shape[1]}"
+
+
+def _positions(config: Any) -> str | None:
+    if getattr(config, "alibi", False):
+        return "alibi"
+    return "rope" if getattr(config, "rope_parameters", None) else getattr(config, "position_embedding_type", None)
+
+
+def _word(value: Any) -> str:
+    """A value without white space; of a list of one value a layer that are all the same, that value."""
+    if isinstance(value, list | tuple):
+        value = value[0] if len(set(map(str, value))) == 1 else list(value)
+    return value if isinstance(value, str) else json.dumps(value, separators=(",", ":"), default=str)
 
 
 def _rows(host: Any, name: str, count: int) -> bytes:

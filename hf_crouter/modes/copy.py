@@ -12,6 +12,7 @@ import torch
 
 from ..compressors.rebuild import Rebuilder
 from ..errors import InputError
+from ..fitting import HostInUse
 from ..hosts.tokenizers import local_tokenizer, special_ids
 from ..ngram.archive import Matches
 from ..ngram.gate import Gate, find_gate, own_gate
@@ -33,8 +34,8 @@ class Copy:
             conversation earlier answers are part of the prompt and archived in any case: `exclude` them.
         exclude: spans `(start, end)` of a row's tokens, counted from its first real one, that may be read but not
             copied.
-        gate: weighs copying against the host: a folder or a `Gate`; None finds the host's in the crouter's folder, or
-            takes the generic one.
+        gate: weighs copying against the host: a folder or a `Gate`; None finds the host's or a twin's in the crouter's
+            folder, or takes the generic one.
 
     Raises:
         InputError: options that do not make a copier.
@@ -72,8 +73,8 @@ class Copy:
 
     @classmethod
     def ready(cls, setting: Setting) -> Copy | None:
-        """See `Mode`: with a crouter and a gate that was fitted to this host."""
-        gate = own_gate(setting.crouter, setting.host) if setting.crouter is not None else None
+        """See `Mode`: with a crouter and a gate that was fitted to this host or a twin of it."""
+        gate = own_gate(setting.crouter, HostInUse.of(setting)) if setting.crouter is not None else None
         return cls(gate=gate) if gate is not None else None
 
     def bind(self, setting: Setting) -> Parts:
@@ -85,7 +86,8 @@ class Copy:
         """
         if not self.strength:
             return Parts()
-        gate = self.gate if isinstance(self.gate, Gate) else find_gate(setting.crouter, setting.host, self.gate)
+        host = HostInUse.of(setting)
+        gate = self.gate if isinstance(self.gate, Gate) else find_gate(setting.crouter, host, self.gate)
         stop_ids = special_ids(setting.tokenizer, setting.host)
 
         def opened(opening: Opening) -> Copier:
@@ -97,7 +99,7 @@ class Copy:
             archived = None if self.generated else opening.archived or opening.width
             return Copier(archives, gate, self.strength, opening.width, archived, opening.prompts)
 
-        return Parts(scores=opened)
+        return Parts(scores=opened, fitted=(gate.fitted(host),))
 
 
 class Copier:

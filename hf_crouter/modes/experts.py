@@ -9,7 +9,7 @@ from typing import ClassVar
 from ..chunking import tokenizer_fingerprint
 from ..crouter.fingerprint import crouter_fingerprint
 from ..errors import InputError
-from ..hosts.fingerprint import host_fingerprint
+from ..fitting import HostInUse, fitted
 from ..routing.adapters import AdapterStack
 from ..routing.experts import ExpertSet, expert_folder
 from ..routing.router import Router
@@ -65,16 +65,19 @@ class Experts:
 
         Raises:
             InputError: damaged files, or no experts.
-            MismatchError: experts of another host, crouter or tokenizer.
+            MismatchError: experts of another crouter or tokenizer, or of a host that is no twin of this one.
         """
         crouter, given = setting.crouter, self.experts
         experts = given if isinstance(given, ExpertSet) else ExpertSet.load(expert_folder(given))
-        names = [tokenizer_fingerprint(t) if t is not None else ""
-                 for t in (setting.crouter_tokenizer, setting.tokenizer)]  # fmt: skip
+        own = setting.crouter_tokenizer
+        host = HostInUse.of(setting)
         experts.check(
-            crouter_fingerprint(crouter, decoder=True), host_fingerprint(setting.host),
-            crouter_tokenizer=names[0], host_tokenizer=names[1],
-        )  # fmt: skip
+            crouter_fingerprint(crouter, decoder=True),
+            host.host_fingerprint,
+            host_architecture=host.host_architecture,
+            crouter_tokenizer=tokenizer_fingerprint(own) if own is not None else "",
+            host_tokenizer=host.host_tokenizer,
+        )
         router = Router(
             crouter,
             experts,
@@ -99,5 +102,6 @@ class Experts:
             adapters=adapters,
             adapters_key=(*(e.digest for e in experts), f"{router.in_domain_quantile} {router.top_k_experts}"),
             tokenizers=(config.host_tokenizer, config.crouter_tokenizer),
+            fitted=tuple(fitted(f"expert {expert.name}", expert.config, host) for expert in experts),
             close=close,
         )

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import InputError
-from ..types import Adapters, ChunkRouter, Compressor, Mode, Parts, Retriever, ScoreMode, Setting
+from ..types import Adapters, ChunkRouter, Compressor, Fitted, Mode, Parts, Retriever, ScoreMode, Setting
 
 MODES: dict[str, type] = {}
 ONE_OF_A_KIND = ("entries", "chunks", "adapters")  # changes of the scores may follow one another
@@ -39,6 +39,7 @@ class BoundModes:
     adapters: Adapters | None = None
     adapters_key: tuple[str, ...] = ()
     tokenizers: tuple[str, str] = ("", "")
+    fitted: tuple[Fitted, ...] = ()
     closes: tuple[Callable[[], None], ...] = field(default=(), repr=False)
 
     def close(self) -> None:
@@ -119,6 +120,7 @@ def bound_modes(modes: Sequence[Mode], setting: Setting) -> BoundModes:
         adapters=only("adapters"),
         adapters_key=tuple(key for part in parts for key in part.adapters_key),
         tokenizers=next((part.tokenizers for part in first if part.tokenizers is not None), ("", "")),
+        fitted=tuple(one for part in parts for one in part.fitted),
         closes=tuple(part.close for part in parts if part.close is not None),
     )
 

@@ -9,6 +9,7 @@ from typing import ClassVar
 from ..compressors.projector import Projector, find_projector
 from ..compressors.soft_prompts import SoftPromptCompressor
 from ..errors import InputError, MismatchError
+from ..fitting import HostInUse
 from ..hosts.devices import input_device
 from ..hosts.families import looks_ids_up
 from ..types import Contribution, Parts, Setting
@@ -20,7 +21,7 @@ class SoftPrompts:
 
     Attributes:
         projector: a folder or a `Projector`; None finds the one in the crouter's folder that was made for this host
-            (`hf-crouter align` makes one).
+            or a twin of it (`hf-crouter align` makes one).
 
     Example:
         >>> history = CompressedHistory(host, crouter, modes=[SoftPrompts()])
@@ -42,7 +43,7 @@ class SoftPrompts:
         if setting.crouter is None or looks_ids_up(setting.host):
             return None
         try:
-            return cls(find_projector(setting.crouter, setting.host))
+            return cls(find_projector(setting.crouter, HostInUse.of(setting)))
         except MismatchError:
             return None
 
@@ -58,15 +59,16 @@ class SoftPrompts:
             raise InputError(
                 f"SoftPrompts: expected a host that reads embeddings alone, got {name}, whose layers look ids up too"
             )
-        if self.projector is None:
-            projector = find_projector(setting.crouter, setting.host)
+        host, given = HostInUse.of(setting), self.projector
+        if given is None:
+            projector = find_projector(setting.crouter, host)
         else:
-            given = self.projector
             projector = given if isinstance(given, Projector) else Projector.load(os.fspath(given))
-            projector.check(setting.host, setting.crouter)
+        fitted = projector.check(host, setting.crouter)
         device = input_device(setting.host)
         config = projector.config
         return Parts(
             compressor=SoftPromptCompressor(setting.crouter, projector.to(device).eval()),
             tokenizers=(config.host_tokenizer, config.crouter_tokenizer),
+            fitted=(fitted,),
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,9 @@ from torch import nn
 
 from ..crouter import CRouterModel
 from ..crouter.loading import SHIPPED, crouter_folder
-from ..errors import InputError, MismatchError
-from ..hosts.fingerprint import host_fingerprint
+from ..errors import InputError
+from ..fitting import best_fit, check_fit, fitted, in_use
+from ..types import Fitted
 from ..utils.module_io import load_weights, read_description, save_module
 from .archive import ORDERS
 
@@ -35,6 +36,8 @@ class GateConfig:
         sees_host: whether it sees the host's distribution; a generic gate does not.
         host_name: of the host that it was fitted on; empty for a generic one.
         host_fingerprint: of that host's weights; empty for a generic one.
+        host_architecture: see `hosts.fingerprint.host_architecture`; empty in files of 0.2 and before.
+        host_tokenizer: fingerprint; empty where none was known.
         training: record of the fit.
     """
 
@@ -43,6 +46,8 @@ class GateConfig:
     sees_host: bool = True
     host_name: str = ""
     host_fingerprint: str = ""
+    host_architecture: str = ""
+    host_tokenizer: str = ""
     training: dict[str, Any] = field(default_factory=dict)
 
 
@@ -76,12 +81,27 @@ class Gate(nn.Module):
         Raises:
             InputError: missing, truncated or altered files, or a gate of another version's orders.
         """
-        config, checksum = read_description(folder, NAME, lambda r: GateConfig(**{**r, "orders": tuple(r["orders"])}))
+        known = {f.name for f in fields(GateConfig)}
+
+        def described(record: dict[str, Any]) -> GateConfig:
+            some = {key: record[key] for key in record.keys() & known}
+            return GateConfig(**{**some, "orders": tuple(record["orders"])})
+
+        config, checksum = read_description(folder, NAME, described)
         if config.orders != ORDERS:
             raise InputError(f"{Path(folder) / CONFIG}: expected a gate of orders {ORDERS}, got {config.orders}")
         gate = cls(config)
         load_weights(folder, NAME, gate, checksum)
         return gate.eval()
+
+    def fitted(self, host: Any, tokenizer: Any = None) -> Fitted:
+        """Which host it was fitted to, seen from another; nothing is refused.
+
+        Args:
+            host: the decoder, or its identity (`fitting.HostInUse`).
+            tokenizer: of the host; looked for beside it where it is needed.
+        """
+        return fitted(NAME, self.config, in_use(host, tokenizer))
 
 
 def generic_gate() -> Gate:
@@ -89,29 +109,39 @@ def generic_gate() -> Gate:
     return Gate.load(Path(__file__).parent / "generic_gate")
 
 
-def find_gate(crouter: CRouterModel | None, host: Any, name: str | os.PathLike | None = None) -> Gate:
-    """The gate that fits a host: a named one, its own in the crouter's folder or the shipped one's, or a generic one.
+def find_gate(
+    crouter: CRouterModel | None, host: Any, name: str | os.PathLike | None = None, tokenizer: Any = None
+) -> Gate:
+    """The gate that fits a host: a named one, its own or a twin's as `own_gate` finds it, or a generic one.
 
     Args:
         crouter: loaded from a local folder or the hub; its folder holds `gates/*/`.
-        host: the decoder.
+        host: the decoder, or its identity (`fitting.HostInUse`).
         name: a gate's folder.
+        tokenizer: of the host; looked for beside it where it is needed.
 
     Raises:
         InputError: damaged files.
-        MismatchError: the named gate was made for another host.
+        MismatchError: the named gate was made for another host, which is no twin of this one.
     """
+    known = in_use(host, tokenizer)
     if name is not None:
         gate = Gate.load(os.fspath(name))
-        wanted = gate.config.host_fingerprint
-        if wanted and wanted != host_fingerprint(host):
-            raise MismatchError(f"{name}: expected the host with fingerprint {wanted}, got {host_fingerprint(host)}")
+        target = known.host.name_or_path or "HOST"
+        check_fit(str(name), gate.config, known, advice=f"hf-crouter align --host {target} --only gate")
         return gate
-    return own_gate(crouter, host) or generic_gate()
+    return own_gate(crouter, known) or generic_gate()
 
 
-def own_gate(crouter: CRouterModel | None, host: Any) -> Gate | None:
-    """The gate that was fitted to a host, in the crouter's folder or the shipped one's; None where there is none.
+def own_gate(crouter: CRouterModel | None, host: Any, tokenizer: Any = None) -> Gate | None:
+    """The gate that was fitted to a host or a twin of it, in the crouter's folder or the shipped one's; None: none.
+
+    One that was fitted to this very copy comes before a twin's, and the crouter's own before the shipped one's.
+
+    Args:
+        crouter: see `find_gate`.
+        host: likewise.
+        tokenizer: likewise.
 
     Raises:
         InputError: damaged files.
@@ -120,5 +150,6 @@ def own_gate(crouter: CRouterModel | None, host: Any) -> Gate | None:
     folders = [path.parent for folder in (crouter_folder(source, "gates") if source else None, SHIPPED)
                if folder is not None for path in sorted(folder.glob(f"gates/*/{CONFIG}"))]  # fmt: skip
     gates = [Gate.load(folder) for folder in folders]
-    wanted = host_fingerprint(host) if gates else ""
-    return next((gate for gate in gates if gate.config.host_fingerprint == wanted), None)
+    gates = [gate for gate in gates if gate.config.host_fingerprint]
+    best = best_fit([gate.config for gate in gates], in_use(host, tokenizer))
+    return gates[best] if best is not None else None

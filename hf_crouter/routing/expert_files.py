@@ -50,6 +50,7 @@ class ExpertConfig:
         host_fingerprint: of the host's weights.
         host_tokenizer: fingerprint; empty where none was known.
         training: record of the run that made it.
+        host_architecture: see `hosts.fingerprint.host_architecture`; empty in files of 0.2 and before.
     """
 
     crouter_fingerprint: str
@@ -58,6 +59,7 @@ class ExpertConfig:
     host_fingerprint: str = ""
     host_tokenizer: str = ""
     training: dict[str, Any] = field(default_factory=dict)
+    host_architecture: str = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -173,7 +175,7 @@ def read_description(folder: Path) -> tuple[str, ExpertConfig, dict[str, str]]:
     """
     path = folder / EXPERT_FILE
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = {"host_architecture": "", **json.loads(path.read_text(encoding="utf-8"))}
         name, sums = record["name"], dict(record["sha256"])
         config = ExpertConfig(**{f.name: record[f.name] for f in fields(ExpertConfig)})
     except OSError as error:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from ..crouter.loading import SHIPPED
 from ..errors import InputError, MismatchError
+from ..fitting import check_fit
 from ..utils.io import replaced_folder, temporary_folder_beside, write_json
 from .adapters import WEIGHTS, Lora
 from .calibration import CALIBRATION_FILE, LengthCalibration
@@ -138,7 +139,7 @@ class Expert:
 
 @dataclass(frozen=True, eq=False)
 class ExpertSet:
-    """Experts of one crouter and one host, in a fixed order.
+    """Experts of one crouter and one host or its twins, in a fixed order.
 
     Attributes:
         experts: their numbers are their positions; profiles that they had among others are dropped.
@@ -155,7 +156,7 @@ class ExpertSet:
         for expert in self.experts[1:]:
             first = self.experts[0].config
             _compare(expert, "crouter", expert.config.crouter_fingerprint, first.crouter_fingerprint)
-            _compare(expert, "host", expert.config.host_fingerprint, first.host_fingerprint)
+            _compare_host(expert, first)
             _compare(expert, "crouter's tokenizer", expert.config.crouter_tokenizer, first.crouter_tokenizer)
             _compare(expert, "host's tokenizer", expert.config.host_tokenizer, first.host_tokenizer)
         here = tuple(expert.compressor.checksum for expert in self.experts)
@@ -216,15 +217,22 @@ class ExpertSet:
         return ExpertSet(tuple(replace(expert, profile=found.get(expert.name)) for expert in some))
 
     def check(
-        self, crouter: str, host: str | None = None, *, crouter_tokenizer: str = "", host_tokenizer: str = ""
+        self,
+        crouter: str,
+        host: str | None = None,
+        *,
+        crouter_tokenizer: str = "",
+        host_tokenizer: str = "",
+        host_architecture: str = "",
     ) -> None:
-        """Refuses another crouter, host or tokenizer than the experts were made for.
+        """Refuses another crouter, host or tokenizer than the experts were made for; a twin of the host is none.
 
         Args:
             crouter: `crouter_fingerprint(crouter, decoder=True)`.
-            host: `host_fingerprint(host)`; not compared by default.
+            host: `host_fingerprint(host)`, empty where its weights cannot be read; not compared by default.
             crouter_tokenizer: fingerprint; not compared where it is empty here or there.
-            host_tokenizer: likewise.
+            host_tokenizer: likewise; a twin must have it.
+            host_architecture: `host_architecture(host)`; without it no twin is known.
 
         Raises:
             MismatchError: names the expert, what was expected and what came.
@@ -232,7 +240,7 @@ class ExpertSet:
         for expert in self.experts:
             _compare(expert, "crouter", expert.config.crouter_fingerprint, crouter)
             if host is not None:
-                _compare(expert, "host", expert.config.host_fingerprint, host)
+                _compare_host(expert, ExpertConfig("", "", "", host, host_tokenizer, {}, host_architecture))
             _compare(expert, "crouter's tokenizer", expert.config.crouter_tokenizer, crouter_tokenizer)
             _compare(expert, "host's tokenizer", expert.config.host_tokenizer, host_tokenizer)
 
@@ -315,10 +323,20 @@ def _check_unique(names: list[str], where: str) -> None:
 
 
 def _compare(expert: Expert, what: str, expected: str, got: str) -> None:
-    if not isinstance(got, str):
-        raise TypeError(f"expected the {what}'s fingerprint (hf_crouter.hosts.fingerprint), got {type(got).__name__}")
+    _check_type(what, got)
     if expected and got and expected != got:
         raise MismatchError(f"expert {expert.name}: expected the {what} with fingerprint {expected}, got {got}")
+
+
+def _check_type(what: str, got: str) -> None:
+    if not isinstance(got, str):
+        raise TypeError(f"expected the {what}'s fingerprint (hf_crouter.hosts.fingerprint), got {type(got).__name__}")
+
+
+def _compare_host(expert: Expert, host: ExpertConfig) -> None:
+    _check_type("host", host.host_fingerprint)
+    if host.host_fingerprint or host.host_architecture:
+        check_fit(f"expert {expert.name}", expert.config, host, advice="hf-crouter expert add")
 
 
 def expert_folder(name_or_path: str | os.PathLike | None = None) -> Path:

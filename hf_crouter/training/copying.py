@@ -16,11 +16,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..chunking import tokenizer_fingerprint
 from ..compressors.projector import Projector, find_projector
 from ..compressors.rebuild import Rebuilder
 from ..data.tokens import TokenArray
 from ..errors import InputError, MismatchError
-from ..hosts.fingerprint import host_fingerprint
+from ..hosts.fingerprint import host_architecture, host_fingerprint
 from ..hosts.positions import max_positions
 from ..hosts.tokenizers import special_ids
 from ..hosts.unwrap import display_name
@@ -223,7 +224,10 @@ def train_gate(
             shown.advance(1, len(examples.host))
     fields = ("features", "available", "copied", "host")
     tensors = [torch.cat([getattr(part, name) for part in parts]) for name in fields]
-    config = GateConfig(host_name=display_name(reader.host), host_fingerprint=host_fingerprint(reader.host))
+    of = reader.host
+    config = GateConfig(
+        host_name=display_name(of), host_fingerprint=host_fingerprint(of), host_architecture=host_architecture(of)
+    )
     features, available, copied, host = tensors
     gate, record = fit_gate(features, available, copied, host, np.array(groups), config=config, seed=seed)
     return gate, {**record, "documents": len(samples), "seconds": round(time.monotonic() - start, 1)}
@@ -245,7 +249,7 @@ def train_copying(arguments: AlignArguments) -> dict[str, Any]:
     samples = gate_samples(tokens, pair.chunker, arguments, arguments.gate_documents)
     host, crouter = pair.host.to(accelerator.device).eval(), pair.crouter.to(accelerator.device).eval()
     try:
-        projector = find_projector(crouter, host).to(accelerator.device)
+        projector = find_projector(crouter, host, tokenizer=pair.host_tokenizer).to(accelerator.device)
     except MismatchError:
         projector = None  # the way with soft prompts is left out
     tokenizers = None if pair.chunker.same_tokenizer else (pair.crouter_tokenizer, pair.host_tokenizer)
@@ -255,7 +259,8 @@ def train_copying(arguments: AlignArguments) -> dict[str, Any]:
     folder = Path(arguments.crouter) / "gates" / gate.config.host_name
     record |= {"ways": reader.ways, "torch": torch.__version__, "device": device_name(accelerator.device)}
     if accelerator.is_main_process:
-        gate.config = replace(gate.config, training={"stage": "gate", **record})
+        tokenizer = tokenizer_fingerprint(pair.host_tokenizer)
+        gate.config = replace(gate.config, host_tokenizer=tokenizer, training={"stage": "gate", **record})
         gate.save(folder)
     accelerator.wait_for_everyone()
     return {"path": str(folder), "stage": "gate", **record}

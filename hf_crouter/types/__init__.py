@@ -18,7 +18,7 @@ from .protocols import (
     ScoreUse,
     Setting,
 )
-from .values import BASE, Chunk, Chunks, Entries, Retrieval, Route, Row, WindowRoute
+from .values import BASE, Chunk, Chunks, Entries, Fit, Fitted, Retrieval, Route, Row, WindowRoute
 
 __all__ = [
     "BASE",
@@ -31,6 +31,8 @@ __all__ = [
     "Compressor",
     "Contribution",
     "Entries",
+    "Fit",
+    "Fitted",
     "LayerRead",
     "Mode",
     "Opening",

@@ -28,7 +28,7 @@ from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 import numpy as np
 import torch
 
-from .values import Chunk, Entries, Route, Row
+from .values import Chunk, Entries, Fitted, Route, Row
 
 Contribution = Literal["entries", "scores", "chunks", "adapters"]
 
@@ -275,7 +275,7 @@ class Adapters(Protocol):
         ...
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Setting:
     """What a history is made of, before its modes.
 
@@ -304,6 +304,7 @@ class Parts:
         adapters: of the host, in the router's order.
         adapters_key: entries made under other adapters are not read on.
         tokenizers: fingerprints of host's and crouter's tokenizer that the mode was made for; empty ones are unknown.
+        fitted: which hosts the files that it reads with were fitted to, for the report.
         close: undoes what `bind` did to the models.
     """
 
@@ -314,6 +315,7 @@ class Parts:
     adapters: Adapters | None = None
     adapters_key: tuple[str, ...] = ()
     tokenizers: tuple[str, str] | None = None
+    fitted: tuple[Fitted, ...] = ()
     close: Callable[[], None] | None = field(default=None, repr=False)
 
 

@@ -4,10 +4,46 @@ from __future__ import annotations
 
 from collections.abc import Sized
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
 BASE = -1  # the number that stands for no adapter
+Fit = Literal["exact", "twin", "either", "generic", "other"]
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """Which host a part that reads was fitted to.
+
+    Attributes:
+        part: such as "gate", "projector" or "expert python".
+        fit: `exact`, this very copy of the host; `twin`, other weights of the same architecture and tokenizer;
+            `either` of them, where this host's weights cannot be read; `generic`, no host; `other`, a host that is
+            neither, which only a part that the caller made and passed can have.
+        host_name: of the host that it was fitted to; empty for a generic one.
+        shared: what this host and that one share, for people.
+    """
+
+    part: str
+    fit: Fit
+    host_name: str = ""
+    shared: str = ""
+
+    @property
+    def origin(self) -> str:
+        """What it was fitted to, such as "fitted to this very copy of smollm2-135m"."""
+        name = self.host_name or "a host without a name"
+        return {
+            "exact": f"fitted to this very copy of {name}",
+            "twin": f"fitted to a twin ({name}, other weights of the same {self.shared})",
+            "either": f"fitted to this host or a twin ({name}, of the same {self.shared}; no weights to compare)",
+            "generic": "generic, fitted to no host",
+            "other": f"fitted to another host ({name})",
+        }[self.fit]
+
+    def __str__(self) -> str:
+        return f"{self.part}: {self.origin}"
 
 
 @dataclass(frozen=True)

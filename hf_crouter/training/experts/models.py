@@ -14,7 +14,7 @@ from ...crouter import CRouterModel
 from ...crouter.fingerprint import crouter_fingerprint
 from ...crouter.loading import load_crouter
 from ...errors import InputError
-from ...hosts.fingerprint import host_fingerprint
+from ...hosts.fingerprint import host_architecture, host_fingerprint
 from ...hosts.loading import load_host
 from ...hosts.unwrap import display_name
 from ...routing.experts import EXPERT_FILE, NAME, SET_FILE, ExpertConfig, ExpertSet, expert_names
@@ -67,6 +67,7 @@ def expert_config(models: ExpertModels) -> ExpertConfig:
         display_name(models.host),
         host_fingerprint(models.host),
         tokenizer_fingerprint(models.host_tokenizer),
+        host_architecture=host_architecture(models.host),
     )
 
 
@@ -83,5 +84,6 @@ def matching_set(folder: str | Path, config: ExpertConfig) -> ExpertSet:
         config.host_fingerprint,
         crouter_tokenizer=config.crouter_tokenizer,
         host_tokenizer=config.host_tokenizer,
+        host_architecture=config.host_architecture,
     )
     return experts
