@@ -1,0 +1,74 @@
+"""The platform's cheap choice: the whole cache in 4 or 2 bits, as `QuantizedCache` of transformers holds it.
+
+Its backend here is HQQ: all in PyTorch, where quanto compiles a CUDA extension when it first unpacks. Groups of 64
+values of one token and head share a scale and a zero (axis 1, which transformers recommends for HQQ). What is read
+after the context in one pass is not quantised, nor are fewer than 128 generated tokens, as in `QuantizedCache`.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+from transformers import DynamicCache, cache_utils
+
+from eval.peers.rows import BadInput
+
+AXES = {"axis_key": 1, "axis_value": 1}
+FILL = 64  # tokens of which a multiple is quantised: HQQ packs 2 bits only where groups come in fours
+
+
+def quantised_layer(bits: int, like: torch.Tensor) -> Any:
+    """A layer of a `QuantizedCache`.
+
+    Args:
+        bits: of a value.
+        like: keys or values that it will hold.
+
+    Raises:
+        BadInput: HQQ is not installed.
+    """
+    try:
+        layer = cache_utils.HQQQuantizedLayer(nbits=bits, **AXES)
+    except ImportError:
+        raise BadInput(f"full_quantised{bits}: expected hqq 0.2.8.post1 to be installed, found none") from None
+    if len(inspect.signature(layer.lazy_initialization).parameters) > 1:
+        layer.lazy_initialization(like, like)
+    else:
+        layer.lazy_initialization(like)
+    return layer
+
+
+def quantised(whole: Any, bits: int) -> tuple[DynamicCache, dict[int, torch.Tensor]]:
+    """A cache of what a quantised one gives back, without its last position, as `attention.shortened`.
+
+    Args:
+        whole: a cache of `L` positions.
+        bits: of a value.
+    """
+    cache = DynamicCache()
+    for index, layer in enumerate(whole.layers):
+        how = quantised_layer(bits, layer.keys)
+        parts, length = [], layer.keys.shape[2]
+        for part, axis in ((layer.keys, how.axis_key), (layer.values, how.axis_value)):
+            filled = F.pad(part, (0, 0, 0, -length % FILL))  # a token's groups are its own
+            parts.append(how._dequantize(how._quantize(filled, axis=axis))[:, :, : length - 1].to(part.dtype))
+        cache.update(*parts, index)
+    return cache, {}
+
+
+def bytes_a_token(model: Any, bits: int | None) -> float:
+    """Of a model's cache, whole or quantised, with scales and zeros; measured on 64 tokens."""
+    config = model.config.get_text_config(decoder=True)
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    part = torch.zeros(1, config.num_key_value_heads, 64, size, dtype=model.dtype, device=model.device)
+    if bits is None:
+        each = part.numel() * part.element_size()
+    else:
+        how = quantised_layer(bits, part)
+        codes, meta = how._quantize(part, axis=how.axis_key)
+        tensors = [codes, *(value for value in meta.values() if isinstance(value, torch.Tensor))]
+        each = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    return 2 * config.num_hidden_layers * each / 64
