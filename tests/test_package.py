@@ -18,8 +18,12 @@ from hf_crouter.chunking import tokenizer_fingerprint
 from hf_crouter.compressors.projector import Projector, find_projector
 from hf_crouter.crouter.fingerprint import crouter_fingerprint
 from hf_crouter.crouter.loading import load_crouter, shipped_crouter
+from hf_crouter.fitting import HostInUse, fit_of
+from hf_crouter.hosts.fingerprint import host_architecture
 from hf_crouter.hosts.loading import load_host
+from hf_crouter.ngram.gate import own_gate
 from hf_crouter.routing.calibration import load_calibration
+from hf_crouter.routing.experts import ExpertSet, expert_folder
 from hf_crouter.training.evaluate import reconstruction_score
 
 PACKAGE = Path(hf_crouter.__file__).parent
@@ -118,6 +122,16 @@ def test_the_projector_fits_the_real_host(crouter, real_host):
     host, tokenizer = load_host(real_host)
     found = find_projector(crouter[0], host)
     assert found.config.host_tokenizer == tokenizer_fingerprint(tokenizer)
+    gate, experts = own_gate(crouter[0], host), ExpertSet.load(expert_folder())
+    assert gate is not None
+    for made in (found.config, gate.config, *(expert.config for expert in experts)):
+        assert fit_of(made, HostInUse(host, tokenizer)) == "exact"
+        assert made.host_architecture == host_architecture(host)
+    with torch.no_grad():
+        for weight in host.parameters():
+            weight += 1e-3 * torch.randn_like(weight)
+    for made in (found.config, gate.config, *(expert.config for expert in experts)):
+        assert fit_of(made, HostInUse(host, tokenizer)) == "twin"
 
 
 def test_it_rebuilds_the_standard_library_and_not_noise(crouter):

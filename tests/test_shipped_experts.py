@@ -30,6 +30,7 @@ def test_they_are_small_whole_and_hold_no_text():
         assert Texts.load(SHIPPED_EXPERTS / expert.name) is None
         loss = expert.config.training["held_out"]["host_loss"]
         assert loss["adapter"] < loss["base"]
+        assert expert.config.host_architecture.startswith("model_type=llama embeddings=49152x576 ")
     size = sum(path.stat().st_size for path in SHIPPED.parent.rglob("*") if path.is_file())
     assert size <= 40 * 2**20
     with pytest.raises(MismatchError, match="expert python: expected the crouter"):

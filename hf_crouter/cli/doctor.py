@@ -1,4 +1,4 @@
-"""`hf-crouter doctor`: whether versions, device, host, tokenizer, crouter, projector and gate fit each other."""
+"""`hf-crouter doctor`: whether versions, device, host, crouter, projector, gate and experts fit each other."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from ..context import compress_text
 from ..crouter import CRouterModel
 from ..crouter.fingerprint import crouter_fingerprint
 from ..crouter.loading import load_crouter
-from ..errors import InputError
-from ..fitting import HostInUse
+from ..errors import InputError, MismatchError
+from ..fitting import HostInUse, fitted
 from ..hosts.families import CHECKS, check_family, family_of, is_tested
 from ..hosts.fetch import cached_host, list_hosts
 from ..hosts.fingerprint import host_fingerprint
@@ -29,6 +29,7 @@ from ..hosts.loading import load_host
 from ..hosts.probe import check_reading
 from ..ngram.gate import find_gate
 from ..routing.calibration import load_calibration, reconstruction_grade
+from ..routing.experts import ExpertSet, expert_folder
 from .console import Column, print_json, print_table
 from .inputs import add_crouter, add_json
 
@@ -146,6 +147,24 @@ def parts(host_name: str | None, crouter_name: str | None) -> Iterator[Check]:
                     "" if own else f"{align_command(name, str(crouter.name_or_path))} --only gate")  # fmt: skip
     except InputError as error:
         yield Check("gate", "fail", str(error), "fit it again: hf-crouter align --only gate")
+    yield from expert_checks(crouter, known)
+
+
+def expert_checks(crouter: CRouterModel, host: HostInUse) -> Iterator[Check]:
+    """The experts that come with the package, where they are of this crouter and of this host or a twin of it."""
+    try:
+        experts = ExpertSet.load(expert_folder())
+        experts.check(
+            crouter_fingerprint(crouter, decoder=True), host.host_fingerprint,
+            host_tokenizer=host.host_tokenizer, host_architecture=host.host_architecture,
+        )  # fmt: skip
+    except MismatchError:
+        return
+    except InputError as error:
+        yield Check("experts", "warn", str(error), "install the package again")
+        return
+    for expert in experts:
+        yield Check(f"expert {expert.name}", "ok", fitted("", expert.config, host).origin)
 
 
 def family_check(host: PreTrainedModel) -> Check:

@@ -8,14 +8,22 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from hf_crouter.chunking import tokenizer_fingerprint
 from hf_crouter.cli import demo
 from hf_crouter.cli.main import main
+from hf_crouter.compressors.projector import Projector
 from hf_crouter.crouter.fingerprint import crouter_fingerprint
 from hf_crouter.crouter.loading import load_crouter
+from hf_crouter.fitting import HostInUse
+from hf_crouter.hosts.fingerprint import host_architecture
 from hf_crouter.hosts.loading import load_host
+from hf_crouter.ngram.gate import Gate, GateConfig
 from hf_crouter.routing.calibration import Calibration
 
+from .. import tiny
+from ..routing.trained_experts import trained_set
 from ..trained_crouter import TEXT, make_tokenizer
+from ..twins import TOKENIZER
 
 
 def words(command, pair, *more):
@@ -85,20 +93,61 @@ def test_generate_reads_in_the_ways_that_are_asked_for(pair, capsys):
     assert "copied: " in capsys.readouterr().err
 
 
+def changed(weights, name):
+    """A file of weights, one of them changed."""
+    tensors = load_file(weights)
+    tensors[name] = tensors[name] + 1
+    save_file(tensors, weights, {"format": "pt"})
+
+
+def test_generate_and_doctor_take_what_was_fitted_to_a_twin(pair, tmp_path, capsys):
+    twin = Path(shutil.copytree(pair[1], tmp_path / "twin"))
+    changed(twin / "model.safetensors", "model.norm.weight")
+    argv = words("generate", (pair[0], twin), "--prompt", TEXT, "--soft-prompts", "--max-new-tokens", 2, "--json")
+    assert main(argv) == 0 and json.loads(capsys.readouterr().out)["modes"] == ["soft_prompts"]
+    found = checks(capsys, words("doctor", (pair[0], twin)), 0)
+    line = "fitted to a twin (tiny-host, other weights of the same architecture and tokenizer)"
+    assert (found["projector"]["status"], found["projector"]["detail"]) == ("ok", line)
+    config = Projector.load(pair[0] / "projectors" / "tiny-host").config
+    names = ("host_name", "host_fingerprint", "host_architecture", "host_tokenizer")
+    Gate(GateConfig(**{name: getattr(config, name) for name in names})).save(pair[0] / "gates" / "tiny-host")
+    assert checks(capsys, words("doctor", (pair[0], twin)), 0)["gate"]["detail"] == line
+    found = checks(capsys, words("doctor", pair), 0)
+    assert found["gate"]["detail"] == "fitted to this very copy of tiny-host"
+    assert not any(name.startswith("expert") for name in found), "the shipped ones are of another crouter and host"
+
+
+def test_doctor_tells_of_the_shipped_experts(monkeypatch, tmp_path):
+    module = importlib.import_module("hf_crouter.cli.doctor")
+    host, model = tiny.tiny_host(), tiny.tiny_crouter()
+    folder = Path(shutil.copytree(trained_set(), tmp_path / "experts"))
+    for path in folder.glob("*/expert.json"):
+        named = {"host_architecture": host_architecture(host), "host_tokenizer": tokenizer_fingerprint(TOKENIZER)}
+        path.write_text(json.dumps({**json.loads(path.read_text()), **named}))
+    monkeypatch.setattr(module, "expert_folder", lambda: folder)
+    for seed, origin in ((0, "this very copy of tiny"), (5, "a twin (tiny, other weights of the same architecture")):
+        found = list(module.expert_checks(model, HostInUse(tiny.tiny_host(seed=seed), TOKENIZER)))
+        assert [check.name for check in found] == ["expert low", "expert high"]
+        assert all(check.status == "ok" and f"fitted to {origin}" in check.detail for check in found)
+    assert list(module.expert_checks(model, HostInUse(tiny.tiny_host(vocab_size=98), TOKENIZER))) == []
+    (folder / "experts.json").write_text("{")
+    assert [check.status for check in module.expert_checks(model, HostInUse(host))] == ["warn"]
+
+
 def test_generate_refuses_a_projector_of_another_host_or_crouter(pair, tmp_path, capsys):
     argv = words("generate", pair, "--prompt", TEXT, "--soft-prompts")
-    for folder, name in (
-        (pair[0], "slots"),
-        (Path(shutil.copytree(pair[1], tmp_path / "other")), "model.norm.weight"),
-    ):
-        weights = folder / "model.safetensors"
-        before = weights.read_bytes()
-        tensors = load_file(weights)
-        tensors[name] = tensors[name] + 1
-        save_file(tensors, weights, {"format": "pt"})
-        swapped = [str(folder) if word == str(pair[1]) and folder.name == "other" else word for word in argv]
-        assert "projector: expected one for" in fails(capsys, swapped)
-        weights.write_bytes(before)
+    weights = pair[0] / "model.safetensors"
+    before = weights.read_bytes()
+    changed(weights, "slots")
+    assert "projector: expected one for" in fails(capsys, argv)
+    weights.write_bytes(before)
+    other = Path(shutil.copytree(pair[1], tmp_path / "other"))
+    host, tokenizer = load_host(pair[1])
+    host.resize_token_embeddings(len(tokenizer) + 1, mean_resizing=False)
+    host.save_pretrained(other)
+    capsys.readouterr()  # of the loading here
+    line = fails(capsys, words("generate", (pair[0], other), "--prompt", TEXT, "--soft-prompts"))
+    assert "projector: expected one for" in line and f"got {len(tokenizer) + 1}x32" in line
     weights = pair[0] / "projectors" / "tiny-host" / "projector.safetensors"
     weights.write_bytes(weights.read_bytes()[:-9])
     assert "truncated or altered" in fails(capsys, argv)

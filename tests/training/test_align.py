@@ -14,6 +14,7 @@ from hf_crouter.crouter.loading import load_crouter
 from hf_crouter.data.prepare import load_tokenizer
 from hf_crouter.data.tokens import TokenArray, encode_documents
 from hf_crouter.errors import InputError
+from hf_crouter.hosts.fingerprint import host_architecture
 from hf_crouter.hosts.loading import load_host
 from hf_crouter.training import align
 from hf_crouter.training.align import (
@@ -320,6 +321,7 @@ def test_the_projector_learns_and_is_found_beside_the_crouter(pair):
     assert written == {key: value for key, value in record.items() if key != "path"}
     assert not any(str(value).startswith("/") for value in written["arguments"].values())
     assert projector.config.host_tokenizer == projector.config.crouter_tokenizer != ""
+    assert projector.config.host_architecture == host_architecture(host)
     history = CompressedHistory(host, crouter, modes=[SoftPrompts()], window=WINDOW, keep_first=FIRST)
     ids = torch.from_numpy(
         next(TokenArray.load(Path(pair.data) / "train.safetensors").documents())[2][:120].astype(int)

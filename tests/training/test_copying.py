@@ -6,11 +6,12 @@ import pytest
 import torch
 
 from hf_crouter import CompressedHistory, Copy
-from hf_crouter.chunking import make_chunker
+from hf_crouter.chunking import make_chunker, tokenizer_fingerprint
 from hf_crouter.compressors.rebuild import Rebuilder
 from hf_crouter.crouter.loading import load_crouter
 from hf_crouter.data.tokens import TokenArray
 from hf_crouter.errors import InputError
+from hf_crouter.hosts.fingerprint import host_architecture
 from hf_crouter.hosts.loading import load_host
 from hf_crouter.ngram.archive import ORDERS, Archive
 from hf_crouter.ngram.gate import Gate, find_gate
@@ -173,6 +174,8 @@ def test_the_gate_is_written_beside_the_crouter_and_found(pair):  # noqa: F811
     host, crouter = load_host(pair.host)[0], load_crouter(pair.crouter)[0]
     assert find_gate(crouter, host).config.host_name == "tiny-host"
     assert find_gate(None, host, folder).config.sees_host
+    assert written["host_architecture"] == host_architecture(host)
+    assert written["host_tokenizer"] == tokenizer_fingerprint(load_host(pair.host)[1])
     CompressedHistory(host, modes=[Copy(gate=folder)], window=WINDOW, keep_first=FIRST).detach()
 
 
