@@ -70,7 +70,7 @@ def load_host(folder: Path, dtype: str, words: bool, tokens: int) -> Host:
     return Host(model.to(device).eval(), attention, Words.load(folder) if words else None, tokens)
 
 
-def about_host(host: Host, folder: Path, seed: int) -> dict[str, Any]:
+def about_host(host: Host, folder: Path) -> dict[str, Any]:
     """What results are of, beside the documents."""
     sizes = {"full": bytes_a_token(host.model, None)}
     if importlib.util.find_spec("hqq") is not None:
@@ -88,7 +88,6 @@ def about_host(host: Host, folder: Path, seed: int) -> dict[str, Any]:
     return {
         "host": folder.resolve().name,
         "config": {key: config.get(key) for key in keys},
-        "seed": seed,
         "dtype": str(host.model.dtype).removeprefix("torch."),
         "bytes_a_token": sizes,
         "versions": versions,
@@ -136,15 +135,15 @@ def run(args: argparse.Namespace) -> None:
     for arm in (arm for stage in stages for arm in stage if not host.can(arm)):
         print(f"{arm.name}: kvpress has it for no host with sliding windows, left out", flush=True)
     stages = [[arm for arm in stage if host.can(arm)] for stage in stages]
-    about, ending = about_host(host, args.host, args.seed), "peers.{}of{}".format(*args.shard)
+    about, ending = about_host(host, args.host), "peers.{}of{}".format(*args.shard)
     documents = {
-        name: (chosen(rows.names, args.documents, args.seed, args.shard),
+        name: (chosen(len(rows.names), args.documents, args.shard),
                DocumentResults(args.save / f"{name}.{ending}.safetensors", about | {"layout": vars(rows.layout),
                                                                                     "of": len(rows.names)}))
         for name, rows in sets.items()
     }  # fmt: skip
     answers = {
-        name: (chosen([str(i) for i in range(len(file.questions))], args.documents, args.seed, args.shard),
+        name: (chosen(len(file.questions), args.documents, args.shard),
                AnswerResults(args.save / f"questions.{name}.{ending}.json", about | {"of": len(file.questions)}))
         for name, file in questions.items()
     }  # fmt: skip
@@ -173,7 +172,6 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument("--block", type=int, default=16 if cuda else 2, help="documents between two writes")
     out.add_argument("--tokens", type=int, default=32_768 if cuda else 8192, help="read at once")
     out.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16" if cuda else "float32")
-    out.add_argument("--seed", type=int, default=0)
     return out
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Sequence
@@ -148,15 +147,9 @@ def read_questions(path: Path) -> Questions:
         raise BadInput(f"{path}: expected questions with ids and a prefix, got {error!r}") from None
 
 
-def place(seed: int, name: str) -> int:
-    """64 random bits of a name, as in `eval.documents`."""
-    return int.from_bytes(hashlib.blake2b(f"{seed}/{name}".encode("utf-8", "surrogatepass"), digest_size=8).digest())
-
-
-def chosen(names: Sequence[str], most: int | None, seed: int, shard: tuple[int, int]) -> np.ndarray:
-    """Numbers of a shard's part of at most so many documents, in a seeded order: wherever it ends, a fair sample."""
-    order = sorted(range(len(names)), key=lambda i: place(seed, names[i]))
-    return np.array(order[:most][shard[0] :: shard[1]], np.int64)
+def chosen(count: int, most: int | None, shard: tuple[int, int]) -> np.ndarray:
+    """Numbers of a shard's part of the first `most` of so many documents: any first part is a fair sample."""
+    return np.arange(count if most is None else min(count, most), dtype=np.int64)[shard[0] :: shard[1]]
 
 
 def save_arrays(path: Path, arrays: dict[str, np.ndarray], about: dict[str, Any]) -> None:

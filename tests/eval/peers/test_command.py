@@ -7,7 +7,7 @@ import torch
 from safetensors.numpy import load_file
 
 from eval.peers import command
-from eval.peers.arms import ARMS, stages
+from eval.peers.arms import ARMS
 from eval.peers.measure import AnswerResults, DocumentResults, measure_documents, measure_questions
 from eval.peers.rows import chosen, read_questions
 from tests.eval.peers.tiny_peers import (
@@ -81,7 +81,7 @@ def test_the_command_measures_writes_and_goes_on(folders, tmp_path, capsys):
 
 
 def test_what_was_interrupted_is_gone_on_with(tmp_path, monkeypatch):
-    host, rows, index = make_host(), make_rows(5), chosen(make_rows(5).names, None, 0, (0, 1))
+    host, rows, index = make_host(), make_rows(5), chosen(5, None, (0, 1))
     path, calls = tmp_path / "young.peers.0of1.safetensors", []
     shorten = host.shorten
 
@@ -150,12 +150,3 @@ def test_bad_input_of_one_kind_only(folders, tmp_path, capsys):
 def test_what_is_not_installed_is_said_at_once(folders, tmp_path, capsys):
     assert command.main(arguments(folders, tmp_path)) == 2
     assert "kvpress: expected version 0.5.5 to be installed, found none" in capsys.readouterr().err
-
-
-@pytest.mark.skipif(INSTALLED, reason="hf_crouter takes another transformers than kvpress")
-def test_the_order_is_that_of_the_other_arms():
-    from eval.documents import place
-
-    names = make_rows(9).names
-    assert chosen(names, None, 3, (0, 1)).tolist() == sorted(range(9), key=lambda i: place(3, names[i]))
-    assert stages(["full_peers"]) == [FULL]
