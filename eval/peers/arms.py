@@ -23,6 +23,7 @@ class Method:
         options: that are not left to their defaults.
         sinks: whether positions at the start are kept by name; those of the prefix then.
         bits: of a quantised cache.
+        channels: whether keys that share a scale are of one channel; of one token otherwise.
     """
 
     kind: str
@@ -31,6 +32,7 @@ class Method:
     options: dict[str, Any] = field(default_factory=dict)
     sinks: bool = False
     bits: int = 0
+    channels: bool = False
 
 
 METHODS = {
@@ -38,6 +40,7 @@ METHODS = {
     "snapkv": Method("score", "snapkv_press", "SnapKVPress"),
     "full_quantised4": Method("quantised", bits=4),
     "full_quantised2": Method("quantised", bits=2),
+    "full_quantised4_channels": Method("quantised", bits=4, channels=True),
     "expected_attention": Method("score", "expected_attention_press", "ExpectedAttentionPress", sinks=True),
     "streaming": Method("score", "streaming_llm_press", "StreamingLLMPress", sinks=True),
     "kvgrad": Method("repeat", "kvgrad_press", "KVgradPress", sinks=True),
@@ -46,7 +49,7 @@ METHODS = {
 }
 STAGES = (
     ("kvzip", "snapkv"),
-    ("full_quantised4", "full_quantised2"),
+    ("full_quantised4", "full_quantised2", "full_quantised4_channels"),
     ("expected_attention", "streaming"),
     ("kvgrad", "kvzip_plus"),  # what leads kvpress' leaderboard and needs nothing trained
     ("full_peers",),

@@ -61,7 +61,8 @@ class Host:
             if how.kind == "repeat" and name not in kept:
                 kept |= self._repeat(context, whole, [v for v in wanted if v.arm.method == w.arm.method])
             keep = kept.pop(name, nothing)
-            short = quantised(whole, how.bits) if how.kind == "quantised" else shortened(whole, keep)
+            quantises = how.kind == "quantised"
+            short = quantised(whole, how.bits, how.channels) if quantises else shortened(whole, keep)
             yield Short(name, *short, self._slots(keep, context))
 
     def _repeat(self, context: torch.Tensor, whole: Any, wanted: Sequence[Wanted]) -> dict[str, Kept]:

@@ -3,6 +3,9 @@
 Its backend here is HQQ: all in PyTorch, where quanto compiles a CUDA extension when it first unpacks. Groups of 64
 values of one token and head share a scale and a zero (axis 1, which transformers recommends for HQQ). What is read
 after the context in one pass is not quantised, nor are fewer than 128 generated tokens, as in `QuantizedCache`.
+
+Keys of some hosts, Qwen2's with their biases, differ far more between channels than between tokens. So there is the
+same with keys whose groups are 64 tokens of one channel, as the paper has it that the platform follows (KIVI).
 """
 
 from __future__ import annotations
@@ -11,7 +14,6 @@ import inspect
 from typing import Any
 
 import torch
-from torch.nn import functional as F
 from transformers import DynamicCache, cache_utils
 
 from eval.peers.rows import BadInput
@@ -41,20 +43,24 @@ def quantised_layer(bits: int, like: torch.Tensor) -> Any:
     return layer
 
 
-def quantised(whole: Any, bits: int) -> tuple[DynamicCache, dict[int, torch.Tensor]]:
+def quantised(whole: Any, bits: int, channels: bool = False) -> tuple[DynamicCache, dict[int, torch.Tensor]]:
     """A cache of what a quantised one gives back, without its last position, as `attention.shortened`.
 
     Args:
         whole: a cache of `L` positions.
         bits: of a value.
+        channels: whether a key's group is of one channel.
     """
     cache = DynamicCache()
     for index, layer in enumerate(whole.layers):
         how = quantised_layer(bits, layer.keys)
         parts, length = [], layer.keys.shape[2]
-        for part, axis in ((layer.keys, how.axis_key), (layer.values, how.axis_value)):
-            filled = F.pad(part, (0, 0, 0, -length % FILL))  # a token's groups are its own
-            parts.append(how._dequantize(how._quantize(filled, axis=axis))[:, :, : length - 1].to(part.dtype))
+        for part, axis, turned in ((layer.keys, how.axis_key, channels), (layer.values, how.axis_value, False)):
+            filled = torch.cat([part, part[:, :, -1:].expand(-1, -1, -length % FILL, -1)], 2)
+            if turned:
+                filled = filled.transpose(2, 3).contiguous()
+            back = how._dequantize(how._quantize(filled, axis=axis))
+            parts.append((back.transpose(2, 3) if turned else back)[:, :, : length - 1].to(part.dtype))
         cache.update(*parts, index)
     return cache, {}
 

@@ -148,6 +148,21 @@ def test_documents_are_measured_with_every_press(tmp_path):
 
 
 @hqq
+def test_keys_are_better_kept_by_channel_where_channels_differ():
+    host, context = make_host(), context_of(make_rows(1), 2)
+    whole, _ = prefill(host.model, context, [])
+    for layer in whole.layers:
+        layer.keys = layer.keys + 50 * torch.randn(layer.keys.shape[3])
+    errors = []
+    for channels in (False, True):
+        short = quantised(whole, 4, channels)[0]
+        pairs = list(zip(short.layers, whole.layers, strict=True))
+        assert all(one.keys.shape[2] == 163 for one in short.layers)
+        errors.append(sum((one.keys - layer.keys[:, :, :-1]).abs().mean() for one, layer in pairs))
+    assert errors[1] < errors[0] / 4
+
+
+@hqq
 @pytest.mark.parametrize("bits", [4, 2])
 def test_a_quantised_cache_is_that_of_transformers(bits):
     host, rows = make_host(), make_rows(2)
