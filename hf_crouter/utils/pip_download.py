@@ -88,6 +88,8 @@ def _reason(output: str, wanted: str) -> str:
     unreachable = ("connection", "temporary failure in name resolution", "timed out", "proxyerror", "sslerror")
     if any(sign in lower for sign in unreachable):
         return f"cannot download {wanted}: the package index cannot be reached (network, proxy or pip's configuration)"
+    if "from versions: none" in lower:  # pip does not tell these two apart
+        return f"cannot download {wanted}: the package index has no such distribution, or cannot be reached"
     if "no matching distribution" in lower:
         return f"cannot download {wanted}: the package index has no such distribution for this Python"
     lines = [line.strip() for line in output.splitlines() if line.strip()]
