@@ -150,6 +150,5 @@ def own_gate(crouter: CRouterModel | None, host: Any, tokenizer: Any = None) -> 
     folders = [path.parent for folder in (crouter_folder(source, "gates") if source else None, SHIPPED)
                if folder is not None for path in sorted(folder.glob(f"gates/*/{CONFIG}"))]  # fmt: skip
     gates = [Gate.load(folder) for folder in folders]
-    gates = [gate for gate in gates if gate.config.host_fingerprint]
     best = best_fit([gate.config for gate in gates], in_use(host, tokenizer))
     return gates[best] if best is not None else None
