@@ -41,7 +41,7 @@ class TestArchitecture:
         host.resize_token_embeddings(VOCAB + 1, mean_resizing=False)
         assert f"embeddings={VOCAB + 1}x32" in host_architecture(host)
 
-    @pytest.mark.parametrize("pack", [torch.Tensor.char, torch.Tensor.flatten])
+    @pytest.mark.parametrize("pack", [lambda weight: weight[:, ::2].char(), torch.Tensor.flatten])
     def test_packed_embeddings_are_what_their_module_says(self, pack):
         host = host_of()
         embedding = host.get_input_embeddings()
