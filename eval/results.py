@@ -114,6 +114,12 @@ def write_result(
     return path
 
 
+def host_key(name: str) -> str:
+    """How a result's name calls a host: the last part of its name or folder, short for known families."""
+    last = Path(name).name.lower().removesuffix("-instruct")
+    return last.replace("qwen2.5-coder-", "qwen")
+
+
 def read_result(name: str) -> dict[str, Any]:
     """A result as written."""
     return json.loads((FOLDER / f"{name}.json").read_text())

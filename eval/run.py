@@ -8,8 +8,9 @@ import sys
 from eval import demo, reconstruction
 from eval.cost import copy_step, prefill, retrieval_choice, suffix_index, training
 from eval.hgr import experiment as hgr
-from eval.questions import retrieval, ruler
+from eval.questions import answers, retrieval, ruler
 from eval.reading import experiment as reading
+from eval.reading import near_matches
 from eval.routing import experiment as routing
 from hf_crouter.errors import InputError
 
@@ -20,9 +21,11 @@ EXPERIMENTS = {
     "suffix-index": suffix_index,
     "retrieval-choice": retrieval_choice,
     "training-gpu": training,
-    "lm-eval": ruler,
+    "ruler": ruler,
     "hgr": hgr,
     "reading": reading,
+    "near-matches": near_matches,
+    "questions": answers,
     "retrieval-questions": retrieval,
     "copy-cpu": copy_step,
     "routing": routing,

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from transformers import DynamicCache
 
-from eval.documents import Windows
 from eval.results import write_result
+from eval.rows import Rows
 from hf_crouter.cache.kv_cache import CompressedDynamicCache
 from hf_crouter.crouter.loading import load_crouter
 from hf_crouter.errors import InputError
@@ -166,7 +166,7 @@ def measure(hosts: dict[str, Any], copier_of: Any, text: torch.Tensor, sizes: li
 def run(args: argparse.Namespace) -> None:
     """Measures and writes the result; always on the CPU."""
     torch.set_num_threads(args.threads)
-    rows = Windows.load(args.data, "young").ids
+    rows = Rows.load(args.data, "young").ids
     order = np.random.default_rng(args.seed).permutation(len(rows))
     text = torch.from_numpy(rows[order].astype(np.int64).reshape(1, -1))
     hosts = {name: load_host(args.host, dtype=getattr(torch, name))[0] for name in args.dtypes}

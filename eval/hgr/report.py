@@ -1,71 +1,66 @@
-"""What the HGR measurement says: ratios, differences and their intervals from the losses of documents."""
+"""What the measurement says: ratios, lines, differences and their intervals from the figures of documents.
+
+Arrays are `[D]` by key: `n<chunks>.<arm>.{loss,right,lines,slots}`, nan where a document was not read.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from safetensors.numpy import load_file
 
-from eval.arrays import joined_arrays
-from eval.documents import Record, Windows
-from eval.hgr.arms import ARMS, GREEDY, KVPRESS, Layout
+from eval.rows import Record, Rows
 from hf_crouter.errors import InputError
 
+FEWEST = 8  # documents of a domain below which its own ratio says nothing
+LEAST_WORTH = 0.01  # nats/token that full history must be worth in a domain for a ratio to say something
+DIFFERENCES = (  # an arm and the other one, where both were read
+    ("copy", "window"), ("copy_fitted", "window"), ("copy_fitted", "copy"), ("retrieve2_copy", "retrieve2"),
+    ("retrieve2_copy_fitted", "retrieve2"), ("retrieve4_copy", "retrieve4"), ("retrieve4_copy_fitted", "retrieve4"),
+    ("full_copy", "full"), ("best", "full"), ("best", "longer_same_slots_retrieve2"),
+    ("retrieve2", "longer_same_slots_retrieve2"), ("retrieve4", "longer_same_slots_retrieve4"),
+    ("retrieve2", "retrieve2_last"), ("retrieve2", "retrieve2_random"), ("retrieve2", "retrieve2_bm25"),
+    ("retrieve2_copy", "longer_same_slots_retrieve2_copy"), ("soft", "shuffled"), ("soft", "mean_pool"),
+    ("soft", "longer_same_slots"), ("soft_copy", "copy"), ("soft_retrieve2_copy", "retrieve2_copy"),
+    ("kvzip.at8", "longer_same_slots"), ("snapkv.at8", "longer_same_slots"),
+    ("kvzip.at128", "longer_same_slots_at128"), ("snapkv.at128", "longer_same_slots_at128"),
+    ("kvzip.at128", "retrieve2"), ("full_peers", "full"),
+)  # fmt: skip
 
-@dataclass(frozen=True, eq=False)
-class Losses:
-    """A set's figures: arrays `[D, ...]` by key, and what is known of each document."""
 
-    arrays: dict[str, np.ndarray]
-    records: list[Record]
+def measured(paths: Sequence[Path], count: int, index: np.ndarray | None = None) -> dict[str, np.ndarray]:
+    """Figures of several files by document, `[count]` each.
 
-    def take(self, rows: np.ndarray) -> Losses:
-        """Some of the documents."""
-        arrays = {key: values[rows] for key, values in self.arrays.items()}
-        return Losses(arrays, [self.records[i] for i in rows])
-
-
-def losses_of(folder: Path, name: str, data: Path) -> Losses:
-    """Joins what the shards wrote for a set, in the order of its documents, with what was measured beside it.
-
-    That is what `eval.hgr.kvpress_arms` wrote, and arms that were collected by themselves (`--arms`).
+    Args:
+        paths: of shards and of other measurements on the same rows.
+        count: documents, or those of `index`.
+        index: documents in their order; all by default.
 
     Raises:
-        InputError: there is nothing, or a figure was measured twice.
+        InputError: a figure was measured twice, or a document is not among those expected.
     """
-    files = [load_file(path) for path in sorted((folder / "losses").glob(f"{name}.[0-9]*of*.safetensors"))]
-    if not files:
-        raise InputError(f"{folder}: no losses of {name}; run the stage `collect`")
-    arrays = joined_arrays(files)
-    _, rows = np.unique(arrays["documents"], return_index=True)
-    arrays = {key: values[rows] for key, values in arrays.items()}
-    more: dict[str, list[dict[str, np.ndarray]]] = {}  # by what was measured
-    for path in sorted((folder / "losses").glob(f"{name}.[a-z]*.*of*.safetensors")):
-        more.setdefault(path.name.split(".")[1], []).append(load_file(path))
-    for files in more.values():
-        other = joined_arrays(files)
-        place = {int(document): row for row, document in enumerate(other["documents"])}
-        some = [(i, place[int(d)]) for i, d in enumerate(arrays["documents"]) if int(d) in place]
-        ours, theirs = np.array(some, np.int64).reshape(-1, 2).T
-        for key, values in other.items():
-            if key == "documents":
-                continue
-            none = -1 if values.dtype.kind == "i" else np.nan
-            mine = arrays.setdefault(key, np.full((len(rows), *values.shape[1:]), none, values.dtype))
-            free = ours[(mine[ours] == none if none == -1 else np.isnan(mine[ours])).reshape(len(ours), -1).all(1)]
-            if len(free) < len(ours):
-                raise InputError(f"{folder}: {name}.{key} was measured twice on {len(ours) - len(free)} documents")
-            mine[ours] = values[theirs]
-    records = Windows.load(data, name).records
-    return Losses(arrays, [records[i] for i in arrays["documents"]])
+    place = {int(document): n for n, document in enumerate(range(count) if index is None else index)}
+    found: dict[str, np.ndarray] = {}
+    for path in paths:
+        arrays = load_file(path)
+        documents = arrays.pop("documents")
+        if any(int(document) not in place for document in documents):
+            raise InputError(f"{path}: expected documents of 0 to {count - 1}, got {documents.max()}")
+        rows = np.array([place[int(document)] for document in documents], np.int64)
+        for key, values in arrays.items():
+            whole = found.setdefault(key, np.full(count, np.nan, np.float32))
+            there = np.isfinite(values)
+            if np.isfinite(whole[rows[there]]).any():
+                raise InputError(f"{path}: {key} was measured twice")
+            whole[rows[there]] = values[there]
+    return found
 
 
 class Bootstrap:
-    """`eval.statistics.clustered_interval` for many figures at once: the same draws as counts `[draws, D]`."""
+    """`eval.statistics.clustered_interval` for many figures at once: the same draws as counts `[1 + draws, D]`."""
 
     def __init__(self, groups: Sequence[str], seed: int, draws: int):
         names = sorted(set(groups))
@@ -86,164 +81,173 @@ class Bootstrap:
 
 def interval(key: str, draws: np.ndarray) -> dict[str, float]:
     """A figure and its 95% interval from `[1 + draws]`, the sample itself first."""
-    low, high = np.quantile(draws[1:], [0.025, 0.975]) if np.isfinite(draws).all() else (math.nan, math.nan)
+    usable = draws[1:][np.isfinite(draws[1:])]
+    low, high = np.quantile(usable, [0.025, 0.975]) if len(usable) else (math.nan, math.nan)
     return {key: float(draws[0]), f"{key}.lo": float(low), f"{key}.hi": float(high)}
 
 
-def difference(arm: str, other: str, draws: np.ndarray) -> dict[str, float]:
-    """`diff.<arm>.<other>.{mean,lo,hi}` from `[1 + draws]`, the sample itself first."""
-    key = f"diff.{arm}.{other}"
+def difference(key: str, draws: np.ndarray) -> dict[str, float]:
+    """`<key>.{mean,lo,hi}` from `[1 + draws]`, the sample itself first."""
     found = interval(key, draws)
     return {f"{key}.mean": found.pop(key), **found}
 
 
-BESIDE_BM25 = {"soft_retrieve2_copy", "soft_retrieve2_learned_copy"}  # held against BM25's choice
-FEWEST = 8  # documents of a domain below which its own ratio says nothing
-LEAST_WORTH = 0.01  # nats/token that full history must be worth in a domain for a ratio to say something
-
-
-def gain_ratio(
-    losses: Losses, arm: str, base: str, n: int, bootstrap: Bootstrap, domains: Sequence[str]
-) -> np.ndarray:
-    """HGR of an arm over a base in the sample and in each draw; with domains, the mean of theirs."""
-    window, full = losses.arrays[f"n{n}.window"], losses.arrays[f"n{n}.full"]
-    gain = losses.arrays[f"n{n}.{base}"] - losses.arrays[f"n{n}.{arm}"]
-    if not domains:
-        return bootstrap.sums(gain) / bootstrap.sums(window - full)
-    of = np.array([record.domain for record in losses.records])
-    ratios = []
-    for domain in domains:
-        here = of == domain
-        with np.errstate(divide="ignore", invalid="ignore"):
-            ratios.append(bootstrap.sums(gain * here) / bootstrap.sums((window - full) * here))
-    return np.nanmean(np.where(np.isfinite(ratios), ratios, np.nan), axis=0)
-
-
-def usable_domains(losses: Losses, n: int) -> list[str]:
-    """Domains of prose with enough documents in which full history is worth something; none for code."""
-    of = np.array([record.domain for record in losses.records])
-    worth = losses.arrays[f"n{n}.window"] - losses.arrays[f"n{n}.full"]
-    names = sorted(set(of.tolist()) - {"code"})
-    fewest = min(FEWEST, max((int((of == name).sum()) for name in names), default=0))
-    return [name for name in names if (of == name).sum() >= fewest and worth[of == name].mean() >= LEAST_WORTH]
-
-
-def set_metrics(losses: Losses, n: int, seed: int, draws: int, layout: Layout) -> dict[str, float]:
-    """Figures of one set and chunk count, keys without set and count."""
-    out: dict[str, float] = {"documents": len(losses.records)}
-    bootstrap = Bootstrap([record.cluster for record in losses.records], seed, draws)
-    domains = usable_domains(losses, n)
-    if domains:
-        out["domains"] = len(domains)  # over which ratios are averaged
-    keys = [
-        key.split(".", 1)[1]
-        for key, values in losses.arrays.items()
-        if key.startswith(f"n{n}.") and values.ndim == 1 and not key.endswith((".tra", ".right"))
-    ]
-    owner = {key: name for name, arm in ARMS.items() for key in (name, *(r[0] for r in arm.readings))}
-    owner |= {"retrieve2_oracle": "retrieve2_bm25", "retrieve2_oracle_copy_fitted": "retrieve2_bm25"}
-    owner |= {"full_kvpress": "full"}
-    owner |= {f"{method}.at8": "longer_same_slots" for method in KVPRESS}
-    owner |= {f"{method}.at8_retrieve2": "longer_same_slots_retrieve2" for method in KVPRESS}
-    for key in keys:
-        arm = ARMS[owner[key]]
-        values = losses.arrays[f"n{n}.{key}"]
-        part, boot, names = losses, bootstrap, domains
-        if np.isnan(values).any():  # measured on some of the documents
-            part = losses.take(np.flatnonzero(~np.isnan(values)))
-            if not len(part.records):
-                continue
-            boot = Bootstrap([record.cluster for record in part.records], seed, draws)
-            names = usable_domains(part, n)
-            out[f"{key}.documents"] = len(part.records)
-            if names:
-                out[f"{key}.domains"] = len(names)
-        out[f"{key}.slots"] = arm.slots(layout, n)
-        out[f"{key}.loss"] = float(part.arrays[f"n{n}.{key}"].mean())
-        out |= interval(f"{key}.hgr", gain_ratio(part, key, "window", n, boot, names))
-        if names:
-            out |= interval(f"{key}.ratio", gain_ratio(part, key, "window", n, boot, []))
-        if key in BESIDE_BM25:
-            other = "soft_retrieve2_bm25_copy"
-            out |= difference(key, other, gain_ratio(part, key, other, n, boot, names))
-        retrieves = arm.retrieve or arm.longer == "retrieve"
-        base = "longer_same_slots_retrieve2_copy_fitted" if retrieves else "longer_same_slots_copy_fitted"
-        if key not in ("window", "full", "full_copy", "full_copy_fitted", base) and base in keys:
-            out |= difference(key, base, gain_ratio(part, key, base, n, boot, names))
-    for name in ("window", "full"):
-        out[f"loss.{name}"] = out[f"{name}.loss"]
-    out |= difference("soft", "shuffled", gain_ratio(losses, "soft", "shuffled", n, bootstrap, domains))
-    out["tra"] = float(losses.arrays[f"n{n}.tra"].mean())
-    for key in GREEDY:
-        if f"n{n}.{key}.right" in losses.arrays:
-            out[f"{key}.accuracy"] = float(losses.arrays[f"n{n}.{key}.right"].mean())
-    if f"n{n}.retrieve2_bm25.chunks" in losses.arrays:
-        same = losses.arrays[f"n{n}.retrieve2_bm25.chunks"] == losses.arrays[f"n{n}.retrieve2_last.chunks"]
-        out["retrieve2_bm25_is_last"] = float(same.all(1).mean())
-    out["copy.worst_document"] = float((losses.arrays[f"n{n}.window"] - losses.arrays[f"n{n}.copy"]).min())
-    return out
-
-
-def detail_metrics(losses: Losses, n: int, seed: int, draws: int) -> tuple[dict[str, float], dict[str, float]]:
-    """HGR of copying by thirds of repetition (keys behind set and count), and by domain (keys behind the set)."""
-    thirds, by_domain = {}, {}
-    order = np.argsort([record.repetition for record in losses.records], kind="stable")
-    for third, rows in enumerate(np.array_split(order, 3), 1):
-        part = losses.take(rows)
-        if not len(rows):
-            continue
-        boot = Bootstrap([record.cluster for record in part.records], seed, draws)
-        for key in ("copy", "soft_retrieve2_copy"):
-            if f"n{n}.{key}" in part.arrays:
-                thirds |= interval(f"{key}.third{third}.hgr", gain_ratio(part, key, "window", n, boot, []))
-        thirds[f"third{third}.repetition"] = float(np.mean([record.repetition for record in part.records]))
-    of = np.array([record.domain for record in losses.records])
-    for domain in sorted(set(of.tolist()) - {"code"}):
-        part = losses.take(np.flatnonzero(of == domain))
-        boot = Bootstrap([record.cluster for record in part.records], seed, draws)
-        key = f"{domain}.n{n}"
-        gain = part.arrays[f"n{n}.window"] - part.arrays[f"n{n}.copy"]
-        by_domain |= {f"{key}.documents": len(part.records), f"{key}.copy.worst_document": float(gain.min())}
-        by_domain |= {f"{key}.loss.{arm}": float(part.arrays[f"n{n}.{arm}"].mean()) for arm in ("window", "full")}
-        by_domain[f"{key}.copy.loss"] = float(part.arrays[f"n{n}.copy"].mean())
-        for arm in ("copy", "copy_fitted", "copy_rebuilt", "copy_rebuilt_fitted", "soft_retrieve2_copy"):
-            if f"n{n}.{arm}" in part.arrays:
-                by_domain |= interval(f"{key}.{arm}.hgr", gain_ratio(part, arm, "window", n, boot, []))
-    return thirds, by_domain
-
-
-def metrics(
-    sets: dict[str, Losses], counts: Sequence[int], seed: int, draws: int = 2000, slots: Layout | None = None
-) -> dict[str, float]:
-    """All figures by dotted key.
+class SetFigures:
+    """Figures of one set and chunk count, over the documents that all of some arms were read on.
 
     Args:
-        sets: losses by the set's name.
-        counts: of chunks.
+        arrays: `[D]` by key without the chunk count.
+        records: of the documents.
+        lines: `[D]`, whole lines of each.
+        scored: tokens of each.
         seed: of the bootstrap.
         draws: bootstrap samples.
-        slots: the rows' layout.
     """
-    layout, out = slots or Layout(), {}
-    for name, losses in sets.items():
-        for n in counts:
-            found = set_metrics(losses, n, seed, draws, layout)
-            out |= {f"{name}.n{n}.{key}": value for key, value in found.items()}
-        thirds, by_domain = detail_metrics(losses, max(counts), seed, draws)
-        out |= {f"{name}.n{max(counts)}.{key}": value for key, value in thirds.items()}
-        out |= {f"{name}.{key}": value for key, value in by_domain.items()}
+
+    def __init__(
+        self, arrays: dict[str, np.ndarray], records: Sequence[Record], lines: np.ndarray, scored: int, seed: int,
+        draws: int,
+    ):  # fmt: skip
+        self.arrays, self.records, self.lines, self.scored = arrays, records, lines, scored
+        self.seed, self.draws = seed, draws
+        self._bootstraps: dict[tuple[int, ...], Bootstrap] = {}
+
+    def documents(self, *arms: str) -> np.ndarray:
+        """Numbers of the documents that were read by all of some arms, and by window and full."""
+        there = [np.isfinite(self.arrays[f"{arm}.loss"]) for arm in (*arms, "window", "full")]
+        return np.flatnonzero(np.logical_and.reduce(there))
+
+    def bootstrap(self, rows: np.ndarray) -> Bootstrap:
+        """Draws of some documents."""
+        key = tuple(rows.tolist())
+        if key not in self._bootstraps:
+            groups = [self.records[i].cluster for i in rows]
+            self._bootstraps[key] = Bootstrap(groups, self.seed, self.draws)
+        return self._bootstraps[key]
+
+    def domains(self, rows: np.ndarray) -> list[str]:
+        """Domains of prose with enough documents in which full history is worth something; none for code."""
+        of = np.array([self.records[i].domain for i in rows])
+        worth = (self.arrays["window.loss"] - self.arrays["full.loss"])[rows]
+        names = sorted(set(of.tolist()) - {"code"})
+        fewest = min(FEWEST, max((int((of == name).sum()) for name in names), default=0))
+        return [name for name in names if (of == name).sum() >= fewest and worth[of == name].mean() >= LEAST_WORTH]
+
+    def gain(self, arm: str, base: str, rows: np.ndarray, domains: Sequence[str]) -> np.ndarray:
+        """HGR of an arm over a base in the sample and in each draw; with domains, the mean of theirs."""
+        boot, losses = self.bootstrap(rows), {a: self.arrays[f"{a}.loss"][rows] for a in (arm, base, "window", "full")}
+        gained, worth = losses[base] - losses[arm], losses["window"] - losses["full"]
+        if not domains:
+            return boot.sums(gained) / boot.sums(worth)
+        of = np.array([self.records[i].domain for i in rows])
+        ratios = []
+        for domain in domains:
+            here = of == domain
+            with np.errstate(divide="ignore", invalid="ignore"):
+                ratios.append(boot.sums(gained * here) / boot.sums(worth * here))
+        return np.nanmean(np.where(np.isfinite(ratios), ratios, np.nan), axis=0)
+
+    def lines_share(self, arm: str, rows: np.ndarray) -> np.ndarray:
+        """Share of whole lines that are right, in the sample and in each draw."""
+        boot = self.bootstrap(rows)
+        return boot.sums(self.arrays[f"{arm}.lines"][rows]) / boot.sums(self.lines[rows])
+
+    def of_arm(self, arm: str) -> dict[str, float]:
+        """Its figures, keys with the arm's name; nothing where it was not read."""
+        rows = self.documents(arm)
+        if not len(rows):
+            return {}
+        out: dict[str, float] = {}
+        if len(rows) < len(self.documents()):
+            out[f"{arm}.documents"] = len(rows)
+        out[f"{arm}.slots"] = float(self.arrays[f"{arm}.slots"][rows].mean())
+        out[f"{arm}.loss"] = float(self.arrays[f"{arm}.loss"][rows].mean())
+        names = self.domains(rows)
+        out |= interval(f"{arm}.hgr", self.gain(arm, "window", rows, names))
+        if names:
+            out |= interval(f"{arm}.ratio", self.gain(arm, "window", rows, []))
+        out |= interval(f"{arm}.lines", self.lines_share(arm, rows))
+        out[f"{arm}.greedy"] = float(self.arrays[f"{arm}.right"][rows].mean() / self.scored)
+        out[f"{arm}.worst_document"] = float((self.arrays["window.loss"] - self.arrays[f"{arm}.loss"])[rows].min())
+        return out
+
+    def of_pair(self, arm: str, other: str) -> dict[str, float]:
+        """Paired differences of an arm and another one."""
+        rows = self.documents(arm, other)
+        if not len(rows):
+            return {}
+        found = difference(f"diff.{arm}.{other}", self.gain(arm, other, rows, self.domains(rows)))
+        return found | difference(
+            f"linesdiff.{arm}.{other}", self.lines_share(arm, rows) - self.lines_share(other, rows)
+        )
+
+    def of_domains(self) -> dict[str, float]:
+        """HGR and lines of every arm, by domain of prose."""
+        out: dict[str, float] = {}
+        of = np.array([record.domain for record in self.records])
+        arms = [key.removesuffix(".loss") for key in self.arrays if key.endswith(".loss")]
+        for domain in sorted(set(of.tolist()) - {"code"}):
+            for arm in arms:
+                rows = np.array([i for i in self.documents(arm) if of[i] == domain], np.int64)
+                if len(rows) < 2:
+                    continue
+                out[f"{domain}.documents"] = len(rows)
+                out[f"{domain}.{arm}.loss"] = float(self.arrays[f"{arm}.loss"][rows].mean())
+                out |= interval(f"{domain}.{arm}.hgr", self.gain(arm, "window", rows, []))
+        return out
+
+
+def metrics(arrays: dict[str, np.ndarray], rows: Rows, seed: int, draws: int = 2000) -> dict[str, float]:
+    """All figures of a set by dotted key, `n<chunks>.<arm>.<figure>`.
+
+    Args:
+        arrays: from `measured`.
+        rows: of the set.
+        seed: of the bootstrap.
+        draws: bootstrap samples.
+
+    Raises:
+        InputError: neither window nor full history was read.
+    """
+    counts = sorted({int(key[1:].partition(".")[0]) for key in arrays})
+    whole = rows.lines.max(1, initial=-1).astype(np.int64) + 1
+    out: dict[str, float] = {}
+    for count in counts:
+        own = {key.partition(".")[2]: values for key, values in arrays.items() if key.startswith(f"n{count}.")}
+        if "window.loss" not in own or "full.loss" not in own:
+            raise InputError(f"n{count}: expected the arms window and full beside the others, got neither or one")
+        figures = SetFigures(own, rows.records, whole, rows.shape.target, seed, draws)
+        both = figures.documents()
+        found: dict[str, float] = {
+            "documents": len(both),
+            "clusters": len({rows.records[i].cluster for i in both}),
+            "lines": int(whole[both].sum()),
+        }
+        found |= {f"loss.{arm}": float(own[f"{arm}.loss"][both].mean()) for arm in ("window", "full")}
+        if domains := figures.domains(both):
+            found["domains"] = len(domains)
+        for key in own:
+            if key.endswith(".loss"):
+                found |= figures.of_arm(key.removesuffix(".loss"))
+        for arm, other in DIFFERENCES:
+            if f"{arm}.loss" in own and f"{other}.loss" in own:
+                found |= figures.of_pair(arm, other)
+        out |= {f"n{count}.{key}": value for key, value in found.items()}
+        for key, value in figures.of_domains().items():
+            domain, _, rest = key.partition(".")
+            out[f"{domain}.n{count}.{rest}"] = value
     return out
 
 
 def table(found: dict[str, float]) -> str:
-    """HGR, slots and loss of every arm, a line each."""
+    """HGR, lines, slots and loss of every arm, a line each."""
     lines = []
     for key, value in found.items():
-        if key.endswith(".hgr"):
+        if key.endswith(".hgr") and f"{key.removesuffix('.hgr')}.slots" in found:
             arm = key.removesuffix(".hgr")
             low, high = found.get(f"{key}.lo", math.nan), found.get(f"{key}.hi", math.nan)
-            line = f"{arm:48} {value:7.3f} [{low:6.3f}, {high:6.3f}]"
-            if f"{arm}.slots" in found:
-                line += f" {found[f'{arm}.slots']:6.0f} slots, loss {found[f'{arm}.loss']:.4f}"
-            lines.append(line)
+            lines.append(
+                f"{arm:44} {value:7.3f} [{low:6.3f}, {high:6.3f}] lines {100 * found[f'{arm}.lines']:5.1f} "
+                f"{found[f'{arm}.slots']:7.0f} slots, loss {found[f'{arm}.loss']:.4f}"
+            )
     return "\n".join(lines)

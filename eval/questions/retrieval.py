@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from eval.documents import CHUNK
 from eval.results import write_result
+from eval.rows import Shape
 from eval.statistics import clustered_interval
 from hf_crouter.crouter.loading import shipped_crouter
 from hf_crouter.data.tokens import plain_tokenizer
@@ -65,8 +65,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--result", default="retrieval-questions")
 
 
-def passages(data: Path, name: str) -> list[tuple[str, list[tuple[str, int]]]]:
-    """Texts with their questions, each with the place in the text where its answer begins, in characters.
+Asked = tuple[str, int, list[str]]  # a question, where its answer begins in the text, in characters; its answers
+
+
+def passages(data: Path, name: str) -> list[tuple[str, list[Asked]]]:
+    """Texts with their questions.
 
     Raises:
         InputError: no such data.
@@ -78,21 +81,21 @@ def passages(data: Path, name: str) -> list[tuple[str, list[tuple[str, int]]]]:
         rows: list[dict[str, Any]] = [json.loads(line) for line in file]
     if name == "xquad":
         rows = [row for row in rows if row["lang"] == "en"]
-        return [(row["context"], [(qa["question"].rstrip("?"), qa["starts"][0]) for qa in row["qas"]])
+        return [(row["context"], [(qa["question"].rstrip("?"), qa["starts"][0], qa["answers"]) for qa in row["qas"]])
                 for row in rows]  # fmt: skip
-    found: dict[str, list[tuple[str, int]]] = {}
+    found: dict[str, list[Asked]] = {}
     for row in rows:
         text = row["ctxs"][0]["text"]
         answer = next((answer for answer in row["answers"] if answer in text), None)
         if answer is not None:
-            found.setdefault(text, []).append((row["question"].rstrip("?"), text.index(answer)))
+            found.setdefault(text, []).append((row["question"].rstrip("?"), text.index(answer), row["answers"]))
     return list(found.items())
 
 
 def prompts(
-    texts: list[tuple[str, list[tuple[str, int]]]], tokenizer: Tokenizer, chunks: int, first: int, step: int, seed: int
+    texts: list[tuple[str, list[Asked]]], tokenizer: Tokenizer, chunks: int, first: int, step: int, seed: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray, int, int]]:
-    """Compressed chunks `[N, CHUNK]`, last tokens, the answer's chunk and the passage's number, question by question.
+    """Compressed chunks `[N, chunk]`, last tokens, the answer's chunk and the passage's number, question by question.
 
     Args:
         texts: passages with their questions.
@@ -113,13 +116,13 @@ def prompts(
     while done < len(order):  # one prompt after another, of as many passages as fit
         row: list[int] = []
         begin: dict[int, int] = {}
-        while done < len(order) and len(row) < chunks * CHUNK:
+        while done < len(order) and len(row) < chunks * Shape.chunk:
             begin[order[done]] = len(row)
             row += ids[order[done]]
             done += 1
-        if len(row) < chunks * CHUNK:
+        if len(row) < chunks * Shape.chunk:
             return
-        past = np.array(row[: chunks * CHUNK], np.int64).reshape(chunks, CHUNK)
+        past = np.array(row[: chunks * Shape.chunk], np.int64).reshape(chunks, Shape.chunk)
         others = [number for number in order if number not in begin]
         if not others:
             return  # nothing to stand between past and question
@@ -127,8 +130,8 @@ def prompts(
             if number % step != first:
                 continue
             text, questions = texts[number]
-            for question, place in questions:
-                where = (start + len(encode(f"\n\n{text[:place].rstrip()}"))) // CHUNK
+            for question, place, _ in questions:
+                where = (start + len(encode(f"\n\n{text[:place].rstrip()}"))) // Shape.chunk
                 if where < chunks:
                     ahead = [i for n in random.choice(others, 6) for i in ids[n]][-random.integers(400, 500) :]
                     recent = np.array(ahead + encode(ASKED.format(question=question)), np.int64)[-QUERY:]

@@ -14,7 +14,7 @@ import statistics
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -22,40 +22,42 @@ from typing import Any
 import numpy as np
 import torch
 
-from eval.results import write_result
+from eval.results import host_key, write_result
 from hf_crouter.errors import InputError
 from hf_crouter.hosts.fetch import resolve_host
 
 TASKS = ("niah_single_1", "niah_multikey_2", "niah_multikey_3", "ruler_vt", "ruler_cwe", "ruler_fwe")
-LENGTHS = (4096, 8192)
+LENGTHS = {"4k": 4096, "8k": 8192, "16k": 16384}
 ARMS: dict[str, dict[str, Any]] = {
     "full": {},
+    "best": {},
     "window": {"modes": "none"},
-    "retrieve2": {"retrieve": 2},
+    "retrieve4": {"retrieve": 4},
     "retrieve2_copy": {"retrieve": 2, "copy": True},
-    "soft_copy": {"soft_prompts": True, "copy": True},
     "soft_retrieve2_copy": {"soft_prompts": True, "retrieve": 2, "copy": True},
 }
-"""Modes of `CompressedHFLM`, as lm-eval's `--model_args` say them; `full` is the plain host."""
+"""Modes of `CompressedHFLM`, as lm-eval's `--model_args` say them; `full` is the plain host, `best` the defaults."""
+FAILED = 0.2  # accuracy of the full host below which a task is no test of reading: left out of the mean
 ROOM = 128  # tokens of a prompt that RULER does not count: how the answer begins, fwe's whole answer, a chat template
 NOTES = (
     "RULER by lm-evaluation-harness, accuracy 0..1, greedy; .se: standard error over documents. full: the plain host "
-    "on the whole prompt; window: the raw window alone, older chunks dropped; other arms: CompressedHistory with the "
-    "modes of config.arms and the options of config.options. slots.*: most KV slots of a prompt and its answer. "
-    "Documents are RULER's, written for 128 tokens less than the length, so that no arm has to cut a prompt."
+    "on the whole prompt; window: the raw window alone, older chunks dropped; best: what CompressedHistory takes by "
+    "default; other arms: the modes of config.arms, and the options of config.options. mean: over the tasks that the "
+    "full host does at 20% or more. slots.*: most KV slots of a prompt and its answer. Documents are RULER's, written "
+    "for 128 tokens less than the length, so that no arm has to cut a prompt."
 )
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments."""
     parser.add_argument("--host", default="smollm2-135m", help="known name or folder")
-    parser.add_argument("--crouter", default="crouter-code-mini")
+    parser.add_argument("--crouter", default="crouter-code-mini", help="none: arms that need one fail")
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=TASKS)
     parser.add_argument(
-        "--lengths", nargs="+", type=int, default=list(LENGTHS), help="tokens a prompt with its answer"
+        "--lengths", nargs="+", choices=list(LENGTHS), default=["8k"], help="tokens a prompt with its answer"
     )
-    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
-    parser.add_argument("--limit", type=int, default=50, help="documents a task and length")
+    parser.add_argument("--arms", nargs="+", default=["full", "best"], choices=list(ARMS))
+    parser.add_argument("--limit", type=int, default=25, help="documents a task and length")
     parser.add_argument("--window", type=int, default=512)
     parser.add_argument(
         "--options", nargs="*", default=[], metavar="NAME=VALUE", help="of every history, beside modes"
@@ -63,7 +65,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--chat", action="store_true", help="wrap prompts in the host's chat template")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--result", default="lm-eval")
+    parser.add_argument("--device", help="that ran it, if this machine's name does not say so")
+    parser.add_argument("--note", default="", help="what is to be said of the host")
+    parser.add_argument("--result", help="ruler-HOST by default")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -84,17 +88,22 @@ def run(args: argparse.Namespace) -> None:
         raise InputError(f'{error.name} is not installed; it comes with: pip install -e ".[lm-eval]"') from error
     host = resolve_host(args.host)
     options = simple_parse_args_string(",".join(args.options))
-    common = {"pretrained": host, "device": "cuda:0", "batch_size": args.batch_size}
+    device = "cuda:0" if torch.cuda.is_available() else "cpu"
+    common = {"pretrained": host, "device": device, "batch_size": args.batch_size}
+    result = args.result or f"ruler-{host_key(args.host)}"
+
+    def write() -> Path:
+        found = metrics | means(metrics)
+        notes = f"{args.note} {NOTES}".strip()
+        return write_result(result, found, seed=args.seed, config=config, notes=notes, device=args.device)
 
     def made(arm: str) -> Any:
         if arm == "full":
             return HFLM(**common)
-        needs = "soft_prompts" in ARMS[arm] or "copy" in ARMS[arm]  # the gate lies beside the crouter
-        crouter = args.crouter if needs else "none"
-        return CompressedHFLM(**common, crouter=crouter, window=args.window, **ARMS[arm], **options)
+        return CompressedHFLM(**common, crouter=args.crouter, window=args.window, **ARMS[arm], **options)
 
     manager = TaskManager(include_path=ruler_folder(), include_defaults=False)  # all defaults take long to index
-    tasks = {n: load_tasks(manager, args.tasks, host, n, args.limit, args.seed) for n in args.lengths}
+    tasks = {n: load_tasks(manager, args.tasks, host, LENGTHS[n], args.limit, args.seed) for n in args.lengths}
     config = {
         "limit": args.limit, "window": args.window, "arms": {arm: ARMS[arm] for arm in args.arms}, "options": options,
         "chat": args.chat, "batch_size": args.batch_size,
@@ -115,10 +124,11 @@ def run(args: argparse.Namespace) -> None:
                     bootstrap_iters=0,
                 )
                 for task, samples in (found or {})["samples"].items():
-                    metrics |= scores(f"{task}.{length}.{arm}", [sample[str(length)] for sample in samples])
-                    print(f"{task}.{length}.{arm}: {metrics[f'{task}.{length}.{arm}']:.3f}", flush=True)
+                    key = f"{task}.{length}.{arm}.accuracy"
+                    metrics |= scores(key, [sample[str(LENGTHS[length])] for sample in samples])
+                    print(f"{key}: {metrics[key]:.3f}", flush=True)
                 metrics[f"slots.{length}.{arm}"] = max(slots)
-                write_result(args.result, metrics, seed=args.seed, config=config, notes=NOTES)
+                write()
                 seconds = time.perf_counter() - start
                 print(f"slots.{length}.{arm}: {max(slots)}; {seconds:.0f} seconds", flush=True)
         except Exception:  # the other arms are worth having without this one
@@ -130,7 +140,19 @@ def run(args: argparse.Namespace) -> None:
             torch.cuda.empty_cache()
     if failed:
         raise RuntimeError(f"failed: {', '.join(failed)}; the other arms are written")
-    print(write_result(args.result, metrics, seed=args.seed, config=config, notes=NOTES))
+    print(write())
+
+
+def means(metrics: Mapping[str, float]) -> dict[str, float]:
+    """`mean.<length>.<arm>.accuracy` over the tasks that the full host does well enough, and how many they are."""
+    out: dict[str, float] = {}
+    for length in LENGTHS:
+        able = [task for task in TASKS if metrics.get(f"{task}.{length}.full.accuracy", 0) >= FAILED]
+        for arm in ARMS:
+            found = [metrics[key] for task in able if (key := f"{task}.{length}.{arm}.accuracy") in metrics]
+            if found and len(found) == len(able):
+                out |= {f"mean.{length}.{arm}.accuracy": statistics.fmean(found), f"mean.{length}.tasks": len(able)}
+    return out
 
 
 def ruler_folder() -> str:

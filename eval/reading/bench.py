@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,65 +14,64 @@ from typing import Any
 import numpy as np
 import torch
 
-from eval.documents import Record, Shape, Windows
-from hf_crouter import CompressedHistory, Copy, Retrieve, SoftPrompts
+from eval.arms import Reader
+from eval.rows import Record, Rows, Shape
 from hf_crouter.generation.report import HistoryReport
-from hf_crouter.types import Mode
+from hf_crouter.hosts.positions import max_positions
 from hf_crouter.utils.progress import Progress
 
 PREFIX = 4  # raw tokens at the start: these prompts have no system turn
-ARMS: dict[str, tuple[Mode, ...]] = {
-    "window": (),
-    "soft": (SoftPrompts(),),
-    "copy": (Copy(),),
-    "copy_half": (Copy(strength=0.5),),
-    "copy_rebuilt": (Copy(source="rebuilt"),),
-    "copy_generated": (Copy(generated=True),),
-    "retrieve2": (Retrieve(2),),
-    "retrieve2_copy": (Retrieve(2), Copy()),
-    "soft_copy": (SoftPrompts(), Copy()),
-    "soft_retrieve2_copy": (SoftPrompts(), Retrieve(2), Copy()),
-}
-"""Modes of `CompressedHistory`; `full` is the plain host."""
 
 
 @dataclass
 class Bench:
-    """A host, a crouter, documents, and how much of everything.
+    """A host and what its arms need, documents, and how much of everything.
 
     Attributes:
-        host: the decoder.
-        tokenizer: of the host, which the crouter shares.
-        crouter: encodes and rebuilds.
+        reader: host, tokenizer and crouter.
         sets: documents by set: `young` (code) and `prose`.
-        window: fewest raw tokens at the end.
         batch: rows at once.
         save: folder for single samples; None keeps none.
         seed: of everything random.
-        soft_prompts: of the host.
         report: of the latest `generate`, without reconstruction NLL; None of the plain host.
     """
 
-    host: Any
-    tokenizer: Any
-    crouter: Any
-    sets: dict[str, Windows]
-    window: int = 512
+    reader: Reader
+    sets: dict[str, Rows]
     batch: int = 64
     save: Path | None = None
     seed: int = 0
-    soft_prompts: SoftPrompts = field(default_factory=SoftPrompts)
     report: HistoryReport | None = None
+
+    @property
+    def host(self) -> Any:
+        """The decoder."""
+        return self.reader.host
+
+    @property
+    def tokenizer(self) -> Any:
+        """Of the host."""
+        return self.reader.tokenizer
+
+    @property
+    def crouter(self) -> Any:
+        """Encodes and rebuilds; None where there is none."""
+        return self.reader.crouter
+
+    @property
+    def window(self) -> int:
+        """Fewest raw tokens at the end."""
+        return self.reader.window
 
     @property
     def positions(self) -> int:
         """Positions that the host was trained on."""
-        return int(self.host.config.get_text_config(decoder=True).max_position_embeddings)
+        return max_positions(self.host) or sys.maxsize
 
     @property
     def chunk(self) -> int:
         """Tokens of a chunk."""
-        return int(self.crouter.config.chunk_length)
+        return int(self.crouter.config.chunk_length) if self.crouter is not None else Shape.chunk
 
     @cached_property
     def pieces(self) -> list[str]:
@@ -86,30 +86,18 @@ class Bench:
         """Token after the last chunk that is compressed in a prompt of `length` tokens."""
         return PREFIX + self.chunk * max(0, (length - self.window - PREFIX) // self.chunk)
 
-    def history(self, arm: str) -> CompressedHistory | None:
-        """What an arm passes to `generate`; None for the plain host."""
-        if arm == "full":
-            return None
-        return CompressedHistory(
-            self.host,
-            self.crouter,
-            modes=[self.soft_prompts if isinstance(mode, SoftPrompts) else mode for mode in ARMS[arm]],
-            window=self.window,
-            tokenizer=self.tokenizer,
-        )
-
     @torch.no_grad()
     def generate(self, arm: str, ids: np.ndarray, count: int, after: Sequence[Any] = (), **options: Any) -> np.ndarray:
         """Greedy continuations `[B, count]` of prompts `[B, T]`; -1 behind an end of text.
 
         Args:
-            arm: of `ARMS`, or `full`.
+            arm: of `eval.arms`.
             ids: prompts of one length.
             count: tokens to generate, at most.
             after: logits processors behind the history.
             **options: further ones of the host's `generate`.
         """
-        history = self.history(arm)
+        history = self.reader.history(arm)
         prompt = torch.from_numpy(ids.astype(np.int64)).to(self.host.device)
         processors = [*([history] if history is not None else []), *after]
         pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id
@@ -132,7 +120,7 @@ class Bench:
     def greedy(self, arm: str, ids: np.ndarray, last: int) -> np.ndarray:
         """Whether greedy decoding would have chosen each of the last tokens `[B, last]` of texts `[B, T]`."""
         tokens = torch.from_numpy(ids.astype(np.int64)).to(self.host.device)
-        history = self.history(arm)
+        history = self.reader.history(arm)
         if history is None:
             logits = self.host(input_ids=tokens[:, :-1], logits_to_keep=last, use_cache=False).logits
             return (logits.argmax(-1) == tokens[:, -last:]).cpu().numpy()

@@ -13,10 +13,12 @@ from typing import Any
 
 import torch
 
-from eval.documents import Shape, Windows
+from eval.arms import GENERATING, Reader
 from eval.reading import identifiers, lost_copies, manners, next_lines, passkeys
-from eval.reading.bench import ARMS, Bench, Scores
+from eval.reading.bench import Bench, Scores
 from eval.results import FOLDER, commit, write_result
+from eval.rows import Rows, Shape
+from hf_crouter.chunking import tokenizer_fingerprint
 from hf_crouter.crouter.loading import load_crouter
 from hf_crouter.hosts.loading import load_host
 
@@ -52,8 +54,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder of eval.documents: young and prose")
     parser.add_argument("--save", type=Path, help="folder for single samples, JSON lines")
     parser.add_argument("--lengths", type=int, nargs="+", default=[4096, 8192, 32768, 131072])
-    parser.add_argument("--arms", nargs="+", choices=["full", *ARMS], help="instead of each part's own")
-    parser.add_argument("--samples", type=int, default=50, help="of a cell of retrieval, and near matches")
+    parser.add_argument("--arms", nargs="+", choices=GENERATING, help="instead of each part's own")
+    parser.add_argument("--samples", type=int, default=50, help="of a cell of retrieval")
     parser.add_argument("--documents", type=int, default=375, help="of nextline")
     parser.add_argument("--each", type=int, default=2, help="lines a document of nextline")
     parser.add_argument("--scored", type=int, default=96, help="documents of a set, of identifiers and residual")
@@ -75,9 +77,9 @@ def run(args: argparse.Namespace) -> None:
     device, dtype = ("cuda", torch.bfloat16) if cuda else ("cpu", torch.float32)
     host, tokenizer = load_host(args.host, device, dtype)
     crouter, _ = load_crouter(args.crouter, device, dtype)
-    sets = {name: Windows.load(args.data, name) for name in ("young", "prose")}
+    sets = {name: Rows.load(args.data, name, tokenizer_fingerprint(tokenizer)) for name in ("young", "prose")}
     batch = args.batch or (64 if cuda else 2)
-    bench = Bench(host, tokenizer, crouter, sets, args.window, batch, args.save, args.seed)
+    bench = Bench(Reader(host, tokenizer, crouter, window=args.window), sets, batch, args.save, args.seed)
     for name, part in parts(bench, args).items():
         start = time.monotonic()
         metrics = part()
@@ -102,8 +104,7 @@ def parts(bench: Bench, args: argparse.Namespace, shape: Shape | None = None
         return lambda: passkeys.retrieval(bench, task, lengths, arms(*FACTS), args.samples, longest)
 
     def all_manners() -> dict[str, float]:
-        found = manners.near_matches(bench, arms("window", "copy", "copy_half", "full"), args.lengths[0], args.samples)
-        found |= manners.temperatures(bench, shape, arms("window", "copy"), args.free)
+        found = manners.temperatures(bench, shape, arms("window", "copy"), args.free)
         return found | manners.loops(bench, shape, arms("window", "copy", "copy_generated"), args.free, args.tokens)
 
     known: dict[str, Callable[[], dict[str, float]]] = {name: retrieval(name) for name in PARTS[:4]}

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from eval.documents import Shape
 from eval.reading.bench import Bench, Scores, group
 from eval.reading.measures import NAME
+from eval.rows import Shape
 from eval.statistics import ratio_with_interval
 
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from eval.documents import Shape
 from eval.reading.bench import Bench, Scores, group
+from eval.rows import Shape
 from eval.statistics import auroc, clustered_interval
 from hf_crouter.hosts.tokenizers import special_ids
 from hf_crouter.ngram.archive import Archive

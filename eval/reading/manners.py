@@ -1,113 +1,20 @@
-"""Where copying could do harm: records that nearly match, temperatures below 1, loops in free generation."""
+"""Where copying could do harm: temperatures below 1, loops in free generation."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from eval.documents import Shape
-from eval.reading.bench import PREFIX, Bench, batches, group, progress_of
+from eval.reading.bench import Bench, batches, group, progress_of
 from eval.reading.measures import repeated_trigrams
 from eval.reading.next_lines import line_splits
-from eval.reading.passkeys import WORDS
+from eval.rows import Shape
 from eval.statistics import clustered_interval, mean_with_interval, ratio_with_interval
 
-CITIES = ("Paris", "London", "Berlin", "Madrid", "Rome", "Vienna", "Dublin", "Lisbon", "Athens", "Prague", "Warsaw",
-          "Moscow", "Tokyo", "Delhi", "Cairo", "Lima", "Boston", "Chicago", "Denver", "Dallas")  # fmt: skip
-FORMS = ("json", "csv", "key")
 TEMPERATURES = (1.0, 0.7, 0.5)
 SAME = 64  # tokens that a temperature's loss is taken over
-
-
-@dataclass(frozen=True, eq=False)
-class NearMatch:
-    """A prompt whose next value stands in its window, while a matching older record has another.
-
-    Attributes:
-        ids: `[length]`.
-        answer: ids of the new value.
-        stale: ids of the older record's.
-        form: of `FORMS`.
-        record: `(start, end)` of the older record, in tokens.
-    """
-
-    ids: np.ndarray
-    answer: tuple[int, ...]
-    stale: tuple[int, ...]
-    form: str
-    record: tuple[int, int]
-
-
-def _record(form: str, name: str, number: int, city: str) -> str:
-    if form == "json":
-        return json.dumps({"id": number, "name": name, "city": city}) + "\n"
-    return f"{number},{name},{city}\n" if form == "csv" else f"{name}.{number}.city = {city}\n"
-
-
-def near_match(bench: Bench, hay: np.ndarray, length: int, form: str, random: np.random.Generator) -> NearMatch:
-    """Old records in the compressed part; in the window one of them is corrected, and then written once more.
-
-    Args:
-        bench: tokenizer and where the compressed part ends.
-        hay: ids of other text, at least `length`.
-        length: tokens of the prompt.
-        form: of `FORMS`.
-        random: draws everything.
-    """
-    names = ["-".join(random.choice(WORDS, 2, replace=False)) for _ in range(6)]
-    numbers = random.choice(np.arange(1000, 9999), 6, replace=False)
-    cities = random.choice(CITIES, 7, replace=False)
-    texts = [_record(form, *values) for values in zip(names, map(int, numbers), map(str, cities[:6]), strict=True)]
-    table = [bench.encode(text) for text in texts]
-    new, which = str(cities[6]), int(random.integers(6))
-    text = _record(form, names[which], int(numbers[which]), new)
-    # no record in the window but the corrected one: its value is what the text goes on with
-    cut = text.index(new)
-    ending = bench.encode(
-        f"\n\nCorrection: {names[which]} has moved to {new}. The record is now:\n\n{text[:cut]}".rstrip(" ")
-    )
-    blank = " " if text[:cut].endswith(" ") else ""
-    compressed = bench.compressed_end(length)
-    room = compressed - PREFIX - sum(map(len, table))
-    if room < 0 or len(ending) > length - compressed:
-        raise ValueError(f"{length} tokens are too few for the records")
-    at = PREFIX + int(random.integers(0, room + 1))
-    start = at + sum(len(part) for part in table[:which])
-    rest = length - at - sum(map(len, table)) - len(ending)
-    pieces = [hay[:at], *table, hay[at : at + rest], ending]
-    ids = np.concatenate([np.asarray(piece, np.int64) for piece in pieces])
-    answer, stale = (tuple(bench.encode(blank + city)) for city in (new, str(cities[which])))
-    return NearMatch(ids, answer, stale, form, (start, start + len(table[which])))
-
-
-def near_matches(bench: Bench, arms: Sequence[str], length: int, count: int) -> dict[str, float]:
-    """Share of right values, and of the older record's, by arm."""
-    rows = bench.sets["young"].ids
-    samples = []
-    for n in range(count):
-        random = np.random.default_rng([bench.seed, n, 17])
-        hay = np.concatenate([rows[i] for i in np.resize(random.permutation(len(rows)), -(-length // rows.shape[1]))])
-        samples.append(near_match(bench, hay, length, FORMS[n % len(FORMS)], random))
-    names = [str(n) for n in range(count)]
-    metrics: dict[str, float] = {}
-    most = max(max(len(s.answer), len(s.stale)) for s in samples)
-    with bench.samples("near_matches") as keep, progress_of("near matches", count * len(arms)) as advance:
-        for arm in arms:
-            right, stale = [], []
-            for part in batches(count, bench.batch):
-                made = bench.generate(arm, np.stack([s.ids for s in samples[part]]), most)
-                for sample, ids in zip(samples[part], made.tolist(), strict=True):
-                    right.append(float(tuple(ids[: len(sample.answer)]) == sample.answer))
-                    stale.append(float(tuple(ids[: len(sample.stale)]) == sample.stale))
-                    keep(arm=arm, form=sample.form, right=right[-1], stale=stale[-1], made=bench.text(ids))
-                advance(len(made))
-            metrics |= mean_with_interval(f"manners.near.{arm}.right", right, names, bench.seed)
-            metrics |= mean_with_interval(f"manners.near.{arm}.wrong_copied", stale, names, bench.seed)
-    return metrics
 
 
 class Forced:

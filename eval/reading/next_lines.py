@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from eval.documents import Shape, Windows
 from eval.reading.bench import Bench, batches, group, progress_of
 from eval.reading.measures import (
     first_line,
@@ -18,6 +17,7 @@ from eval.reading.measures import (
     similarity,
     statement,
 )
+from eval.rows import Rows, Shape
 from eval.statistics import clustered_interval, mean_with_interval, ratio_with_interval
 
 MADE = 64  # tokens generated for a line
@@ -32,7 +32,7 @@ class Split:
     at: int
 
 
-def line_splits(bench: Bench, windows: Windows, shape: Shape, each: int, rows: Sequence[int], made: int = MADE
+def line_splits(bench: Bench, windows: Rows, shape: Shape, each: int, rows: Sequence[int], made: int = MADE
                 ) -> list[Split]:  # fmt: skip
     """At most `each` places a row, spread out, whose next line has a letter and fits into `made` tokens.
 

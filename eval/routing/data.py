@@ -26,9 +26,10 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
-from eval.documents import MAXIMUM, place
+from eval.documents import MAXIMUM
 from eval.routing.mixed import mixed_documents
 from eval.routing.windows import DOMAINS, KNOWN, WINDOW, Record, TestWindows
+from eval.rows import place
 from eval.sources import no_copy, package_lists, packages, records_of
 from hf_crouter.crouter.loading import SHIPPED
 from hf_crouter.data.corpora import load_corpus

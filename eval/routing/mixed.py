@@ -20,8 +20,8 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer
 
-from eval.documents import place
 from eval.routing.splice import CHUNK
+from eval.rows import place
 from eval.sources import package_lists
 from hf_crouter.data.documents import Document
 from hf_crouter.data.wheels import fetch_archive
