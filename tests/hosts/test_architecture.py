@@ -50,7 +50,7 @@ class TestArchitecture:
 
     def test_families_and_their_positions_count(self):
         prints = {host_architecture(tiny_host(family)) for family in ("llama", "qwen2", "gpt_neox", "gpt2", "gemma2")}
-        assert len(prints) == 5
+        assert len(prints) == 5 and all(" head_dim=8" in one for one in prints), "named or not in the configuration"
         falcon = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 1, "vocab_size": VOCAB}
         with torch.device("meta"):
             ways = [
