@@ -4,7 +4,7 @@ import pytest
 import torch
 import transformers
 from packaging.version import Version
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from hf_crouter.errors import InputError
 from hf_crouter.history import CompressedHistory
@@ -30,6 +30,39 @@ MISREAD = [name for name, family in LISTED.items() if family is not None and Ver
 REFUSED = [name for name, family in LISTED.items() if family is not None and family.refused]
 IMAGE_ID = 2  # that stands for a picture in prompts of tiny hosts
 QUICK = ("llama", "qwen2", "gemma3_text", "phi3", "gpt_neox", "bloom", "lfm2", "deepseek_v3", "qwen2_vl")
+
+
+def kind_of(name):
+    """Checks that are left out, caches, positions and attention: families alike in these share their code's ways."""
+    family, host = LISTED[name], HOSTS[name]()
+    config = host.config.get_text_config(decoder=True)
+    caches = {type(layer).__name__ for layer in DynamicCache(config=config).layers}
+    rope = getattr(config, "rope_parameters", None) or {}
+    scopes = [scope for scope in rope.values() if isinstance(scope, dict)] or [rope] * bool(rope)
+    positions = {(scope.get("rope_type"), "mrope_section" in scope) for scope in scopes}
+    tables = [m for m in host.modules() if isinstance(m, torch.nn.Embedding) and m.num_embeddings >= 256]
+    latent = bool(getattr(config, "kv_lora_rank", None))
+    return (family.kind, family.without, *(tuple(sorted(map(str, part))) for part in (caches, positions)),
+            bool(tables), latent)  # fmt: skip
+
+
+def one_of_each_kind():
+    """The first family, by its name, of every kind that no usual family is of."""
+    seen, chosen = {kind_of(name) for name in QUICK}, []
+    for name in SERVED:
+        kind = kind_of(name)
+        if kind not in seen:
+            seen.add(kind)
+            chosen.append(name)
+    return chosen
+
+
+def pytest_generate_tests(metafunc):
+    if metafunc.function is test_other_families:
+        some = metafunc.config.getoption("one_of_each_kind")
+        metafunc.parametrize("name", one_of_each_kind() if some else [name for name in SERVED if name not in QUICK])
+
+
 # what a variant of a family does not pass as a plain host
 WITHOUT = {"falcon_alibi": (7,)}
 if Version("5.23") > HERE:  # faults of transformers' own that were mended later
@@ -82,7 +115,6 @@ def test_usual_families(name, number):
 
 @pytest.mark.families
 @pytest.mark.parametrize("number", range(9), ids=[check.__name__ for check in CHECKS])
-@pytest.mark.parametrize("name", [name for name in SERVED if name not in QUICK])
 def test_other_families(name, number):
     checked(name, number)
 
