@@ -1,20 +1,24 @@
 """Everything that the README shows: Python and commands run, what it names exists, its figures are generated."""
 
+import graphlib
 import importlib.util
 import inspect
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 import textwrap
 import tomllib
 from collections import namedtuple
+from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
 
 import hf_crouter
+from eval.tables.readme import main as tables
 from hf_crouter.modes import MODES
 
 ROOT = Path(__file__).parent.parent
@@ -22,7 +26,8 @@ INSTALL = (
     "pip install -c constraints.txt -e . && hf-crouter demo",
     'pip install -c constraints.txt -e ".[test]" && pytest',
 )
-LONG_FILE = "long_file.py"  # the reader's own text; every other file has to come from an earlier line
+LONG_FILE = "long_file.py"  # of 2,100 tokens, the reader's own; every other file has to come from an earlier line
+SHORTER = {"hf-crouter demo": ["--file", LONG_FILE]}  # a quarter of the file that it would read
 SHOWN = {"text", "console", "bibtex"}
 OWN_MODES = [cls for cls in MODES.values() if cls.__module__.startswith("hf_crouter.")]  # other tests may add theirs
 
@@ -141,7 +146,7 @@ SHELL = [block for block in BLOCKS if block.language == "bash" and not block.not
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory):
     folder = tmp_path_factory.mktemp("readme")
-    shutil.copy(textwrap.__file__, folder / LONG_FILE)
+    shutil.copy(graphlib.__file__, folder / LONG_FILE)
     return folder
 
 
@@ -174,23 +179,47 @@ def check_demo(said):
     assert full < both < copying < soft < window and routed < both, said
     assert re.search(r"^served by: python \d+", said, re.MULTILINE), said
     chunks = re.findall(r"^ *\d+ .* (\d+\.\d)  +\d+\.\d+ ", said.split("the compressed chunks:")[1], re.MULTILINE)
-    assert " 8,192 " in rows[6] and len(chunks) > 10 and min(map(float, chunks)) > 80, said
+    tokens = re.match(rf"{LONG_FILE}: ([\d,]+) tokens", said)[1]
+    assert f" {tokens} " in rows[6] and len(chunks) >= 2 and min(map(float, chunks)) > 80, said
+
+
+@pytest.fixture
+def in_workplace(workplace, monkeypatch):
+    """What a command finds: the reader's folder, and no network."""
+    monkeypatch.chdir(workplace)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+def call(command, capsys):
+    """Calls what the installed script of a command calls, in this process: a new one imports for seconds."""
+    program, *words = [*shlex.split(command), *SHORTER.get(command, ())]
+    (script,) = entry_points(group="console_scripts", name=program)
+    code = script.load()(words)
+    out, err = capsys.readouterr()
+    assert not code, f"{command}\n{out[-2000:]}\n{err[-4000:]}"
+    return out
 
 
 @pytest.mark.host
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("block", SHELL, ids=lambda block: f"line {block.line}")
-def test_commands_run(block, workplace):
+def test_commands_run(block, workplace, in_workplace, capsys):
     for command in commands(block.code):
-        if command.startswith(("hf-crouter ", "python -m ")):
-            said = run(command, workplace, shell=True)
+        if command.startswith("hf-crouter "):
+            said = call(command, capsys)
             if command == "hf-crouter demo":
                 check_demo(said)
+        elif command.startswith("python -m "):
+            run(command, workplace, shell=True)
         elif command.startswith("python "):  # tests/test_examples.py runs them
             assert re.fullmatch(r"examples/\w+\.py", command.split()[1]), command
         else:
             assert command in INSTALL, f"README line {block.line}: this test does not know how to try {command!r}"
+
+
+def test_the_script_starts(workplace):
+    assert "hf-crouter COMMAND --help" in run("hf-crouter --help", workplace, shell=True)
 
 
 def test_the_two_commands_are_those_of_the_project():
@@ -254,4 +283,4 @@ def test_the_changelog_says_what_options_are_called_now():
 
 
 def test_figures_are_generated():
-    run([sys.executable, "-m", "eval.tables", "--check"], ROOT)
+    assert tables(["--check"]) == 0
