@@ -12,6 +12,7 @@ from eval.questions import answers, retrieval, ruler
 from eval.reading import experiment as reading
 from eval.reading import near_matches
 from eval.routing import experiment as routing
+from eval.routing import host_experts
 from hf_crouter.errors import InputError
 
 EXPERIMENTS = {
@@ -29,6 +30,7 @@ EXPERIMENTS = {
     "retrieval-questions": retrieval,
     "copy-cpu": copy_step,
     "routing": routing,
+    "experts": host_experts,
 }
 
 

@@ -27,8 +27,8 @@ from hf_crouter.hosts.loading import load_host
 ARMS = ("window", "full", "copy", "best", "copy_half", "copy_fitted", "retrieve2_copy", "retrieve2_copy_fitted")
 NOTES = (
     "Share of prompts after which the greedy next tokens are the corrected value (new), or the older record's (old). "
-    "Six records as JSON, CSV or keys stand somewhere in the compressed part, among young code; the raw window corrects one "
-    "and then begins to write it. Intervals: bootstrap over prompts."
+    "Six records as JSON, CSV or keys stand somewhere in the compressed part, among young code; the raw window "
+    "corrects one and then begins to write it. Intervals: bootstrap over prompts."
 )
 CITIES = ("Paris", "London", "Berlin", "Madrid", "Rome", "Vienna", "Dublin", "Lisbon", "Athens", "Prague", "Warsaw",
           "Moscow", "Tokyo", "Delhi", "Cairo", "Lima", "Boston", "Chicago", "Denver", "Dallas")  # fmt: skip

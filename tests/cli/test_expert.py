@@ -91,7 +91,7 @@ def test_test_shows_where_held_out_texts_went(experts, tmp_path, capsys):
     for kind in KINDS:
         assert found[kind]["accuracy"] > 0.7 and found[kind]["loss"]["own"] < found[kind]["loss"]["base"]
     assert found["digits"]["accuracy"] == found["digits"]["routes"].get("", 0) / found["digits"]["pieces"]
-    assert set(found["digits"]["loss"]) == {"base", "routed"}
+    assert set(found["digits"]["loss"]) == {"base", "routed", "oracle"}
     assert json.loads(output([*words, "--json"], capsys))["code"]["loss"] == {}
 
 

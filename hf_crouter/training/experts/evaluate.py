@@ -27,8 +27,8 @@ class RoutedDomain:
         pieces: texts, each of at most a chunk.
         routes: how many of them went to which expert, by name; "" is the base model.
         accuracy: share that went where it should: to the expert of the domain's name, else to the base model.
-        loss: the host's nats/token on them, `base`, `routed` and, where there is an expert of the name, `own`; empty
-            without a host.
+        loss: the host's nats/token on them, `base`, `routed`, where there is an expert of the name `own`, and
+            `oracle`, each text under what suits it best; empty without a host.
     """
 
     pieces: int
@@ -90,7 +90,7 @@ def _losses(
     pieces: Sequence[torch.Tensor],
     choices: Mapping[str, Sequence[int]],
 ) -> dict[str, float]:
-    """Nats/token of a host on crouter pieces under each choice of adapters."""
+    """Nats/token of a host on crouter pieces under each choice of adapters, and under the best one, `oracle`."""
     ends = np.cumsum([0, *(len(piece) + 1 for piece in pieces)])
     ids = np.concatenate([np.append(piece.numpy(), tokens.separator_id) for piece in pieces])
     names = tuple(str(i) for i in range(len(pieces)))
@@ -98,10 +98,14 @@ def _losses(
     texts = [torch.from_numpy(text.astype(np.int64)) for _, _, text in host_tokens(array, models).documents()]
     stack = AdapterStack(models.host, {expert.name: expert.host for expert in router.experts})
     try:
-        found = {}
-        for name, numbers in choices.items():
-            nll, counts = host_nll(models.host, texts, stack, numbers)
-            found[name] = float(nll.sum() / counts.sum())
-        return found
+        under = {}
+        for number in (BASE, *range(len(router.experts))):
+            under[number], counts = host_nll(models.host, texts, stack, [number] * len(texts))
+        total = counts.sum()  # pyright: ignore[reportPossiblyUnboundVariable]
+        found = {
+            name: float(sum(under[number][i] for i, number in enumerate(numbers)) / total)
+            for name, numbers in choices.items()
+        }
+        return {**found, "oracle": float(torch.stack(list(under.values())).amin(0).sum() / total)}
     finally:
         stack.remove()
