@@ -191,7 +191,7 @@ def in_workplace(workplace, monkeypatch):
 
 
 def call(command, capsys):
-    """Calls what the installed script of a command calls, in this process: a new one imports for seconds."""
+    """Calls what the installed script calls, without a new process, which tests/cli/test_main.py starts."""
     program, *words = [*shlex.split(command), *SHORTER.get(command, ())]
     (script,) = entry_points(group="console_scripts", name=program)
     code = script.load()(words)
@@ -216,10 +216,6 @@ def test_commands_run(block, workplace, in_workplace, capsys):
             assert re.fullmatch(r"examples/\w+\.py", command.split()[1]), command
         else:
             assert command in INSTALL, f"README line {block.line}: this test does not know how to try {command!r}"
-
-
-def test_the_script_starts(workplace):
-    assert "hf-crouter COMMAND --help" in run("hf-crouter --help", workplace, shell=True)
 
 
 def test_the_two_commands_are_those_of_the_project():
