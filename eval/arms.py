@@ -81,7 +81,8 @@ ARMS = {
     "copy_generated": Arm((Copy(generated=True),)),
 }
 """By name, in the order in which they are needed: a lease that ends early has measured the first ones."""
-FIRST = tuple(ARMS)[:13]
+SCORED = tuple(name for name in ARMS if name not in ("copy_half", "copy_generated"))
+"""Arms of which teacher-forced likelihood says something of its own."""
 GENERATING = tuple(name for name, arm in ARMS.items() if not arm.special and not arm.longer)
 """Arms that can write: `model.generate` with a history, or without one."""
 

@@ -10,7 +10,7 @@ import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -84,6 +84,7 @@ def write_result(
     notes: str = "",
     folder: Path | None = None,
     device: str | None = None,
+    made: Mapping[str, Any] | None = None,
 ) -> Path:
     """Writes a result atomically and returns its path.
 
@@ -96,14 +97,16 @@ def write_result(
         notes: what a reader must know beside the figures.
         folder: `eval/results` by default.
         device: where it was measured; this machine by default.
+        made: device, commit and versions of where the figures were collected, if that was another machine or day.
     """
+    made = made or {}
     result = {
         "name": name,
         "command": plain_command(sys.argv[1:]),
-        "commit": commit(),
+        "commit": made.get("commit") or commit(),
         "date": datetime.date.today().isoformat(),
-        "device": device or device_name(),
-        "versions": versions(),
+        "device": device or made.get("device") or device_name(),
+        "versions": made.get("versions") or versions(),
         "seed": seed,
         "config": config,
         "metrics": {k: round(float(v), 6) for k, v in metrics.items() if math.isfinite(v)},

@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from eval.arms import ARMS, Reader
-from eval.arrays import save_arrays, shard_of
+from eval.arms import SCORED, Reader
+from eval.arrays import about_of, save_arrays, shard_of
 from eval.documents import EVALUATION
 from eval.hgr.measure import exists, partners, read
 from eval.hgr.report import measured, metrics, table
-from eval.results import host_key, write_result
+from eval.results import commit, device_name, host_key, versions, write_result
 from eval.rows import Rows, right_lines
 from hf_crouter.chunking import tokenizer_fingerprint
 from hf_crouter.crouter.loading import load_crouter
@@ -60,7 +60,7 @@ def collect(reader: Reader, args: argparse.Namespace, name: str) -> None:
     shard, shards = args.shard
     index = np.arange(most)[shard::shards]
     path = args.save / f"{name}.ours.{shard}of{shards}.safetensors"
-    about = {"set": name, "shard": [shard, shards]}
+    about = {"set": name, "shard": [shard, shards], "versions": versions(), "commit": commit(), "device": device_name()}
     found = measured([path], len(index), index) if path.exists() else {}
     partner = partners([record.name for record in rows.records], [record.cluster for record in rows.records])
     wanted = [(arm, count) for arm in reader.readable(args.arms) for count in counts if exists(arm, count)]
@@ -109,6 +109,7 @@ def run_collect(args: argparse.Namespace) -> None:
 def run_report(args: argparse.Namespace) -> None:
     """The stage on the CPU."""
     found: dict[str, float] = {}
+    made: dict[str, Any] = {}
     for name in args.sets:
         paths = sorted(args.save.glob(f"{name}.*.*of*.safetensors"))
         if not paths:
@@ -116,6 +117,7 @@ def run_report(args: argparse.Namespace) -> None:
             continue
         rows = Rows.load(args.data, name)
         arrays = measured(paths, len(rows.ids))
+        made = made or about_of(paths[0])
         found |= {f"{name}.{key}": value for key, value in metrics(arrays, rows, args.seed, args.draws).items()}
     if not found:
         raise InputError(f"{args.save}: expected figures of the stage `collect`, got none")
@@ -128,7 +130,7 @@ def run_report(args: argparse.Namespace) -> None:
             seed=args.seed,
             config=config,
             notes=f"{args.note} {NOTES}".strip(),
-            device=args.device,
+            made=made,
         )
     )
 
@@ -144,7 +146,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gate", type=Path, help="folder of a gate that was fitted for this host")
     parser.add_argument("--sets", nargs="+", choices=EVALUATION, default=list(EVALUATION))
     parser.add_argument("--chunks", nargs="+", type=int, help="of the past; 8 by default, of repo 40")
-    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
+    parser.add_argument("--arms", nargs="+", choices=SCORED, default=list(SCORED))
     parser.add_argument("--documents", type=int, help="of a set, at most: its first ones; all by default")
     parser.add_argument("--shard", type=shard_of, default=(0, 1), help="i/k: this process of k that run at once")
     parser.add_argument("--block", type=int, default=8 if cuda else 2, help="documents on their way at once")
@@ -152,7 +154,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, default=0, help="of the processor; torch's own number by default")
     parser.add_argument("--bf16", action="store_true", help="bfloat16 on a CPU too")
     parser.add_argument("--draws", type=int, default=2000, help="report: bootstrap samples")
-    parser.add_argument("--device", help="report: where the figures were collected; this machine by default")
     parser.add_argument("--note", default="", help="report: what is to be said of the host")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--result", help="hgr-HOST by default")

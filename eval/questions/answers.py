@@ -124,11 +124,9 @@ def run_report(args: argparse.Namespace) -> None:
     metrics: dict[str, float] = {}
     for name in args.sets:
         for short in args.lengths:
-            paths = sorted(args.save.glob(f"answers.{name}.{short}.*.json"))
-            paths += sorted(args.save.glob(f"questions.{name}.{short}.peers.*.json"))
-            if paths:
+            entries = entries_of(args.save, f"{name}.{short}")
+            if entries:
                 questions, _ = load(args.save / f"{name}.{short}.json")
-                entries = [entry for path in paths for entry in json.loads(path.read_text(encoding="utf-8"))]
                 metrics |= accuracies(f"{name}.{short}", entries, questions, tokenizer, args.seed)
     if not metrics:
         raise InputError(f"{args.save}: expected answers of the stage `collect`, got none")
@@ -139,6 +137,17 @@ def run_report(args: argparse.Namespace) -> None:
     result = args.result or f"questions-{host_key(args.host)}"
     print(write_result(result, metrics, seed=args.seed, config=config, notes=f"{args.note} {NOTES}".strip(),
                        device=args.device))  # fmt: skip
+
+
+def entries_of(folder: Path, key: str) -> list[dict[str, Any]]:
+    """What our arms and those of `eval.peers` said to the questions of a set and length: number, arm, ids, slots."""
+    entries = []
+    for path in sorted(folder.glob(f"answers.{key}.*.json")):
+        entries += json.loads(path.read_text(encoding="utf-8"))
+    for path in sorted(folder.glob(f"questions.{key}.peers.*.json")):
+        for entry in json.loads(path.read_text(encoding="utf-8"))["results"]:
+            entries.append({"number": entry.pop("question"), **entry})
+    return entries
 
 
 def accuracies(
