@@ -11,7 +11,7 @@ from typing import Any, Literal
 from hf_crouter import CompressedHistory, Copy, Retrieve, SoftPrompts
 from hf_crouter.compressors.projector import Projector, find_projector
 from hf_crouter.errors import InputError, MismatchError
-from hf_crouter.ngram.gate import generic_gate
+from hf_crouter.ngram.gate import Gate, find_gate, generic_gate
 from hf_crouter.ngram.scorers import Bm25Scorer, RandomScorer, RecencyScorer
 from hf_crouter.types import Mode
 
@@ -112,7 +112,7 @@ class Reader:
     def __post_init__(self):
         if self.crouter is not None and self.projector is None:
             with contextlib.suppress(MismatchError):
-                self.projector = find_projector(self.crouter, self.host)
+                self.projector = find_projector(self.crouter, self.host, tokenizer=self.tokenizer)
 
     def lacks(self, name: str) -> str:
         """What an arm needs and is not there; empty where it can be read."""
@@ -162,6 +162,10 @@ class Reader:
             keep_first=self.keep_first,
             tokenizer=self.tokenizer,
         )
+
+    def own_gate(self) -> Gate:
+        """The gate that `copy` reads with: of this host where there is one, else the generic one."""
+        return find_gate(self.crouter if self._same_tokens() else None, self.host, tokenizer=self.tokenizer)
 
     def _same_tokens(self) -> bool:
         config = self.projector.config if self.projector is not None else None

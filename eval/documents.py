@@ -193,15 +193,16 @@ def build(name: str, out: Path, data: Path | None, seed: int, tokenizer: Any, ch
     """Builds a set; one for training the gate is compared with the evaluation sets that stand in `out`.
 
     Raises:
-        InputError: if something to read is missing, or a package is on both sides.
+        InputError: if something to read is missing, a package is on both sides, or a set there has other tokens.
     """
+    own = tokenizer_fingerprint(tokenizer)
     options: dict[str, Any] = {"cap": CAPS[name], "each": EACH.get(name, 1), "seed": seed}
     options |= {"shape": shape_of(name, chunks), "repository": name.endswith("repo")}
     if name.startswith("gate_"):
         ready = [other for other in EVALUATION if (out / f"{other}.safetensors").is_file()]
         if missing := sorted(set(EVALUATION) - set(ready)):
             print(f"{name}: not compared with {', '.join(missing)}, not built yet", file=sys.stderr)
-        options["forbidden"] = row_grams(row for other in ready for row in Rows.load(out, other).ids)
+        options["forbidden"] = row_grams(row for other in ready for row in Rows.load(out, other, own).ids)
     if name in ("prose", "gate_prose"):
         if data is None:
             raise InputError(f"{name} needs --data FOLDER")
@@ -227,7 +228,7 @@ def corpus(sets: Iterable[Rows], tokenizer: Any) -> TokenArray:
     """Rows of sets as documents that `hf-crouter align` learns a gate from.
 
     Raises:
-        InputError: the tokenizer has no end of text, or a row holds it.
+        InputError: no rows, a tokenizer without an end of text, or a row that holds it.
     """
     separator = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     pieces, names, groups = [], [], []
@@ -237,6 +238,8 @@ def corpus(sets: Iterable[Rows], tokenizer: Any) -> TokenArray:
         pieces += [np.append(row, np.uint32(separator)) for row in rows.ids]
         names += [record.name for record in rows.records]
         groups += [record.cluster for record in rows.records]
+    if not pieces:
+        raise InputError("corpus: expected rows of gate sets, got none")
     starts = np.concatenate([[0], np.cumsum([len(piece) for piece in pieces])]).astype(np.int64)
     return TokenArray(np.concatenate(pieces), starts, tuple(names), tuple(groups), separator, len(tokenizer))
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from hf_crouter.data.dedup import GRAM
@@ -133,18 +134,18 @@ class Rows:
         try:
             about = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
             arrays = load_file(folder / f"{name}.safetensors")
-        except OSError as error:
-            raise InputError(f"{folder}: expected the set {name} (python -m eval.documents), got {error}") from error
-        shape, records = Shape(**about["layout"]), [Record(**record) for record in about["documents"]]
-        if arrays["ids"].shape != (len(records), shape.length):
-            raise InputError(
-                f"{name}: expected ids of {len(records)} rows of {shape.length}, got {arrays['ids'].shape}"
-            )
+            shape, records = Shape(**about["layout"]), [Record(**record) for record in about["documents"]]
+            ids, lines = arrays["ids"], arrays["lines"]
+        except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
+            raise InputError(f"{folder}: expected the set {name} (python -m eval.documents), got {error!r}") from error
+        if ids.shape != (len(records), shape.length) or lines.shape != (len(records), shape.target):
+            raise InputError(f"{name}: expected {len(records)} rows of {shape.length} ids and {shape.target} "
+                             f"line numbers, got {ids.shape} and {lines.shape}")  # fmt: skip
         if tokenizer and about["tokenizer"] != tokenizer:
             raise InputError(
                 f"{name}: expected rows of tokenizer {tokenizer}, got {about['tokenizer']}: build it anew"
             )
-        return cls(arrays["ids"], arrays["lines"], records, shape, about["tokenizer"], about["dropped"])
+        return cls(ids, lines, records, shape, about["tokenizer"], about["dropped"])
 
 
 def breaks_lines(tokenizer: Any) -> np.ndarray:

@@ -15,9 +15,9 @@ import torch
 from eval.arms import ARMS, Reader
 from eval.hgr.stand_ins import MeanPool, OtherPrompts, chunk_partners
 from eval.rows import Shape
+from hf_crouter import Retrieve
 from hf_crouter.hosts.tokenizers import special_ids
 from hf_crouter.ngram.archive import Archive
-from hf_crouter.ngram.gate import find_gate
 from hf_crouter.ngram.mixture import collect, mix
 from hf_crouter.ngram.suffix_index import LONGEST
 from hf_crouter.types import Row
@@ -42,7 +42,8 @@ class Said(NamedTuple):
 def exists(name: str, count: int) -> bool:
     """Whether an arm is less than reading everything, with so many chunks in the past."""
     arm = ARMS[name]
-    retrieved = next((mode.chunks for mode in arm.modes or () if hasattr(mode, "chunks")), 0)
+    modes = [Retrieve()] if arm.modes == "auto" else arm.modes or ()
+    retrieved = sum(mode.chunks for mode in modes if isinstance(mode, Retrieve))
     if arm.special == "oracle":
         return 2 < count <= 8  # all pairs are tried
     return retrieved < count and arm.extra(count) < count * 512
@@ -122,7 +123,7 @@ def _history(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The same by the product, with the slots of each row where its prompt ends."""
     ids = torch.from_numpy(rows).to(reader.host.device)
-    swapped = OtherPrompts({}) if name == "shuffled" else None
+    swapped = OtherPrompts({}, reader.projector) if name == "shuffled" else None
     modes = [swapped] if swapped else [MeanPool()] if name == "mean_pool" else None
     history = reader.history(name, count, modes)
     assert history is not None
@@ -170,7 +171,7 @@ def _full_copy(
     reader: Reader, rows: np.ndarray, shape: Shape, tokens: int, advance: Callable[[int, int], None]
 ) -> Said:
     """The whole text raw, and copying from the part that another arm would hold compressed."""
-    gate = find_gate(reader.crouter, reader.host).to(reader.host.device)
+    gate = reader.own_gate().to(reader.host.device)
     stop_ids = special_ids(reader.tokenizer, reader.host)
     scores, hits = [], []
     for part in _batches(rows, tokens, advance):

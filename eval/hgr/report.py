@@ -187,11 +187,13 @@ class SetFigures:
         of = np.array([record.domain for record in self.records])
         arms = [key.removesuffix(".loss") for key in self.arrays if key.endswith(".loss")]
         for domain in sorted(set(of.tolist()) - {"code"}):
+            both = int((of[self.documents()] == domain).sum())
+            if both >= 2:
+                out[f"{domain}.documents"] = both
             for arm in arms:
                 rows = np.array([i for i in self.documents(arm) if of[i] == domain], np.int64)
                 if len(rows) < 2:
                     continue
-                out[f"{domain}.documents"] = len(rows)
                 out[f"{domain}.{arm}.loss"] = float(self.arrays[f"{arm}.loss"][rows].mean())
                 out |= interval(f"{domain}.{arm}.hgr", self.gain(arm, "window", rows, []))
         return out

@@ -11,6 +11,7 @@ import torch
 
 from hf_crouter import SoftPrompts
 from hf_crouter.cache.policy import ContextPolicy, ids_key
+from hf_crouter.compressors.projector import Projector
 from hf_crouter.errors import InputError
 from hf_crouter.types import Chunk, Contribution, Entries, Parts, Row, Setting
 
@@ -21,6 +22,7 @@ class OtherPrompts:
 
     Attributes:
         others: crouter ids of the chunk shown instead, by `ids_key` of a chunk's own.
+        projector: of the host; the one in the crouter's folder by default.
     """
 
     name: ClassVar[str] = "other_prompts"
@@ -28,15 +30,17 @@ class OtherPrompts:
     needs_crouter: ClassVar[bool] = True
 
     others: dict[bytes, torch.Tensor]
+    projector: Projector | None = None
 
     def bind(self, setting: Setting) -> Parts:
         """See `Mode.bind`."""
-        parts = SoftPrompts().bind(setting)
+        parts = SoftPrompts(self.projector).bind(setting)
         compressor: Any = parts.compressor
         encode = compressor.encode
 
         def swapped(chunks: Sequence[Chunk]) -> list[Entries]:
-            return encode([replace(chunk, ids=self.others.get(ids_key(chunk.ids), chunk.ids)) for chunk in chunks])
+            # a chunk without a partner would show its own prompts: an error
+            return encode([replace(chunk, ids=self.others[ids_key(chunk.ids)]) for chunk in chunks])
 
         compressor.encode = swapped
         return parts

@@ -83,8 +83,8 @@ def build(data: Path, name: str, tokenizer: Any, length: int, count: int, seed: 
             if sizes[other] <= room and not any(_holds(other, answer) for answer in answers):
                 chosen.append(other)
                 room -= sizes[other]
-        if room > 512:
-            raise InputError(f"{name}: expected passages for {length} tokens, got {room} too few")
+        if not 0 <= room <= 512:
+            raise InputError(f"{name}: expected passages for {length} tokens, got them with {room} left")
         places = generator.permutation(len(chosen))
         ids = _ids(tokenizer, question, [chosen[i] for i in places])
         made.append(Question(ids, prefix(ids), answers, text[:60]))
