@@ -1,4 +1,4 @@
-"""The README's figure, made from `eval/results/hgr-smollm2-135m.json`: `python -m eval.plots [--check]`.
+"""The README's figure, made from `eval/results/hgr-qwen1.5b.json`: `python -m eval.plots [--check]`.
 
 Needs matplotlib.
 """
@@ -17,91 +17,60 @@ from eval.results import FOLDER
 from hf_crouter.errors import InputError
 
 FIGURE = "hgr.svg"
-RESULT = "hgr-smollm2-135m.json"
-SET = "young"
-CHUNKS = (2, 4, 8)
-WIDTH, HEIGHT, DPI = 9.2, 5.2, 100  # inches
+RESULT = "hgr-qwen1.5b.json"
+PANELS = {"young.n8": "one file, 4,096 older tokens", "repo.n40": "a repository, 20,480 older tokens"}
+FIGURES = {"hgr": "history gain recovered", "lines": "whole lines right"}
+WIDTH, HEIGHT, DPI = 9.2, 7.0, 100  # inches
 
 
 class Way(NamedTuple):
-    """A line of the figure.
+    """A series of the figure.
 
     Attributes:
-        arm: key of the result.
         label: its name.
-        color: of line, points and label.
-        right: in the right panel.
-        at: where the label stands, (slots, HGR).
-        align: side of the label that stands there.
-        numbers: offset of each point's chunk count, in points; None leaves them out.
+        arms: keys of the result, from few slots to many.
+        color: of line and points.
+        marker: of the points.
     """
 
-    arm: str
     label: str
+    arms: tuple[str, ...]
     color: str
-    right: bool
-    at: tuple[float, float]
-    align: str = "left"
-    numbers: tuple[float, float] | None = (0, 7)
+    marker: str
 
 
 WAYS = (
-    Way("soft_copy", "soft prompts + copying", "#1b6ca8", False, (592, 0.815), numbers=(0, 10)),
-    Way(
-        "longer_same_slots_copy_fitted",
-        "as many more raw tokens\n+ copying",
-        "#777777",
-        False,
-        (592, 0.725),
-        numbers=(7, -7),
-    ),
-    Way("copy", "copying\n(no slots)", "#c44e00", False, (511, 0.69), "right", (6, -3)),
-    Way("copy_rebuilt", "copying, from\nrebuilt latents", "#8a5a00", False, (511, 0.565), "right", (6, -3)),
-    Way("soft", "soft prompts", "#1b6ca8", False, (592, 0.11), numbers=(0, 6)),
-    Way("longer_same_slots", "as many more raw tokens", "#777777", False, (592, 0.045), numbers=(0, -12)),
-    Way("snapkv_window.at8", "SnapKV, window kept", "#6a3d9a", False, (592, -0.045), numbers=None),
-    Way("streaming.at8", "StreamingLLM", "#2e7d32", False, (592, -0.12), numbers=None),
-    Way("expected_attention.at8", "ExpectedAttention", "#a0522d", False, (592, -0.24), numbers=None),
-    Way("full_copy", "full history + copying", "#333333", True, (3600, 1.105), "right", (8, -9)),
-    Way("full", "full history", "#333333", True, (3900, 1.022), "right", (-7, 5)),
-    Way(
-        "soft_retrieve2_bm25_copy",
-        "soft prompts + copying + retrieval of 2",
-        "#1b6ca8",
-        True,
-        (1690, 0.967),
-        numbers=(7, -3),
-    ),
-    Way("retrieve2_bm25_copy", "copying + retrieval of 2", "#c44e00", True, (1452, 0.85), numbers=(-9, -3)),
-    Way(
-        "longer_same_slots_retrieve2_copy_fitted",
-        "a window longer by as much, + copying",
-        "#777777",
-        True,
-        (1690, 0.912),
-        numbers=(7, -5),
-    ),
-    Way("longer_same_slots_retrieve2", "a window longer by as much", "#777777", True, (1690, 0.588), numbers=(7, -5)),
-    Way("streaming.at8_retrieve2", "StreamingLLM", "#2e7d32", True, (1690, 0.528), numbers=None),
-    Way("snapkv_window.at8_retrieve2", "SnapKV, window kept", "#6a3d9a", True, (1690, 0.474), numbers=None),
-    Way("expected_attention.at8_retrieve2", "ExpectedAttention", "#a0522d", True, (1690, 0.399), numbers=None),
-)
+    Way("retrieval of 2, 4 and 8", ("retrieve2", "retrieve4", "retrieve8"), "#1b6ca8", "o"),
+    Way("copying, a gate fitted to the host", ("copy_fitted",), "#c44e00", "v"),
+    Way("copying, the generic gate", ("copy",), "#e0a030", "v"),
+    Way("soft prompts, fitted to the host", ("soft",), "#8a5a00", "P"),
+    Way("a longer raw window", ("window", "longer_same_slots", "longer_same_slots_retrieve2",
+                                "longer_same_slots_retrieve4"), "#777777", "s"),
+    Way("KVzip, 8 and 128 a chunk", ("kvzip.at8", "kvzip.at128"), "#2e7d32", "^"),
+    Way("SnapKV, 8 and 128 a chunk", ("snapkv.at8", "snapkv.at128"), "#6a3d9a", "D"),
+    Way("full history", ("full",), "#222222", "*"),
+)  # fmt: skip
+LOWEST = -0.3  # HGR below which a point stands at the edge with its value beside it
 
 
 def drawn(metrics: dict[str, float]) -> dict[str, list[list[float]]]:
-    """Every point by arm: chunks, slots, HGR, ends of its interval.
+    """Every point: slots, then HGR and share of lines with the ends of their intervals, by panel and arm.
 
     Raises:
-        InputError: an arm without a point.
+        InputError: an arm that was not measured.
     """
     points = {}
-    for way in WAYS:
-        keys = {n: f"{SET}.n{n}.{way.arm}" for n in CHUNKS}
-        names = (".slots", ".hgr", ".hgr.lo", ".hgr.hi")
-        found = [[n, *(metrics[key + name] for name in names)] for n, key in keys.items() if f"{key}.hgr" in metrics]
-        if not found:
-            raise InputError(f"{RESULT}: expected {SET}.n8.{way.arm}.hgr, got nothing")
-        points[way.arm] = found
+    for panel in PANELS:
+        for way in WAYS:
+            rows = []
+            for arm in way.arms:
+                key = f"{panel}.{arm}"
+                if f"{key}.hgr" in metrics:
+                    ends = [f"{key}.{figure}{end}" for figure in FIGURES for end in ("", ".lo", ".hi")]
+                    rows.append([metrics[f"{key}.slots"], *(metrics[end] for end in ends)])
+                elif arm != "retrieve8":  # of one file that is everything
+                    raise InputError(f"{RESULT}: expected {key}.hgr, got nothing")
+            points[f"{panel}.{way.label}"] = rows
     return points
 
 
@@ -111,47 +80,58 @@ def digest(points: dict[str, list[list[float]]]) -> str:
 
 
 def draw(points: dict[str, list[list[float]]], result: dict[str, Any]) -> Any:
-    """The matplotlib figure: few slots on the left, many on the right, each with its own scale of HGR."""
+    """The matplotlib figure: HGR above, exact lines below, one file on the left, a repository on the right."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MultipleLocator
 
     figure = Figure(figsize=(WIDTH, HEIGHT), dpi=DPI, facecolor="white")
-    left, right = figure.subplots(1, 2, width_ratios=(1, 1.05))
-    for way in WAYS:
-        axes, rows = (right if way.right else left), points[way.arm]
-        slots, gain = [row[1] for row in rows], [row[2] for row in rows]
-        bars = [[row[2] - row[3] for row in rows], [row[4] - row[2] for row in rows]]
-        axes.errorbar(slots, gain, yerr=bars, color=way.color, marker="o", markersize=4.5, linewidth=1.3, elinewidth=1,
-                      capsize=2)  # fmt: skip
-        axes.text(*way.at, way.label, color=way.color, ha=way.align, va="center", fontsize=9)
-        for n, x, y in ((row[0], row[1], row[2]) for row in rows):
-            if way.numbers is not None:
-                axes.annotate(f"{n:.0f}", (x, y), way.numbers, textcoords="offset points", ha="center", fontsize=7,
-                              color=way.color)  # fmt: skip
-    left.plot([516], [0], "o", color="black", markersize=4.5)
-    left.text(511, 0.0, "raw window", ha="right", va="center", fontsize=9)
-    for axes, ticks, limits in ((left, (516, 548, 580), (452, 735)), (right, (1540, 2564, 4612), (1420, 5100))):
-        axes.set(xscale="log", xlim=limits, xlabel="KV slots (log)", facecolor="white")
-        axes.minorticks_off()
-        axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks], fontsize=8)
-        axes.grid(axis="y", color="#dddddd", linewidth=0.6)
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
-    left.set(ylim=(-0.36, 1.04), ylabel="history gain recovered (HGR)")
-    left.set_title("few slots", fontsize=10)
-    right.set_ylim(0.36, 1.14)
-    right.set_title("many slots (another scale of HGR)", fontsize=10)
-    knorm = [result["metrics"][f"{SET}.n{CHUNKS[-1]}.{arm}.hgr"] for arm in ("knorm.at8", "knorm.at8_retrieve2")]
-    documents = result["metrics"][f"{SET}.n{CHUNKS[-1]}.documents"]
+    grid = figure.subplots(2, 2, sharex="col")
+    for column, (panel, title) in enumerate(PANELS.items()):
+        for row, (name, label) in enumerate(FIGURES.items()):
+            axes, at = grid[row][column], 1 + 3 * row
+            for way in WAYS:
+                rows = points[f"{panel}.{way.label}"]
+                slots = [point[0] for point in rows]
+                values = [max(point[at], LOWEST) if name == "hgr" else point[at] for point in rows]
+                bars = [[max(value - point[at + 1], 0) if value == point[at] else 0
+                         for value, point in zip(values, rows, strict=True)],
+                        [max(point[at + 2] - value, 0) if value == point[at] else 0
+                         for value, point in zip(values, rows, strict=True)]]  # fmt: skip
+                axes.errorbar(slots, values, yerr=bars, color=way.color, marker=way.marker, linewidth=1.2,
+                              markersize=9 if way.marker == "*" else 5, elinewidth=0.8, capsize=2,
+                              label=way.label)  # fmt: skip
+                for slot, value, point in zip(slots, values, rows, strict=True):
+                    if value != point[at]:
+                        text = f"{100 * point[at]:.0f}%".replace("-", "−")
+                        axes.annotate(text, (slot, value), (7, 2), textcoords="offset points", fontsize=8,
+                                      color=way.color)  # fmt: skip
+            axes.set(xscale="log", facecolor="white")
+            axes.minorticks_off()
+            ticks = (516, 1540, 2564, 4612) if panel.startswith("young") else (516, 1540, 5636, 20996)
+            axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks], fontsize=8)
+            axes.grid(axis="y", color="#dddddd", linewidth=0.6)
+            axes.set_axisbelow(True)
+            axes.spines[["top", "right"]].set_visible(False)
+            axes.yaxis.set_major_locator(MultipleLocator(0.2 if name == "hgr" else 0.05))
+            axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f}%")
+            if name == "hgr":
+                axes.set_title(title, fontsize=10)
+                axes.set_ylim(LOWEST - 0.06, 1.06)
+            else:
+                axes.set_xlabel("KV slots (log)", fontsize=9)
+            if column == 0:
+                axes.set_ylabel(label, fontsize=9)
+    handles, labels = grid[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="lower center", ncol=4, fontsize=8, frameon=False, bbox_to_anchor=(0.5, 0.055))
+    documents = [result["metrics"][f"{panel}.documents"] for panel in PANELS]
     figure.text(
-        0.01, 0.012,
-        f"Host: SmolLM2-135M-Instruct. {documents:.0f} files of code younger than the host. HGR: 0 as good as "
-        "forgetting, 1 as good as keeping everything.\nSmall digits: chunks of 512 tokens behind the raw window. "
-        "Bars: 95% intervals, clustered by package. Retrieval by BM25.\nStreamingLLM, SnapKV and ExpectedAttention "
-        f"are kvpress' with 8 chunks; its Knorm lies below, at {knorm[0]:.1f} and {knorm[1]:.1f}. "
-        f"{result['device']}, {result['date']}.",
+        0.01, 0.01,
+        f"Host: Qwen2.5-Coder-1.5B-Instruct. Code younger than the host, {documents[0]:.0f} files and "
+        f"{documents[1]:.0f} places in repositories. HGR: 0% as good as the raw window\nof 512 tokens alone, 100% as "
+        f"good as full history. Bars: 95% intervals, clustered by package. {result['device']}, {result['date']}.",
         fontsize=7.5, color="#333333",
     )  # fmt: skip
-    figure.tight_layout(rect=(0, 0.09, 1, 1))
+    figure.tight_layout(rect=(0, 0.12, 1, 1))
     return figure
 
 

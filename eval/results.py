@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from hf_crouter.hosts.known_hosts import KNOWN_HOSTS
 from hf_crouter.utils.io import write_json
 
 FOLDER = Path(__file__).parent / "results"
@@ -121,6 +122,12 @@ def host_key(name: str) -> str:
     """How a result's name calls a host: the last part of its name or folder, short for known families."""
     last = Path(name).name.lower().removesuffix("-instruct")
     return last.replace("qwen2.5-coder-", "qwen")
+
+
+def host_note(name: str) -> str:
+    """What a result's notes say of its host first: a known one's title and what was done to its weights."""
+    known = KNOWN_HOSTS.get(Path(name).name)
+    return f"Host: {known.title}, weights {known.quantization}." if known else f"Host: {Path(name).name}."
 
 
 def read_result(name: str) -> dict[str, Any]:

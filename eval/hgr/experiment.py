@@ -21,7 +21,7 @@ from eval.arrays import about_of, save_arrays, shard_of
 from eval.documents import EVALUATION
 from eval.hgr.measure import exists, partners, read
 from eval.hgr.report import measured, metrics, table
-from eval.results import commit, device_name, host_key, versions, write_result
+from eval.results import commit, device_name, host_key, host_note, versions, write_result
 from eval.rows import Rows, right_lines
 from hf_crouter.chunking import tokenizer_fingerprint
 from hf_crouter.crouter.loading import load_crouter
@@ -60,7 +60,13 @@ def collect(reader: Reader, args: argparse.Namespace, name: str) -> None:
     shard, shards = args.shard
     index = np.arange(most)[shard::shards]
     path = args.save / f"{name}.ours.{shard}of{shards}.safetensors"
-    about = {"set": name, "shard": [shard, shards], "versions": versions(), "commit": commit(), "device": device_name()}
+    about = {
+        "set": name,
+        "shard": [shard, shards],
+        "versions": versions(),
+        "commit": commit(),
+        "device": device_name(),
+    }
     found = measured([path], len(index), index) if path.exists() else {}
     partner = partners([record.name for record in rows.records], [record.cluster for record in rows.records])
     wanted = [(arm, count) for arm in reader.readable(args.arms) for count in counts if exists(arm, count)]
@@ -118,6 +124,9 @@ def run_report(args: argparse.Namespace) -> None:
         rows = Rows.load(args.data, name)
         arrays = measured(paths, len(rows.ids))
         made = made or about_of(paths[0])
+        for path in paths:  # of the peers' caches
+            sizes = about_of(path).get("bytes_a_token", {})
+            found |= {f"bytes_a_token.{cache}": size for cache, size in sizes.items()}
         found |= {f"{name}.{key}": value for key, value in metrics(arrays, rows, args.seed, args.draws).items()}
     if not found:
         raise InputError(f"{args.save}: expected figures of the stage `collect`, got none")
@@ -129,7 +138,7 @@ def run_report(args: argparse.Namespace) -> None:
             found,
             seed=args.seed,
             config=config,
-            notes=f"{args.note} {NOTES}".strip(),
+            notes=f"{host_note(args.host)} {NOTES}",
             made=made,
         )
     )
@@ -154,7 +163,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, default=0, help="of the processor; torch's own number by default")
     parser.add_argument("--bf16", action="store_true", help="bfloat16 on a CPU too")
     parser.add_argument("--draws", type=int, default=2000, help="report: bootstrap samples")
-    parser.add_argument("--note", default="", help="report: what is to be said of the host")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--result", help="hgr-HOST by default")
 

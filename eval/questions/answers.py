@@ -19,7 +19,7 @@ import torch
 from eval.arms import GENERATING, Reader
 from eval.arrays import shard_of
 from eval.questions.prompts import LENGTHS, MADE, SETS, Question, build, is_right, load, save
-from eval.results import host_key, write_result
+from eval.results import host_key, host_note, write_result
 from eval.statistics import mean_with_interval
 from hf_crouter.crouter.loading import load_crouter
 from hf_crouter.errors import InputError
@@ -135,7 +135,7 @@ def run_report(args: argparse.Namespace) -> None:
             print(f"{key:40} {value:.3f}, {metrics[key.replace('.accuracy', '.slots')]:,.0f} slots")
     config = {"questions": args.questions, "new_tokens": MADE, "window": 512}
     result = args.result or f"questions-{host_key(args.host)}"
-    print(write_result(result, metrics, seed=args.seed, config=config, notes=f"{args.note} {NOTES}".strip(),
+    print(write_result(result, metrics, seed=args.seed, config=config, notes=f"{host_note(args.host)} {NOTES}",
                        device=args.device))  # fmt: skip
 
 
@@ -200,7 +200,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=int, default=8 if cuda else 2, help="prompts at once")
     parser.add_argument("--shard", type=shard_of, default=(0, 1), help="i/k: this process of k that run at once")
     parser.add_argument("--device", help="report: where answers were collected; this machine by default")
-    parser.add_argument("--note", default="", help="report: what is to be said of the host")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--result", help="questions-HOST by default")
 

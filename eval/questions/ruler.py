@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from eval.results import host_key, write_result
+from eval.results import host_key, host_note, write_result
 from hf_crouter.errors import InputError
 from hf_crouter.hosts.fetch import resolve_host
 
@@ -66,7 +66,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", help="that ran it, if this machine's name does not say so")
-    parser.add_argument("--note", default="", help="what is to be said of the host")
     parser.add_argument("--result", help="ruler-HOST by default")
 
 
@@ -94,7 +93,7 @@ def run(args: argparse.Namespace) -> None:
 
     def write() -> Path:
         found = metrics | means(metrics)
-        notes = f"{args.note} {NOTES}".strip()
+        notes = f"{host_note(args.host)} {NOTES}"
         return write_result(result, found, seed=args.seed, config=config, notes=notes, device=args.device)
 
     def made(arm: str) -> Any:

@@ -17,7 +17,7 @@ import torch
 from eval.arms import GENERATING, Reader
 from eval.reading.bench import PREFIX, Bench, batches, progress_of
 from eval.reading.passkeys import WORDS
-from eval.results import host_key, write_result
+from eval.results import host_key, host_note, write_result
 from eval.rows import Rows
 from eval.statistics import mean_with_interval
 from hf_crouter.chunking import tokenizer_fingerprint
@@ -135,7 +135,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--samples", type=int, default=90, help="prompts")
     parser.add_argument("--batch", type=int, default=30 if cuda else 2, help="prompts at once")
     parser.add_argument("--save", type=Path, help="folder for single samples, JSON lines")
-    parser.add_argument("--note", default="", help="what is to be said of the host")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--result", help="near-matches-HOST by default")
 
@@ -152,4 +151,4 @@ def run(args: argparse.Namespace) -> None:
     metrics = near_matches(bench, reader.readable(args.arms), args.length, args.samples)
     config = {"length": args.length, "samples": args.samples, "window": reader.window}
     result = args.result or f"near-matches-{host_key(args.host)}"
-    print(write_result(result, metrics, seed=args.seed, config=config, notes=f"{args.note} {NOTES}".strip()))
+    print(write_result(result, metrics, seed=args.seed, config=config, notes=f"{host_note(args.host)} {NOTES}"))

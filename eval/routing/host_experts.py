@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from eval.results import host_key, write_result
+from eval.results import host_key, host_note, write_result
 from hf_crouter.cli.expert import read_texts
 from hf_crouter.errors import InputError
 from hf_crouter.routing.experts import ExpertSet
@@ -37,7 +37,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--crouter", help="the shipped one by default")
     parser.add_argument("--data", nargs="+", required=True, metavar="NAME=PATH", help="held-out texts by kind")
     parser.add_argument("--limit", type=int, default=128, help="chunks of each")
-    parser.add_argument("--note", default="", help="what is to be said of host and experts")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--result", help="experts-HOST by default")
 
@@ -80,4 +79,4 @@ def run(args: argparse.Namespace) -> None:
             metrics[f"known.{key}"] = sum(found[name].loss[key] for name in known) / len(known)
     result = args.result or f"experts-{host_key(args.host)}"
     config = {"limit": args.limit, "experts": list(experts.names)}
-    print(write_result(result, metrics, seed=args.seed, config=config, notes=f"{args.note} {NOTES}".strip()))
+    print(write_result(result, metrics, seed=args.seed, config=config, notes=f"{host_note(args.host)} {NOTES}"))

@@ -1,79 +1,88 @@
-"""Tables of history gain recovered."""
+"""Tables of history gain recovered and exact lines."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 
-from eval.tables.cells import Metrics, number, percent, share, table
+from eval.tables.cells import Metrics, number, share, table
 
-HGR_SETS = ("young", "files", "packages", "prose")
-FITTED = " †"  # behind arms whose gate was fitted for them, where the others use the shipped one
-HGR_WAYS = {
+SETS = {"young": "young.n8", "repo": "repo.n40"}  # of a host with room for 20k tokens
+SMALL_SETS = {"young": "young.n8", "repo": "repo.n12", "files": "files.n8", "packages": "packages.n8",
+              "prose": "prose.n8"}  # fmt: skip
+WAYS = {
     "window": "raw window",
-    "longer_same_slots": "more raw tokens in the soft prompts' slots",
-    "soft": "soft prompts",
-    "shuffled": "soft prompts of another file",
-    "copy": "copying",
-    "copy_rebuilt": "copying from rebuilt latents",
-    "soft_copy": "soft prompts + copying (the defaults)",
-    "longer_same_slots_copy_fitted": "more raw tokens in their slots + copying" + FITTED,
-    "retrieve2_last_copy_fitted": "last 2 chunks raw + copying" + FITTED,
-    "retrieve2_bm25_copy": "retrieval of 2 by BM25 + copying",
-    "soft_retrieve2_bm25_copy": "soft prompts + copying + retrieval of 2 by BM25",
-    "soft_retrieve2_learned_copy": "the same, retrieval by a learned scorer",
-    "soft_retrieve2_copy": "the same, retrieval as it is by default §",
-    "longer_same_slots_retrieve2_copy_fitted": "a window longer by their slots + copying" + FITTED,
-    "retrieve2_oracle_copy_fitted": "best 2 chunks, by an oracle, + copying" + FITTED + "‡",
+    "longer_same_slots": "a raw window longer by 8 tokens a chunk",
+    "longer_same_slots_at128": "a raw window longer by 128 tokens a chunk",
+    "longer_same_slots_retrieve2": "a raw window longer by 1,024 tokens",
+    "longer_same_slots_retrieve4": "a raw window longer by 2,048 tokens",
+    "retrieve2": "`Retrieve(2)`",
+    "retrieve4": "`Retrieve(4)`",
+    "retrieve8": "`Retrieve(8)`",
+    "copy": "`Copy()`, the generic gate",
+    "copy_fitted": "`Copy()`, a gate fitted to this host",
+    "retrieve2_copy": "`Retrieve(2), Copy()`, the generic gate",
+    "retrieve2_copy_fitted": "`Retrieve(2), Copy()`, a gate fitted to this host",
+    "soft": "`SoftPrompts()`, a projector fitted to this host",
+    "shuffled": "the same with another file's soft prompts",
     "full": "full history",
-    "full_copy": "full history + copying",
+    "full_copy": "full history and copying, the generic gate",
 }
-LONGER = "a longer window (1,604 slots) + copying" + FITTED
-HGR_DIFFERENCES = {  # an arm and the other one
-    "soft.shuffled": ("soft prompts", "soft prompts of another file"),
-    "soft_copy.longer_same_slots_copy_fitted": (
-        "soft prompts + copying",
-        "more raw tokens in their slots + copying" + FITTED,
-    ),
-    "soft_copy_fitted.longer_same_slots_copy_fitted": (
-        "soft prompts + copying" + FITTED,
-        "more raw tokens in their slots + copying" + FITTED,
-    ),
-    "retrieve2_bm25_copy.longer_same_slots_retrieve2_copy_fitted": ("retrieval of 2 by BM25 + copying", LONGER),
-    "soft_retrieve2_bm25_copy.longer_same_slots_retrieve2_copy_fitted": ("all three ways, retrieval by BM25", LONGER),
-    "soft_retrieve2_bm25_copy_fitted.longer_same_slots_retrieve2_copy_fitted": (
-        "all three ways, retrieval by BM25" + FITTED,
-        LONGER,
-    ),
-    "soft_retrieve2_learned_copy.longer_same_slots_retrieve2_copy_fitted": (
-        "all three ways, learned retrieval",
-        LONGER,
-    ),
-    "soft_retrieve2_copy.longer_same_slots_retrieve2_copy_fitted": ("all three ways, default retrieval §", LONGER),
-    "soft_retrieve2_learned_copy.soft_retrieve2_bm25_copy": (
-        "all three ways, learned retrieval",
-        "all three ways, retrieval by BM25",
-    ),
-    "soft_retrieve2_copy.soft_retrieve2_bm25_copy": (
-        "all three ways, default retrieval §",
-        "all three ways, retrieval by BM25 §",
-    ),
+SMALL_WAYS = {
+    "window": "raw window",
+    "longer_same_slots": "a raw window longer by 8 tokens a chunk",
+    "soft": "`SoftPrompts()`",
+    "shuffled": "the same with another file's soft prompts",
+    "copy": "`Copy()`",
+    "copy_rebuilt": '`Copy(source="rebuilt")`',
+    "soft_copy": "`SoftPrompts(), Copy()`",
+    "longer_same_slots_retrieve2": "a raw window longer by 1,024 tokens",
+    "retrieve2": "`Retrieve(2)`",
+    "retrieve2_copy": "`Retrieve(2), Copy()`",
+    "best": "the defaults: all three",
+    "kvzip.at8": "KVzip, 8 entries a chunk",
+    "kvzip.at128": "KVzip, 128 entries a chunk",
+    "snapkv.at8": "SnapKV, 8 entries a chunk",
+    "snapkv.at128": "SnapKV, 128 entries a chunk",
+    "full": "full history",
+    "full_copy": "full history and copying",
 }
-KVPRESS_WAYS = {  # at the slots of the soft prompts, then at those of retrieved chunks as well
-    "streaming.at8": "StreamingLLM",
-    "snapkv.at8": "SnapKV",
-    "snapkv_window.at8": "SnapKV that keeps the raw window",
-    "expected_attention.at8": "ExpectedAttention",
-    "knorm.at8": "Knorm",
-    "longer_same_slots": "as many raw tokens, read anew",
-    "soft_copy": "ours: soft prompts + copying",
-    "streaming.at8_retrieve2": "StreamingLLM",
-    "snapkv.at8_retrieve2": "SnapKV",
-    "snapkv_window.at8_retrieve2": "SnapKV that keeps the raw window",
-    "expected_attention.at8_retrieve2": "ExpectedAttention",
-    "knorm.at8_retrieve2": "Knorm",
-    "longer_same_slots_retrieve2": "as many raw tokens, read anew",
-    "soft_retrieve2_bm25_copy": "ours: soft prompts + copying + retrieval of 2 by BM25",
+PEERS = {
+    "kvzip.at8": "KVzip, 8 entries a chunk",
+    "snapkv.at8": "SnapKV, 8 entries a chunk",
+    "longer_same_slots": "as many more raw tokens",
+    "kvzip.at128": "KVzip, 128 entries a chunk",
+    "snapkv.at128": "SnapKV, 128 entries a chunk",
+    "longer_same_slots_at128": "as many more raw tokens",
+    "retrieve2": "`Retrieve(2)`",
+    "retrieve4": "`Retrieve(4)`",
+    "full_quantised4_channels": "full cache in 4 bits, keys grouped by channel",
+    "full_quantised4": "full cache in 4 bits, as transformers groups it",
+    "full": "full cache, bf16",
+}
+DIFFERENCES = {  # an arm and the other one
+    "copy.window": ("copying, the generic gate", "raw window"),
+    "copy_fitted.window": ("copying, a fitted gate", "raw window"),
+    "retrieve2_copy.retrieve2": ("retrieval of 2 and copying, the generic gate", "retrieval of 2"),
+    "retrieve2_copy_fitted.retrieve2": ("retrieval of 2 and copying, a fitted gate", "retrieval of 2"),
+    "full_copy.full": ("full history and copying, the generic gate", "full history"),
+    "retrieve2.longer_same_slots_retrieve2": ("retrieval of 2", "a window longer by as much"),
+    "retrieve4.longer_same_slots_retrieve4": ("retrieval of 4", "a window longer by as much"),
+    "retrieve2.retrieve2_last": ("retrieval of 2", "the last two chunks"),
+    "retrieve2.retrieve2_bm25": ("retrieval of 2", "two by BM25"),
+    "retrieve2.retrieve2_random": ("retrieval of 2", "two by chance"),
+    "soft.shuffled": ("soft prompts", "another file's soft prompts"),
+    "kvzip.at8.longer_same_slots": ("KVzip, 8 a chunk", "as many more raw tokens"),
+    "kvzip.at128.longer_same_slots_at128": ("KVzip, 128 a chunk", "as many more raw tokens"),
+    "snapkv.at128.longer_same_slots_at128": ("SnapKV, 128 a chunk", "as many more raw tokens"),
+    "best.full": ("the defaults", "full history"),
+}
+SIZES = {
+    "copy": "copying",
+    "retrieve2": "retrieval of 2",
+    "retrieve2_copy": "retrieval of 2 and copying",
+    "best": "the defaults",
+    "longer_same_slots_retrieve2": "a window longer by 1,024 tokens",
+    "full": "full history",
 }
 PROSE = {
     "csv_tables": "CSV tables",
@@ -99,75 +108,93 @@ PROSE = {
 
 
 def gain_table(metrics: Metrics) -> list[str]:
-    """What each way recovers of history's worth at 8 chunks, by set, beside the slots that it takes."""
+    """What each way recovers of full history's worth and writes in exact lines, beside the slots that it takes."""
+    return _gains(metrics, WAYS)
+
+
+def peers_table(metrics: Metrics) -> list[str]:
+    """Other methods at the same slots, beside ours."""
+    return _gains(metrics, PEERS)
+
+
+def _gains(metrics: Metrics, ways: dict[str, str]) -> list[str]:
+    rows = []
+    for arm, label in ways.items():
+        cells = [label]
+        for key in SETS.values():
+            cells += [number(metrics.get(f"{key}.{arm}.slots")), share(metrics, f"{key}.{arm}.hgr"),
+                      share(metrics, f"{key}.{arm}.lines")]  # fmt: skip
+        rows.append(cells)
+    head = ["what the host reads"]
+    head += [f"{name}: {column}" for name in ("one file", "repository") for column in ("slots", "HGR", "lines")]
+    lines = table(head, rows if metrics else [])
+    return [*lines, "", _footer(metrics, SETS)] if metrics else lines
+
+
+def _footer(metrics: Metrics, sets: dict[str, str]) -> str:
+    def each(figure: str, digits: int = 0) -> str:
+        return ", ".join(f"{name} {number(metrics.get(f'{key}.{figure}'), digits)}" for name, key in sets.items())
+
+    return (
+        f"HGR and whole lines right, in %, with 95% intervals. Documents: {each('documents')}; packages or records: "
+        f"{each('clusters')}; lines: {each('lines')}. Loss in nats/token, raw window: {each('loss.window', 3)}; full "
+        f"history: {each('loss.full', 3)}."
+    )
+
+
+def small_table(metrics: Metrics) -> list[str]:
+    """The same for a host of 135M parameters, on more kinds of text; lines for young code alone."""
     rows = [
-        [label, number(metrics.get(f"young.n8.{arm}.slots")),
-         *(share(metrics, f"{name}.n8.{arm}.hgr") for name in HGR_SETS)]
-        for arm, label in HGR_WAYS.items()
+        [label, number(metrics.get(f"young.n8.{arm}.slots")), share(metrics, f"young.n8.{arm}.lines"),
+         *(share(metrics, f"{key}.{arm}.hgr") for key in SMALL_SETS.values())]
+        for arm, label in SMALL_WAYS.items()
     ]  # fmt: skip
-    lines = table(["way", "KV slots", *HGR_SETS], rows if metrics else [])
+    head = ["what the host reads", "slots, young", "lines, young", *(f"HGR, {name}" for name in SMALL_SETS)]
+    lines = table(head, rows if metrics else [])
     if metrics:
-        worth = [_per_set(metrics, f"loss.{arm}", lambda value: number(value, 3)) for arm in ("window", "full")]
-        oracle = {metrics.get(f"{name}.n8.retrieve2_oracle.documents") for name in HGR_SETS}
-        few = ", ".join(sorted(number(value) for value in oracle))
-        lines += ["", f"HGR in %, with 95% intervals. † A gate fitted for this way; else the shipped one. "
-                      f"‡ The pair of least loss on the very tokens that are scored; {few} documents each. "
-                      f"{_partly(metrics)}Prose: mean of {number(metrics.get('prose.n8.domains'))} kinds in which "
-                      f"full history is worth at least 0.01 nats/token and that have 8 documents. "
-                      f"Documents: {_per_set(metrics, 'documents', number)}. Tokens rebuilt, which copying from "
-                      f"latents draws on: {_per_set(metrics, 'tra', lambda value: percent(value, 1))}. Loss in "
-                      f"nats/token: raw window {worth[0]}; full history {worth[1]}."]  # fmt: skip
+        domains = number(metrics.get("prose.n8.domains"))
+        lines += ["", f"{_footer(metrics, SMALL_SETS)} HGR of prose: mean of {domains} kinds in which full history is "
+                      "worth at least 0.01 nats/token and that have 8 documents."]  # fmt: skip
     return lines
 
 
-def _partly(metrics: Metrics) -> str:
-    """What is to be known of the arm that was read on fewer documents; nothing where it was read on all."""
-    key = "soft_retrieve2_copy"
-    counts = {name: metrics.get(f"{name}.n8.{key}.documents") for name in HGR_SETS}
-    if not any(counts.values()):
-        return ""
-    shown = ", ".join(f"{name} {number(count)}" for name, count in counts.items() if count)
-    kinds = number(metrics.get(f"prose.n8.{key}.domains"))
-    return (f"§ The default scorer, read on a CPU on fewer documents ({shown}; of prose {kinds} kinds are left): "
-            "only the next table compares it. ")  # fmt: skip
-
-
-def _per_set(metrics: Metrics, key: str, text: Callable[[float | None], str]) -> str:
-    return ", ".join(f"{name} {text(metrics.get(f'{name}.n8.{key}'))}" for name in HGR_SETS)
-
-
-def kvpress_table(metrics: Metrics) -> list[str]:
-    """Methods of kvpress beside ours, on the same documents and slots."""
-    rows = [
-        [label, number(metrics.get(f"young.n8.{arm}.slots")),
-         *(share(metrics, f"{name}.n8.{arm}.hgr") for name in HGR_SETS)]
-        for arm, label in KVPRESS_WAYS.items()
-    ]  # fmt: skip
-    lines = table(["way", "KV slots", *HGR_SETS], rows if metrics else [])
-    return [*lines, "", "HGR in %, with 95% intervals, on the same documents."] if metrics else lines
-
-
 def difference_table(metrics: Metrics) -> list[str]:
-    """Paired differences of HGR at 8 chunks: what wins against what."""
+    """Paired differences: what wins against what, in likelihood and in exact lines."""
+    rows = []
+    for key, labels in DIFFERENCES.items():
+        cells = [*labels]
+        for name in SETS.values():
+            cells += [share(metrics, f"{name}.{kind}.{key}.mean", sign=True) for kind in ("diff", "linesdiff")]
+        rows.append(cells)
+    head = ["way", "minus"]
+    head += [f"{name}: {column}" for name in ("one file", "repository") for column in ("HGR", "lines")]
+    lines = table(head, rows if metrics else [])
+    return [*lines, "", "In points, paired, with 95% intervals."] if metrics else lines
+
+
+def sizes_table(*hosts: Metrics) -> list[str]:
+    """What the host's size changes: one file, HGR and lines, from the smallest host to the largest."""
+    sizes = ("135M", "0.5B", "1.5B")
     rows = [
-        [*labels, *(share(metrics, f"{name}.n8.diff.{key}.mean", sign=True) for name in HGR_SETS)]
-        for key, labels in HGR_DIFFERENCES.items()
+        [label, *(share(metrics, f"young.n8.{arm}.{kind}") for metrics in hosts for kind in ("hgr", "lines"))]
+        for arm, label in {"window": "raw window", **SIZES}.items()
     ]
-    lines = table(["way", "minus", *HGR_SETS], rows if metrics else [])
-    return [*lines, "", "HGR in points, paired, with 95% intervals."] if metrics else lines
+    head = ["what the host reads", *(f"{size}: {kind}" for size in sizes for kind in ("HGR", "lines"))]
+    return table(head, rows if all(hosts) else [])
 
 
 def prose_table(metrics: Metrics) -> list[str]:
     """What copying recovers by kind of text that is no Python."""
     rows = [
-        [label, *(share(metrics, f"prose.{key}.n8.{arm}.hgr") for arm in ("copy", "copy_rebuilt_fitted")),
-         *(number(metrics.get(f"prose.{key}.n8.loss.{arm}"), 3) for arm in ("window", "full")),
-         number(metrics.get(f"prose.{key}.n8.documents"))]
-        for key, label in PROSE.items()
+        [label, *(share(metrics, f"{key}.n8.{arm}.hgr") for arm in ("copy", "copy_rebuilt", "best")),
+         *(number(metrics.get(f"{key}.n8.{arm}.loss"), 3) for arm in ("window", "full")),
+         number(metrics.get(f"{key}.n8.documents"))]
+        for key, label in ((f"prose.{name}", label) for name, label in PROSE.items())
+        if f"{key}.n8.documents" in metrics
     ]  # fmt: skip
     unknown = {key.split(".")[1] for key in metrics if re.match(r"prose\.(?!n\d)\w+\.n8\.", key)} - set(PROSE)
     if unknown:
         raise ValueError(f"no name for the prose of {', '.join(sorted(unknown))}")
-    head = ["text", "copying", "copying from rebuilt latents" + FITTED, "loss, raw window", "loss, full history",
-            "documents"]  # fmt: skip
+    head = ["text", "copying", "copying from rebuilt latents", "the defaults", "loss, raw window",
+            "loss, full history", "documents"]  # fmt: skip
     return table(head, rows if metrics else [])

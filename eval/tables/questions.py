@@ -12,8 +12,9 @@ RULER_TASKS = {
     "ruler_cwe": "most common words",
     "ruler_fwe": "most frequent coded words",
 }
-RULER_ARMS = {"full": "full", "window": "window", "soft_copy": "ours", "soft_retrieve2_copy": "ours + retrieval of 2"}
-RULER_LENGTHS = {"4096": "4k", "8192": "8k"}
+RULER_ARMS = {"full": "full", "best": "defaults", "window": "window", "soft_copy": "soft prompts + copying",
+              "soft_retrieve2_copy": "all three ways"}  # fmt: skip
+RULER_LENGTHS = ("4k", "8k", "16k")
 QUESTION_SETS = {"nq": "Natural Questions", "xquad": "XQuAD"}
 QUESTION_CELLS = (("nq", 8), ("nq", 64), ("nq", 256), ("xquad", 8), ("xquad", 64))
 QUESTION_SCORERS = {
@@ -24,6 +25,35 @@ QUESTION_SCORERS = {
     "last": "the last two",
     "random": "chance",
 }
+ANSWERING = {
+    "full": "full history",
+    "window": "raw window",
+    "copy": "`Copy()`, the generic gate",
+    "retrieve2": "`Retrieve(2)`, the default",
+    "retrieve4": "`Retrieve(4)`",
+    "retrieve8": "`Retrieve(8)`",
+    "retrieve4_copy": "`Retrieve(4), Copy()`",
+    "kvzip.at8": "KVzip, 8 entries a chunk",
+    "kvzip.at128": "KVzip, 128 entries a chunk",
+    "snapkv.at8": "SnapKV, 8 entries a chunk",
+    "snapkv.at128": "SnapKV, 128 entries a chunk",
+}
+
+
+def answers_table(metrics: Metrics) -> list[str]:
+    """How many questions a host answers right by each way of reading a prompt of 16k tokens."""
+    rows = []
+    for arm, label in ANSWERING.items():
+        keys = [f"{name}.16k.{arm}" for name in ("xquad", "nq")]
+        ends = {"accuracy": "", "lo": ".lo", "hi": ".hi"}
+        shown = {f"{key}{end}": metrics[f"{key}.{name}"] for key in keys for name, end in ends.items()
+                 if f"{key}.{name}" in metrics}  # fmt: skip
+        slots = next((metrics[f"{key}.slots"] for key in keys if f"{key}.slots" in metrics), None)
+        counts = [number(metrics.get(f"{key}.questions")) for key in keys]
+        rows.append([label, number(slots), *(share(shown, key, 0) for key in keys), " / ".join(counts)])
+    head = ["what the host reads", "KV slots", "XQuAD", "Natural Questions", "questions"]
+    lines = table(head, rows if metrics else [])
+    return [*lines, "", "Right answers in %, with 95% intervals."] if metrics else lines
 
 
 def retrieval_table(metrics: Metrics) -> list[str]:
@@ -42,14 +72,15 @@ def retrieval_table(metrics: Metrics) -> list[str]:
 
 def ruler_table(metrics: Metrics) -> list[str]:
     """RULER's accuracy by task, and the KV slots behind it."""
-    there = {key.rpartition(".")[2] for key in metrics}
-    arms = {arm: label for arm, label in RULER_ARMS.items() if arm in there or not metrics}
-    columns = [f"{length}.{arm}" for length in RULER_LENGTHS for arm in arms]
+    found = {tuple(key.split(".")[1:3]) for key in metrics if key.startswith(tuple(RULER_TASKS))}
+    cells = [(length, arm) for length in RULER_LENGTHS for arm in RULER_ARMS if (length, arm) in found or not metrics]
     rows = [
-        [f"`{task}`: {label}", *(with_error(metrics, f"{task}.{column}") for column in columns)]
+        [f"`{task}`: {label}", *(with_error(metrics, f"{task}.{length}.{arm}.accuracy") for length, arm in cells)]
         for task, label in RULER_TASKS.items()
     ]
-    rows.append(["KV slots", *(number(metrics.get(f"slots.{column}")) for column in columns)])
-    head = ["task", *(f"{size}: {label}" for size in RULER_LENGTHS.values() for label in arms.values())]
+    if any(key.startswith("mean.") for key in metrics):
+        rows.append(["mean", *(with_error(metrics, f"mean.{length}.{arm}.accuracy") for length, arm in cells)])
+    rows.append(["KV slots", *(number(metrics.get(f"slots.{length}.{arm}")) for length, arm in cells)])
+    head = ["task", *(f"{length}: {RULER_ARMS[arm]}" for length, arm in cells)]
     lines = table(head, rows if metrics else [])
     return [*lines, "", "Accuracy in % ± its standard error over documents."] if metrics else lines

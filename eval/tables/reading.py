@@ -67,13 +67,21 @@ def identifiers_table(metrics: Metrics) -> list[str]:
     return lines
 
 
-def near_table(metrics: Metrics) -> list[str]:
+def near_table(*hosts: Metrics) -> list[str]:
     """Records that nearly match: the window holds the corrected value, the compressed past the old one."""
+    ways = {
+        "window": "raw window",
+        "copy": "copying, as it comes",
+        "copy_fitted": "copying, a gate fitted to the host",
+        "best": "the defaults",
+        "full": "full history",
+    }
     rows = [
-        [READERS[arm], *(share(metrics, f"manners.near.{arm}.{key}", 0) for key in ("right", "wrong_copied"))]
-        for arm in ("window", "copy", "full")
+        [label, *(share(metrics, f"{arm}.{key}", 0) for metrics in hosts for key in ("new", "old"))]
+        for arm, label in ways.items()
     ]
-    return table(["what the host reads", "right value", "the old record's value"], rows if metrics else [])
+    head = ["what the host reads", *(f"{size}: {value}" for size in ("135M", "1.5B") for value in ("new", "old"))]
+    return table(head, rows if all(hosts) else [])
 
 
 def drafts_table(metrics: Metrics) -> list[str]:

@@ -16,12 +16,14 @@ from typing import Any, NamedTuple
 
 from eval.results import FOLDER
 from eval.tables import cost, hgr, hosts, questions, reading, reconstruction, routing
-from eval.tables.cells import MISSING, Metrics
+from eval.tables.cells import MISSING
 from hf_crouter.errors import InputError
 from hf_crouter.utils.io import replaced_file
 
 README = Path(__file__).parents[2] / "README.md"
 HOST = "SmolLM2-135M-Instruct"
+QWEN = "Qwen2.5-Coder-1.5B-Instruct"
+SIZES = f"{HOST}, Qwen2.5-Coder-0.5B-Instruct and 1.5B-Instruct"
 _BLOCK = re.compile(r"(?P<start><!-- table: (?P<name>\S+) -->\n)(?P<body>.*?)(?P<end><!-- end -->)", re.DOTALL)
 
 
@@ -29,28 +31,35 @@ class Shown(NamedTuple):
     """What a table shows.
 
     Attributes:
-        result: name of the result.
+        result: name of the result, or names of several, a blank between.
         host: the language model behind the figures.
-        table: its lines, from the metrics.
+        table: its lines, from the metrics of each result.
         experiment: that makes the result; by default the one of its name.
     """
 
     result: str
     host: str
-    table: Callable[[Metrics], list[str]]
+    table: Callable[..., list[str]]
     experiment: str = ""
 
 
 TABLES = {
     "demo": Shown("demo", HOST, reading.demo_table),
-    "hgr": Shown("hgr-smollm2-135m", HOST, hgr.gain_table, "hgr"),
-    "hgr-differences": Shown("hgr-smollm2-135m", HOST, hgr.difference_table, "hgr"),
-    "kvpress": Shown("hgr-smollm2-135m", HOST, hgr.kvpress_table, "hgr"),
+    "hgr": Shown("hgr-qwen1.5b", QWEN, hgr.gain_table, "hgr"),
+    "hgr-peers": Shown("hgr-qwen1.5b", QWEN, hgr.peers_table, "hgr"),
+    "hgr-differences": Shown("hgr-qwen1.5b", QWEN, hgr.difference_table, "hgr"),
+    "hgr-sizes": Shown("hgr-smollm2-135m hgr-qwen0.5b hgr-qwen1.5b", SIZES, hgr.sizes_table, "hgr"),
+    "hgr-small": Shown("hgr-smollm2-135m", HOST, hgr.small_table, "hgr"),
     "hgr-prose": Shown("hgr-smollm2-135m", HOST, hgr.prose_table, "hgr"),
+    "questions": Shown("questions-qwen1.5b", QWEN, questions.answers_table, "questions"),
+    "ruler": Shown("ruler-qwen1.5b", QWEN, questions.ruler_table, "ruler"),
+    "experts": Shown("experts-qwen0.5b", "Qwen2.5-Coder-0.5B-Instruct", routing.pair_table, "experts"),
     "nextline": Shown("reading", HOST, reading.nextline_table),
     "identifiers": Shown("reading", HOST, reading.identifiers_table),
     "retrieval": Shown("reading", HOST, reading.facts_table),
-    "near-matches": Shown("reading", HOST, reading.near_table),
+    "near-matches": Shown(
+        "near-matches-smollm2-135m near-matches-qwen1.5b", f"{HOST}; {QWEN}", reading.near_table, "near-matches"
+    ),
     "tra-mini": Shown("tra-mini", "none, the crouter alone", reconstruction.tra_table),
     "compress-cpu": Shown("compress-cpu", HOST, cost.compress_table),
     "suffix-index": Shown("suffix-index", "none, the index alone", cost.index_table),
@@ -61,7 +70,7 @@ TABLES = {
     "drafts": Shown("reading-drafts", HOST, reading.drafts_table, "reading"),
     "retrieval-questions": Shown("retrieval-questions", "none, the choice alone", questions.retrieval_table),
     "retrieval-choice": Shown("retrieval-choice", "none, the choice alone", cost.choice_table),
-    "lm-eval": Shown("lm-eval", HOST, questions.ruler_table),
+    "ruler-small": Shown("ruler-smollm2-135m", HOST, questions.ruler_table, "ruler"),
     "training-gpu": Shown("training-gpu", "none, the crouter alone", cost.training_table),
 }
 
@@ -75,13 +84,19 @@ def render(name: str, folder: Path = FOLDER) -> str:
     if name not in TABLES:
         raise InputError(f"no table is called {name}; there are {', '.join(TABLES)}")
     source, host, table, experiment = TABLES[name]
-    path = folder / f"{source}.json"
+    paths = [folder / f"{one}.json" for one in source.split()]
+    path = paths[0]
     try:
-        result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        lines = table(result["metrics"])
-        origin = f"Device: {result['device']}. Made by `{result['command']}` ({result['date']})."
+        results: list[dict[str, Any]] = []
+        for path in paths:
+            results.append(json.loads(path.read_text(encoding="utf-8")))
+        lines = table(*(result["metrics"] for result in results))
+        devices = "; ".join(dict.fromkeys(result["device"] for result in results))
+        made = ", ".join(f"`{result['command']}` ({result['date']})" for result in results)
+        origin = f"Device: {devices}. Made by {made}."
     except FileNotFoundError:
-        lines, origin = table({}), f"Device: {MISSING}. Made by `python -m eval.run {experiment or source}`."
+        lines = table(*({} for _ in paths))
+        origin = f"Device: {MISSING}. Made by `python -m eval.run {experiment or source}`."
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path}: expected a result of eval.run, got {error!r}") from error
     return "\n".join([*lines, "", f"Host: {host}. {origin}"]) + "\n"

@@ -58,3 +58,16 @@ def cost_table(metrics: Metrics) -> list[str]:
                 times = number(metrics[f"{cost}.ms"]), number(metrics.get(f"{cost}.ms_batched"), 1)
                 rows.append([f"{count}", label, *times, number(metrics[f"{cost}.flops"] / 1e9)])
     return table(["experts", "rebuilt under", "ms, one chunk", "ms a chunk, 32 at once", "GFLOPs a chunk"], rows)
+
+
+def pair_table(metrics: Metrics) -> list[str]:
+    """What two experts are worth to a host: loss plain, routed by content, under the own adapter, under the best."""
+    kinds = {"code": "young Python code", "prose": "Wikipedia", "novels": "English novels, no expert's",
+             "meetings": "transcripts of meetings, no expert's"}  # fmt: skip
+    rows = [
+        [label, *(number(metrics.get(f"{name}.{key}"), 3) for key in ("base", "routed", "own", "oracle")),
+         share(metrics, f"{name}.accuracy", 0)]
+        for name, label in kinds.items()
+    ]  # fmt: skip
+    head = ["text", "plain host", "routed", "its own adapter", "the best for each chunk", "routed as they should, %"]
+    return table(head, rows if metrics else [])

@@ -10,7 +10,6 @@ def test_reading(tmp_path):
     metrics |= interval("nextline.copy_minus_window", 0.017, -0.003, 0.032)
     metrics |= interval("passkey.32k.copy.accuracy", 0.46, 0.32, 0.6) | {"passkey.4k.copy.samples": 50.0}
     metrics |= interval("identifiers.soft_retrieve2_bm25_copy.whole", 0.32, 0.27, 0.38)
-    metrics |= interval("manners.near.copy.wrong_copied", 0.96, 0.9, 1.0)
     write(tmp_path, "reading", metrics)
     assert rows_of(text := render("nextline", tmp_path))[1] == [
         "copying", "12.8 [10.5, 15.1]", "–", "3.70 [3.00, 4.50]", "–", "–"
@@ -18,7 +17,12 @@ def test_reading(tmp_path):
     assert "copying +1.7 [−0.3, +3.2], all three ways –." in text
     assert ["passkey", "32k", "–", "–", "–", "46 [32, 60]", "–", "–"] in rows_of(render("retrieval", tmp_path))
     assert rows_of(render("identifiers", tmp_path))[3][1:] == ["–", "32.0 [27.0, 38.0]"]
-    assert rows_of(render("near-matches", tmp_path))[1] == ["copying", "–", "96 [90, 100]"]
+
+
+def test_near_matches(tmp_path):
+    write(tmp_path, "near-matches-smollm2-135m", interval("copy.old", 0.96, 0.9, 1.0))
+    write(tmp_path, "near-matches-qwen1.5b", {"copy.new": 0.5})
+    assert rows_of(render("near-matches", tmp_path))[1] == ["copying, as it comes", "–", "96 [90, 100]", "50", "–"]
 
 
 def test_drafts(tmp_path):
