@@ -150,7 +150,8 @@ class SetFigures:
     def lines_share(self, arm: str, rows: np.ndarray) -> np.ndarray:
         """Share of whole lines that are right, in the sample and in each draw."""
         boot = self.bootstrap(rows)
-        return boot.sums(self.arrays[f"{arm}.lines"][rows]) / boot.sums(self.lines[rows])
+        with np.errstate(invalid="ignore"):  # a draw without a whole line says nothing
+            return boot.sums(self.arrays[f"{arm}.lines"][rows]) / boot.sums(self.lines[rows])
 
     def of_arm(self, arm: str) -> dict[str, float]:
         """Its figures, keys with the arm's name; nothing where it was not read."""
