@@ -62,7 +62,7 @@ def repository_rows(
         if len(own) < least:
             dropped["short"] += 1
             continue
-        longest = min(len(own), OWN + shape.target)
+        longest = min(len(own), OWN + shape.target, shape.length)
         beginning = own[: least + place(seed, f"{document.id}@") % (longest - least + 1)]
         room, parts = shape.length - len(beginning), [beginning]
         nearest = sorted(package, key=lambda d: (distance(d.id, document.id), place(seed, d.id)))
