@@ -20,8 +20,8 @@ from ..history import CompressedHistory
 from ..hosts.loading import load_host
 from ..hosts.positions import max_positions
 from ..hosts.unwrap import display_name
-from ..modes import Copy, Experts, SoftPrompts
-from ..types import Mode
+from ..modes import Copy, Experts, Retrieve, SoftPrompts
+from ..types import Mode, Setting
 from .chunks import calibration_of, chunk_records, print_chunks
 from .console import Column, note, print_json, print_table, size
 from .generate import pad_id
@@ -34,6 +34,7 @@ HOST = "smollm2-135m"
 FILES = ("smtplib.py", "ftplib.py", "platform.py", "os.py")  # 9-12 thousand tokens each, in every Python
 LAST = 512  # tokens whose loss is measured
 CONTINUATION = 48
+NAMES = {"soft": "soft prompts", "copy": "copying", "all": "everything on", "more_raw": "as many more raw tokens"}
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -62,17 +63,19 @@ def run(args: argparse.Namespace) -> int:
         return CompressedHistory(host, crouter, modes=modes, window=window, tokenizer=tokenizer,
                                  crouter_tokenizer=crouter_tokenizer)  # fmt: skip
 
-    both = SoftPrompts(), Copy()
-    everything = scored(lambda: history(*both), ids)
+    # without a projector of this host: what works on any, the defaults
+    soft = SoftPrompts.ready(Setting(host, crouter, tokenizer, crouter_tokenizer))
+    modes: tuple[Mode, ...] = (soft, Copy()) if soft is not None else (Retrieve(),)
+    everything = scored(lambda: history(*modes), ids, measure=True)
     report = everything.pop("report")
     extra = report.rows[0].entries + report.rows[0].retrieved
     most = args.window + crouter.config.chunk_length - 1
     arms = {
         "window": {"history": f"raw window only ({args.window} to {most} tokens)",
                    **scored(history, ids)},
-        "soft": {"history": f"+ {report.rows[0].entries} soft prompts",
-                 **scored(lambda: history(both[0]), ids)},
-        "copy": {"history": "+ copying from the archive", **scored(lambda: history(both[1]), ids)},
+        **({"soft": {"history": f"+ {report.rows[0].entries} soft prompts", **scored(lambda: history(soft), ids)}}
+           if soft is not None else {}),
+        "copy": {"history": "+ copying from the archive", **scored(lambda: history(Copy()), ids)},
         "all": {"history": ways_of(report), **everything},
         "more_raw": {"history": f"raw window + {extra} more raw tokens",
                      **scored(lambda: history(window=args.window + extra), ids)},
@@ -80,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
     }  # fmt: skip
     routes: list[dict[str, Any]] = []
     if args.host in (None, HOST) and args.crouter is None:  # the shipped experts are theirs
-        served = scored(lambda: history(*both, Experts()), ids)
+        served = scored(lambda: history(*modes, Experts()), ids)
         arms["experts"] = {"history": f"{ways_of(report)}, under experts", **served}
         arms |= {key: arms.pop(key) for key in ("more_raw", "full")}  # in the order of the table
         routed = arms["experts"]["report"].chunks
@@ -106,7 +109,7 @@ def run(args: argparse.Namespace) -> int:
         if routes:
             print(f"\nserved by: {served_by(routes)}")
         print("\ncontinuation, greedy, with compressed history:")
-    last = history(*both)
+    last = history(*modes)
     continuation = continue_text(host, tokenizer, last, ids, stream=not args.json)
     copied = last.report(measure=False).copied
     truth = tokenizer.decode(rest)
@@ -168,8 +171,8 @@ def cut(
     return ids[None, :read], ids[read : read + CONTINUATION]
 
 
-def scored(make: Callable[[], CompressedHistory], ids: torch.Tensor) -> dict[str, Any]:
-    """Loss (nats/token), slots, bytes and seconds of a history, and its report."""
+def scored(make: Callable[[], CompressedHistory], ids: torch.Tensor, measure: bool = False) -> dict[str, Any]:
+    """Loss (nats/token), slots, bytes and seconds of a history, and its report; `measure`: rebuild its chunks."""
     began = time.perf_counter()
     history = make()
     try:
@@ -178,7 +181,7 @@ def scored(make: Callable[[], CompressedHistory], ids: torch.Tensor) -> dict[str
         history.detach()
     seconds, report = (
         time.perf_counter() - began,
-        history.report(measure=history.policy.compressor is not None),
+        history.report(measure=measure or history.policy.compressor is not None),
     )
     return {"loss": loss, "kv_slots": report.peak_slots, "kv_bytes": report.kv_bytes, "seconds": seconds,
             "report": report}  # fmt: skip
@@ -202,18 +205,18 @@ def worth(losses: dict[str, float]) -> dict[str, float | None]:
     """
     gain = losses["window"] - losses["full"]
     shares = {key: (losses["window"] - loss) / gain if gain > 0 else None for key, loss in losses.items()}
-    return {"full_history": gain, **{key: shares[key] for key in ("soft", "copy", "all", "more_raw")}}
+    return {"full_history": gain, **{key: shares[key] for key in NAMES if key in shares}}
 
 
 def sentence(found: dict[str, float | None]) -> str:
     """The table's result in one line, from its figures."""
     if found["all"] is None:
         return f"On this file full history gains nothing over the window ({found['full_history']:+.4f} nats/token)."
-    shares = {key: f"{100 * (found[key] or 0):.0f}%" for key in ("soft", "copy", "all", "more_raw")}
+    names = NAMES if "soft" in found else {**NAMES, "all": "retrieval"}
+    shares = [f"{name} {100 * (found[key] or 0):.0f}%" for key, name in names.items() if key in found]
     return (
-        f"Full history is worth {found['full_history']:.4f} nats/token here. Recovered of it: soft prompts "
-        f"{shares['soft']}, copying {shares['copy']}, everything on {shares['all']}; as many more raw tokens "
-        f"{shares['more_raw']}. One file, no interval."
+        f"Full history is worth {found['full_history']:.4f} nats/token here. Recovered of it: "
+        f"{', '.join(shares[:-1])}; {shares[-1]}. One file, no interval."
     )
 
 

@@ -259,7 +259,8 @@ def read_texts(path: str, tokenizer: Any) -> TokenArray:
 def print_routes(found: dict[str, RoutedDomain], names: Iterable[str]) -> None:
     """Prints accuracy and losses, and beside them how many texts went where."""
     targets = [*names, ""]
-    losses = [key for key in ("base", "routed", "own", "oracle") if any(key in domain.loss for domain in found.values())]
+    kinds = ("base", "routed", "own", "oracle")
+    losses = [key for key in kinds if any(key in domain.loss for domain in found.values())]
     columns = [Column("texts", right=False), Column("chunks"), Column("right %"),
                *(Column(f"to {name}" if name else "to none") for name in targets),
                *(Column(f"loss {key}") for key in losses)]  # fmt: skip
