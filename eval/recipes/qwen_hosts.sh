@@ -1,0 +1,62 @@
+#!/usr/bin/env bash
+# The figures on larger hosts, and the projector, gate and experts behind them, which are not shipped.
+#   eval/recipes/qwen_hosts.sh STEP WORK [HOST]
+# STEP: data | align | collect | questions | near | ruler | peers | experts | report, in this order; all but data and
+# report want an accelerator. WORK: folder for sets and runs. HOST: qwen2.5-coder-1.5b (the default) or -0.5b. `data` needs
+# TEXTS, the folder of the text domains and questions. `peers` runs in an environment of its own (kvpress 0.5.5,
+# transformers 5.2, hqq). PROCESSES share the accelerator in collect, questions and peers (4 by default).
+set -euo pipefail
+step=$1 work=$2 host=${3:-qwen2.5-coder-1.5b} processes=${PROCESSES:-4}
+here="$work/$host" sets="$work/sets" crouter="$work/$host/crouter"
+folder() { python3 -c "import sys; from hf_crouter.hosts.fetch import resolve_host; print(resolve_host(sys.argv[1]))" "$host"; }
+in_turn() {  # the same command in several processes, each with its share
+  trap 'kill $(jobs -p) 2>/dev/null || true' EXIT
+  for shard in $(seq 0 $((processes - 1))); do "$@" --shard "$shard/$processes" & done
+  for _ in $(seq "$processes"); do wait -n; done  # ends with the first that fails
+}
+case $step in
+data)  # both hosts share their tokenizer
+  python3 -m eval.documents --host "$host" --out "$sets" --sets young repo gate_code gate_repo --corpus "$work/gate"
+  python3 -m eval.run questions prepare --data "$TEXTS" --save "$here/questions" --host "$host"
+  python3 -m eval.routing.pair_texts --data "$TEXTS" --out "$work/pair"
+  ;;
+align)  # a projector and a gate, each in a copy of the shipped crouter, so that no arm finds what it should not
+  shipped=$(python3 -c "from hf_crouter.crouter.loading import shipped_crouter; print(shipped_crouter())")
+  for part in projector gate; do mkdir -p "$crouter-$part" && cp -r "$shipped/." "$crouter-$part"; done
+  python3 -m hf_crouter align --host "$host" --crouter "$crouter-projector" --data "$work/gate" --only projector \
+    --seconds 150 --batch-size 4 --learning-rate 1e-3 --hidden-size 512 --bf16 --chunks 1 2 4 8 8 16 --output "$here/align"
+  python3 -m hf_crouter align --host "$host" --crouter "$crouter-gate" --data "$work/gate" --only gate \
+    --gate-documents 240 --chunks 4 8 16 32 --output "$here/align"
+  ;;
+collect)
+  in_turn python3 -m eval.run hgr collect --data "$sets" --save "$here/hgr" --host "$host" --sets young repo \
+    --documents 64 --crouter "$crouter-projector" --gate "$crouter-gate/gates/$host"
+  ;;
+questions)
+  in_turn python3 -m eval.run questions collect --save "$here/questions" --host "$host" --crouter none --batch 4
+  ;;
+near)
+  python3 -m eval.run near-matches --data "$sets" --host "$host" --crouter none --gate "$crouter-gate/gates/$host"
+  ;;
+ruler)
+  python3 -m eval.run ruler --host "$host" --crouter none --lengths 8k --chat
+  ;;
+peers)
+  in_turn python3 -m eval.peers --data "$sets" --sets young repo --questions "$here/questions" --host "$(folder)" \
+    --save "$here/hgr" --documents 64
+  ;;
+experts)
+  for name in code prose; do
+    python3 -m hf_crouter expert add "$name" --data "$work/pair/$name" --host "$host" --experts "$here/experts" \
+      --compressor-seconds 60 --host-seconds 40 --host-rank 2 --host-alpha 4 --host-learning-rate 1e-3 --bf16
+  done
+  python3 -m eval.run experts --host "$host" --experts "$here/experts" --data code="$work/pair/test_code" \
+    prose="$work/pair/test_prose" novels="$work/pair/test_novels" meetings="$work/pair/test_meetings"
+  ;;
+report)
+  mv "$here"/hgr/questions.*.json "$here/questions" 2>/dev/null || true  # what the peers answered
+  python3 -m eval.run hgr report --data "$sets" --save "$here/hgr" --host "$host" --sets young repo
+  python3 -m eval.run questions report --save "$here/questions" --host "$host"
+  ;;
+*) echo "unknown step $step" >&2; exit 2 ;;
+esac
