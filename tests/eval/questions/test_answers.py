@@ -21,10 +21,9 @@ from .test_retrieval import make_texts, write_data
 LENGTH = 2048
 SYSTEM = "<|im_start|>system\nYou answer.<|im_end|>\n"
 TEMPLATE = (
-    "{% if messages[0]['role'] != 'system' %}"
-    + SYSTEM
-    + "{% endif %}{% for m in messages %}<|im_start|>{{ m['role'] }}"
-    "\n{{ m['content'] }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    "{% if messages[0]['role'] != 'system' %}" + SYSTEM + "{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
 

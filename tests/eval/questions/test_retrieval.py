@@ -39,8 +39,10 @@ def write_data(folder, texts):
     """Both sets, of the same passages."""
     nq = [{"question": f"{q}?", "answers": answers, "ctxs": [{"text": text}]}
           for text, asked in texts for q, _, answers in asked]  # fmt: skip
-    xquad = [{"lang": "en", "context": text, "qas": [{"question": f"{q}?", "answers": answers, "starts": [place]}
-                                                     for q, place, answers in asked]} for text, asked in texts]  # fmt: skip
+    xquad = []
+    for text, asked in texts:
+        qas = [{"question": f"{q}?", "answers": answers, "starts": [place]} for q, place, answers in asked]
+        xquad.append({"lang": "en", "context": text, "qas": qas})
     absent = {"question": "x", "answers": ["absent"], "ctxs": [{"text": "y"}]}
     rows = {"eval_nq_oracle/nq_open_oracle.jsonl.gz": [*nq, absent],
             "eval_xquad/xquad.jsonl.gz": [*xquad, {"lang": "de", "context": "z", "qas": []}]}  # fmt: skip

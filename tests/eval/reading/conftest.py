@@ -3,14 +3,16 @@
 import numpy as np
 import pytest
 
-from eval.documents import Record, Shape, Windows
+from eval.arms import Reader
 from eval.reading.bench import Bench
-from hf_crouter import SoftPrompts
+from eval.rows import Record, Rows, Shape, breaks_lines, line_numbers
+from hf_crouter.chunking import tokenizer_fingerprint
+from hf_crouter.ngram.gate import generic_gate
 from tests.tiny import CHUNK, tiny_crouter, tiny_host, tiny_projector
 from tests.trained_crouter import TEXT, make_tokenizer
 
 SHAPE = Shape(prefix=4, chunk=CHUNK, chunks=4, window=32, target=160)
-LENGTH = SHAPE.split + SHAPE.target
+LENGTH = SHAPE.length
 CODE = "".join(f"name_{n} = call_{n % 5}(value_{n % 7}, 'text {n % 3}')\n" for n in range(600))
 
 
@@ -19,19 +21,24 @@ def bench(tmp_path_factory):
     tokenizer = make_tokenizer(384, TEXT)
     host = tiny_host(positions=1024, vocab_size=len(tokenizer))
     crouter = tiny_crouter(vocab_size=len(tokenizer))
-    ids = np.array(tokenizer.encode(CODE), np.uint16)
+    ids, breaks = np.array(tokenizer.encode(CODE), np.uint32), breaks_lines(tokenizer)
     sets = {}
     for name in ("young", "prose"):
         rows = np.stack([ids[n * 150 : n * 150 + LENGTH] for n in range(6)])
+        lines = np.stack([line_numbers(row[SHAPE.split :], breaks) for row in rows])
         found = [Record(f"{name}/{n}", f"{name}{n // 2}", "code", 0.0) for n in range(6)]
-        sets[name] = Windows(rows, found, {})
-    return Bench(
-        host, tokenizer, crouter, sets, window=SHAPE.window, batch=4, save=tmp_path_factory.mktemp("samples"),
-        soft_prompts=SoftPrompts(tiny_projector(host, crouter)),
-    )  # fmt: skip
+        sets[name] = Rows(rows, lines, found, SHAPE, tokenizer_fingerprint(tokenizer), {})
+    gate = generic_gate()  # as if it were fitted: it copies more
+    gate.down.bias.data[0] -= 4.0
+    reader = Reader(host, tokenizer, crouter, gate, SHAPE.window, projector=tiny_projector(host, crouter))
+    return Bench(reader, sets, batch=4, save=tmp_path_factory.mktemp("samples"))
 
 
 @pytest.fixture
 def wide(bench):
     """With a window that a question of bytes fits in."""
-    return Bench(bench.host, bench.tokenizer, bench.crouter, bench.sets, 256, 4, soft_prompts=bench.soft_prompts)
+    reader = bench.reader
+    return Bench(
+        Reader(reader.host, reader.tokenizer, reader.crouter, reader.gate, 256, projector=reader.projector),
+        bench.sets, 4,
+    )  # fmt: skip

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from eval.documents import Shape
 from eval.reading import identifiers, lost_copies, measures, next_lines
+from eval.rows import Shape
 from tests.tiny import CHUNK
 
 from .conftest import LENGTH, SHAPE
