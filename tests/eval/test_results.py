@@ -4,7 +4,7 @@ import sys
 import pytest
 
 from eval import results
-from eval.results import plain_command, read_result, write_result
+from eval.results import host_key, plain_command, read_result, write_result
 
 
 @pytest.fixture
@@ -68,3 +68,29 @@ def test_the_commit_without_git(monkeypatch):
     assert results.commit() == "abc"
     monkeypatch.delenv("CROUTER_COMMIT")
     assert results.commit() == "unknown"
+
+
+def test_figures_tell_where_they_were_collected(folder):
+    made = {"device": "one GPU", "commit": "abc", "versions": {"torch": "1"}, "shard": [0, 1]}
+    path = write_result("x", {}, seed=0, config={}, folder=folder, made=made)
+    result = json.loads(path.read_text())
+    assert (result["device"], result["commit"], result["versions"]) == ("one GPU", "abc", {"torch": "1"})
+    result = json.loads(write_result("x", {}, seed=0, config={}, folder=folder, made={}).read_text())
+    assert result["device"] == results.device_name() and result["versions"] == results.versions()
+    path = write_result("x", {}, seed=0, config={}, folder=folder, made=made, device="two")
+    assert json.loads(path.read_text())["device"] == "two"  # what is said by hand comes first
+
+
+def test_hosts_have_a_key_and_a_note():
+    assert host_key("smollm2-135m") == host_key("/a/b/SmolLM2-135M-Instruct") == "smollm2-135m"
+    assert host_key("Qwen/Qwen2.5-Coder-1.5B-Instruct") == host_key("qwen2.5-coder-1.5b") == "qwen1.5b"
+    assert results.host_note("/a/tiny-host") == "Host: tiny-host."
+    known = results.host_note("/runs/hosts/smollm2-135m")
+    assert known.startswith("Host: SmolLM2-135M") and ", weights " in known
+
+
+@pytest.mark.parametrize("name", [path.stem for path in sorted(results.FOLDER.glob("*.json"))])
+def test_a_result_in_the_repository_has_the_format(name):
+    result = read_result(name)
+    assert result["name"] == name and result["metrics"] and result["device"]
+    assert all(isinstance(value, int | float) for value in result["metrics"].values())

@@ -1,3 +1,4 @@
+import argparse
 import ast
 import functools
 import json
@@ -13,6 +14,7 @@ import pytest
 import torch
 from peft import PeftModel
 
+from eval.routing import host_experts
 from hf_crouter.crouter.loading import load_crouter
 from hf_crouter.data.prepare import prepare
 from hf_crouter.data.split import SplitRules
@@ -212,9 +214,36 @@ def test_held_out_documents_go_to_their_expert():
         domain = found[kind]
         assert domain.accuracy > 0.75 and sum(domain.routes.values()) == domain.pieces > 20
         assert domain.loss["own"] < domain.loss["base"] and domain.loss["routed"] < domain.loss["base"]
+        assert domain.loss["oracle"] <= min(domain.loss[key] for key in ("base", "routed", "own")) + 1e-6
     # texts of no expert should go to none
     assert found["other"].accuracy == found["code"].routes.get("", 0) / found["code"].pieces
     assert "own" not in found["other"].loss and found["other"].loss["base"] == found["code"].loss["base"]
+    assert found["other"].loss["oracle"] == found["code"].loss["oracle"]  # the best of all, whatever the name
+
+
+def test_what_a_set_is_worth_is_measured_and_written(tmp_path, monkeypatch):
+    """`python -m eval.run experts`; here because the world is."""
+    monkeypatch.setenv("CROUTER_RESULTS", str(tmp_path))
+    words = ["--host", str(world().host), "--crouter", str(world().crouter), "--experts", str(world().experts),
+             "--limit", "12", "--data", *(f"{kind}={world().data(kind)}" for kind in KINDS)]  # fmt: skip
+    parser = argparse.ArgumentParser()
+    host_experts.configure(parser)
+    host_experts.run(parser.parse_args([*words, f"other={world().data('both')}"]))
+    result = json.loads((tmp_path / "experts-tiny-host.json").read_text())
+    metrics = result["metrics"]
+    assert result["config"] == {"limit": 12, "experts": list(KINDS)}
+    for name in (*KINDS, "other"):
+        losses = {key: metrics[f"{name}.{key}"] for key in ("base", "routed", "oracle")}
+        assert losses["oracle"] <= min(losses.values()) + 1e-6 and metrics[f"{name}.chunks"] == 12
+        assert 0 <= metrics[f"{name}.accuracy"] <= 1
+        share = (losses["base"] - losses["routed"]) / (losses["base"] - losses["oracle"])
+        assert metrics[f"{name}.oracle_share"] == pytest.approx(share, abs=1e-3) and share <= 1
+    assert "other.own" not in metrics
+    for key in ("base", "routed", "own", "oracle"):  # over the kinds that have an expert
+        mean = sum(metrics[f"{kind}.{key}"] for kind in KINDS) / len(KINDS)
+        assert metrics[f"known.{key}"] == pytest.approx(mean, abs=1e-5)
+    with pytest.raises(InputError, match="--data: expected NAME=PATH, got 'odd'"):
+        host_experts.run(parser.parse_args([*words, "odd"]))
 
 
 def test_the_same_seed_trains_the_same_expert(tmp_path):
