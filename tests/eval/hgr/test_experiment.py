@@ -7,6 +7,7 @@ from safetensors.numpy import load_file, save_file
 
 from eval.arrays import about_of, save_arrays, shard_of
 from eval.hgr import experiment as hgr
+from eval.hgr.measure import Said
 from eval.hgr.report import measured
 from eval.results import versions
 from eval.rows import right_lines
@@ -49,7 +50,7 @@ def hgr_reader(*args):
     return Reader(*args, window=SHAPE.window)
 
 
-def test_both_stages_and_two_shards_agree_with_one(run, tmp_path, data):
+def test_both_stages_and_two_shards_agree_with_one(run, tmp_path, reader):
     one = run("collect", "one", sets=("young", "prose"))
     run("report", "one", sets=("young", "prose", "files"))
     result = json.loads((tmp_path / "hgr-tiny-host.json").read_text())
@@ -63,6 +64,9 @@ def test_both_stages_and_two_shards_agree_with_one(run, tmp_path, data):
     # of where the figures were collected, not of where they were reported
     assert result["device"] == "a machine far away" and result["commit"] == "abc"
     assert result["versions"] == versions() and result["config"]["draws"] == 20
+    rows, figures = make_rows(reader.tokenizer, 5), measured([one / "young.ours.0of1.safetensors"], 5)
+    shown = hgr.read(reader, "shuffled", rows.ids, SHAPE, 4, 8192, rows.ids[[1, 0, 3, 2, 0]])  # of their packages
+    np.testing.assert_allclose(figures["n4.shuffled.loss"], -shown.log_probabilities.mean(1), atol=1e-4)
     both = tmp_path / "two"
     for shard in ("1/2", "0/2"):
         run("collect", "two", "--shard", shard)
@@ -76,7 +80,7 @@ def test_both_stages_and_two_shards_agree_with_one(run, tmp_path, data):
         assert np.isfinite(values).all() and np.allclose(values, joined[key], atol=1e-4), key
 
 
-def test_a_run_that_stopped_goes_on_where_it_was(run, monkeypatch, tmp_path, reader, data):
+def test_a_run_that_stopped_goes_on_where_it_was(run, monkeypatch, tmp_path, reader):
     calls, read = [], hgr.read
 
     def counted(reader, arm, rows, shape, count, *rest):
@@ -115,6 +119,34 @@ def test_a_run_that_stopped_goes_on_where_it_was(run, monkeypatch, tmp_path, rea
     assert found["n4.copy.slots"].tolist() == said.slots.tolist()
     assert about_of(path) == {"set": "young", "shard": [0, 1], "versions": versions(), "commit": "abc",
                               "device": "a machine far away"}  # fmt: skip
+
+
+def test_figures_belong_to_their_documents(run, monkeypatch, tmp_path, reader):
+    rows = make_rows(reader.tokenizer, 5)
+    numbers = {row.tobytes(): n for n, row in enumerate(rows.ids)}
+
+    def told(reader, arm, ids, *rest):
+        """Right everywhere but in the first token of one line, another one in each document."""
+        some = [numbers[row.tobytes()] for row in ids]
+        right = np.stack([rows.lines[n] != n % 2 for n in some])
+        losses = np.array([float(n) for n in some])[:, None]
+        return Said(-np.repeat(losses, SHAPE.target, 1), right, 10.0 + losses[:, 0])
+
+    monkeypatch.setattr(hgr, "read", told)
+    for shard in ("0/2", "1/2"):
+        run("collect", "save", "--shard", shard, "--block", "2", arms=("full",))
+    found = measured(sorted((tmp_path / "save").glob("*.safetensors")), 5)
+    assert found["n3.full.loss"].tolist() == [0, 1, 2, 3, 4] and found["n3.full.slots"].tolist() == [
+        10,
+        11,
+        12,
+        13,
+        14,
+    ]
+    whole = rows.lines.max(1) + 1
+    expected = [int(count) - (n % 2 < count) for n, count in enumerate(whole)]
+    assert found["n3.full.lines"].tolist() == expected and len({*expected}) > 1
+    assert found["n3.full.right"].tolist() == [int((line != n % 2).sum()) for n, line in enumerate(rows.lines)]
 
 
 def test_more_documents_are_added_to_those_that_are_there(run, tmp_path):
