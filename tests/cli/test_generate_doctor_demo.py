@@ -258,6 +258,21 @@ def test_who_serves_in_one_line():
     assert demo.served_by(routes) == "python 2, the plain host 1 of 3 chunks"
 
 
+def test_demo_reads_by_what_works_on_a_host_without_a_projector(pair, long_text, tmp_path, capsys):
+    crouter = tmp_path / "without"
+    shutil.copytree(pair[0], crouter, ignore=shutil.ignore_patterns("projectors"))
+    argv = words("demo", (crouter, pair[1]), "--file", long_text, "--window", 32)
+    assert main([*argv, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [arm["key"] for arm in found["arms"]] == ["window", "copy", "all", "more_raw", "full"]
+    window, copy, everything, wider, full = found["arms"]
+    assert window["kv_slots"] == copy["kv_slots"] < everything["kv_slots"] < full["kv_slots"]
+    assert "retrieved tokens" in everything["history"] and wider["kv_slots"] >= everything["kv_slots"]
+    assert all(chunk["accuracy"] is not None for chunk in found["chunks"])
+    assert set(found["worth"]) == {"full_history", "copy", "all", "more_raw"}
+    assert "gains nothing" in found["summary"] or "retrieval" in found["summary"]
+
+
 def test_demo_refuses_a_short_text(pair, tmp_path, capsys):
     (tmp_path / "short").write_text(TEXT)
     argv = words("demo", pair, "--file", tmp_path / "short", "--json")
@@ -272,6 +287,9 @@ def test_demo_sentence_comes_from_the_figures():
     text = demo.sentence(found)
     assert "soft prompts 10%, copying 50%, everything on 80%; as many more raw tokens -5%" in text
     assert "gains nothing" in demo.sentence(demo.worth({**losses, "full": 3.5}))
+    del losses["soft"]  # a host without a projector
+    text = demo.sentence(demo.worth(losses))
+    assert "soft prompts" not in text and "copying 50%, retrieval 80%; as many more raw tokens -5%" in text
 
 
 def test_demo_reads_the_standard_library():
