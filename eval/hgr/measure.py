@@ -80,9 +80,7 @@ def read(
         return _full_copy(reader, some, shape, tokens, advance)
     if arm.modes is None or (arm.modes == () and not arm.special):  # the host alone, on all or on the latest part
         raw = some if arm.modes is None else shape.latest(rows, 0, arm.extra(count)).astype(np.int64)
-        parts = [_plain(reader, part, shape.target) for part in _batches(raw, tokens, advance)]
-        slots = np.full(len(rows), raw.shape[1] - shape.target, np.float32)
-        return Said(*(np.concatenate(values) for values in zip(*parts, strict=True)), slots)
+        return _plain(reader, raw, shape.target, tokens, advance)
     parts, near = [], (count + 2) * shape.chunk  # of a row's forwards, about
     step = max(1, tokens // min(near, 4 * shape.chunk))
     for first in range(0, len(some), step):
@@ -107,15 +105,19 @@ def _logits(reader: Reader, rows: np.ndarray, last: int) -> tuple[torch.Tensor, 
     return reader.host(input_ids=ids[:, :-1], logits_to_keep=last, use_cache=False).logits, ids[:, -last:]
 
 
-def _plain(reader: Reader, rows: np.ndarray, last: int) -> tuple[np.ndarray, np.ndarray]:
-    """Log-probabilities `[D, last]` and greedy hits of the host alone."""
-    logits, targets = _logits(reader, rows, last)
-    scores, hits = [], []
-    for start in range(0, last, BLOCK):
-        part, chosen = logits[:, start : start + BLOCK].float(), targets[:, start : start + BLOCK]
-        scores.append(part.gather(-1, chosen[..., None])[..., 0] - part.logsumexp(-1))
-        hits.append(part.argmax(-1) == chosen)
-    return torch.cat(scores, 1).cpu().numpy(), torch.cat(hits, 1).cpu().numpy()
+def _plain(reader: Reader, rows: np.ndarray, last: int, tokens: int, advance: Callable[[int, int], None]) -> Said:
+    """What the host alone says of the last tokens of rows `[D, T]` that it reads whole."""
+    parts = []
+    for some in _batches(rows, tokens, advance):
+        logits, targets = _logits(reader, some, last)
+        scores, hits = [], []
+        for start in range(0, last, BLOCK):
+            part, chosen = logits[:, start : start + BLOCK].float(), targets[:, start : start + BLOCK]
+            scores.append(part.gather(-1, chosen[..., None])[..., 0] - part.logsumexp(-1))
+            hits.append(part.argmax(-1) == chosen)
+        parts.append((torch.cat(scores, 1).cpu().numpy(), torch.cat(hits, 1).cpu().numpy()))
+    slots = np.full(len(rows), rows.shape[1] - last, np.float32)
+    return Said(*(np.concatenate(values) for values in zip(*parts, strict=True)), slots)
 
 
 def _history(
@@ -154,14 +156,13 @@ def _oracle(
         chunks = [rows[:, start : start + shape.chunk] for start in starts]
         end = shape.prefix + count * shape.chunk
         raw = np.concatenate([rows[:, : shape.prefix], *chunks, rows[:, end:]], axis=1)
-        parts = [_plain(reader, part, shape.target) for part in _batches(raw, tokens, lambda *_: None)]
-        slots = np.full(len(rows), raw.shape[1] - shape.target, np.float32)
-        said = Said(*(np.concatenate(values) for values in zip(*parts, strict=True)), slots)
+        said = _plain(reader, raw, shape.target, tokens, lambda *_: None)
         if best is None:
             best = said
             continue
         better = said.log_probabilities.mean(1) > best.log_probabilities.mean(1)
-        best = Said(*(np.where(better[:, None], new, old) for new, old in zip(said[:2], best[:2], strict=True)), slots)
+        both = zip(said[:2], best[:2], strict=True)
+        best = Said(*(np.where(better[:, None], new, old) for new, old in both), said.slots)
     assert best is not None
     advance(len(rows), rows.size)
     return best

@@ -25,15 +25,6 @@ INSTALLED = importlib.util.find_spec("kvpress") is not None
 FULL = [ARMS["full_peers"]]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Tiny products: several threads only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """Data, questions and a host on disk; without a tokenizer."""

@@ -23,15 +23,6 @@ RANKING = ("snapkv.at8", "expected_attention.at8", "streaming.at8")
 REPEATING = ("kvzip", "kvgrad", "kvzip_plus")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Tiny products: several threads only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def held(layer):
     """Keys of a layer as sets, by row and head."""
     return [[{tuple(key) for key in head.tolist()} for head in row] for row in layer.keys]
