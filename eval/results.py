@@ -60,6 +60,11 @@ def versions() -> dict[str, str]:
     return found
 
 
+def provenance() -> dict[str, Any]:
+    """Where figures are collected that another machine reports: commit, device and versions; see `write_result`."""
+    return {"commit": commit(), "device": device_name(), "versions": versions()}
+
+
 def plain_command(arguments: Sequence[str]) -> str:
     """The command as another machine can read it: of a path only its last part is kept.
 

@@ -21,7 +21,7 @@ from eval.arrays import about_of, save_arrays, shard_of
 from eval.documents import EVALUATION
 from eval.hgr.measure import exists, partners, read
 from eval.hgr.report import measured, metrics, table
-from eval.results import commit, device_name, host_key, host_note, versions, write_result
+from eval.results import host_key, host_note, provenance, write_result
 from eval.rows import Rows, right_lines
 from hf_crouter.chunking import tokenizer_fingerprint
 from hf_crouter.crouter.loading import load_crouter
@@ -63,9 +63,7 @@ def collect(reader: Reader, args: argparse.Namespace, name: str) -> None:
     about = {
         "set": name,
         "shard": [shard, shards],
-        "versions": versions(),
-        "commit": commit(),
-        "device": device_name(),
+        **provenance(),
     }
     found = measured([path], len(index), index) if path.exists() else {}
     partner = partners([record.name for record in rows.records], [record.cluster for record in rows.records])

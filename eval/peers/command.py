@@ -121,7 +121,9 @@ def run(args: argparse.Namespace) -> None:
     names = [] if args.data is None else args.sets or sets_in(args.data)
     sets = {name: read_set(args.data, name) for name in names}
     counts = {name: counts_of(args.chunks, rows.layout.chunks, name) for name, rows in sets.items()}
+    # <set>.<length>.json: answers may lie beside them
     asked = sorted(args.questions.glob("*.json")) if args.questions else []
+    asked = [path for path in asked if path.name.count(".") == 2]
     if args.sets:
         asked = [path for path in asked if path.name.partition(".")[0] in args.sets]
     questions = {path.stem: read_questions(path) for path in asked}

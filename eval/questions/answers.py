@@ -19,7 +19,7 @@ import torch
 from eval.arms import GENERATING, Reader
 from eval.arrays import shard_of
 from eval.questions.prompts import LENGTHS, MADE, SETS, Question, build, is_right, load, save
-from eval.results import host_key, host_note, write_result
+from eval.results import host_key, host_note, provenance, write_result
 from eval.statistics import mean_with_interval
 from hf_crouter.crouter.loading import load_crouter
 from hf_crouter.errors import InputError
@@ -29,6 +29,7 @@ from hf_crouter.utils.io import write_json
 from hf_crouter.utils.progress import Progress
 
 ARMS = ("window", "full", "retrieve2", "retrieve4", "copy", "best", "retrieve2_copy", "retrieve4_copy", "retrieve8")
+MADE_BY = "made.json"  # where the answers were collected
 NOTES = (
     "accuracy: share of greedy answers of at most 16 tokens in which one of the known answers stands, whole words, "
     "without case, punctuation and articles. slots: most positions in the cache. xquad: odd English paragraphs of "
@@ -83,6 +84,7 @@ def run_collect(args: argparse.Namespace) -> None:
     reader = Reader(host.requires_grad_(False), tokenizer, crouter, args.gate, keep_first="auto")
     shard, shards = args.shard
     arms = reader.readable(args.arms)
+    write_json(args.save / MADE_BY, provenance())
     for name in args.sets:
         for short in args.lengths:
             questions, _ = load(args.save / f"{name}.{short}.json")
@@ -135,8 +137,10 @@ def run_report(args: argparse.Namespace) -> None:
             print(f"{key:40} {value:.3f}, {metrics[key.replace('.accuracy', '.slots')]:,.0f} slots")
     config = {"questions": args.questions, "new_tokens": MADE, "window": 512}
     result = args.result or f"questions-{host_key(args.host)}"
+    path = args.save / MADE_BY
+    made = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
     print(write_result(result, metrics, seed=args.seed, config=config, notes=f"{host_note(args.host)} {NOTES}",
-                       device=args.device))  # fmt: skip
+                       device=args.device, made=made))  # fmt: skip
 
 
 def entries_of(folder: Path, key: str) -> list[dict[str, Any]]:

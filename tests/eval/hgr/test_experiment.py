@@ -9,7 +9,7 @@ from eval.arrays import about_of, save_arrays, shard_of
 from eval.hgr import experiment as hgr
 from eval.hgr.measure import Said
 from eval.hgr.report import measured
-from eval.results import versions
+from eval.results import provenance, versions
 from eval.rows import right_lines
 from hf_crouter.errors import InputError
 
@@ -31,7 +31,7 @@ def run(data, tmp_path, monkeypatch):
     monkeypatch.setattr(hgr, "Reader", lambda *args: hgr_reader(*args))
     monkeypatch.setenv("CROUTER_RESULTS", str(tmp_path))
     monkeypatch.setenv("CROUTER_COMMIT", "abc")
-    monkeypatch.setattr(hgr, "device_name", lambda: "a machine far away")
+    monkeypatch.setattr(hgr, "provenance", lambda: {**provenance(), "device": "a machine far away"})
     parser = argparse.ArgumentParser()
     hgr.configure(parser)
 
