@@ -9,17 +9,9 @@ import argparse
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from eval.results import host_key, host_note, write_result
-from hf_crouter.cli.expert import read_texts
-from hf_crouter.errors import InputError
-from hf_crouter.routing.experts import ExpertSet
-from hf_crouter.routing.router import Router
-from hf_crouter.training.experts.arguments import ExpertArguments
-from hf_crouter.training.experts.evaluate import route_domains
-from hf_crouter.training.experts.models import expert_config, load_models, matching_set
-from hf_crouter.utils.progress import Progress
+from hf_crouter.cli.expert import route_texts
 
 NOTES = (
     "Nats/token of the host on held-out chunks of each kind, each read from its start: base (the plain host), routed "
@@ -47,25 +39,9 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         InputError: a word that is no NAME=PATH, or something to read is missing.
     """
-    pairs = [word.partition("=") for word in args.data]
-    if wrong := [word for word, (name, _, path) in zip(args.data, pairs, strict=True) if not name or not path]:
-        raise InputError(f"--data: expected NAME=PATH, got {wrong[0]!r}")
-    cuda = torch.cuda.is_available()
-    models = load_models(ExpertArguments(crouter=args.crouter or "", host=args.host, bf16=cuda))
-    matching_set(args.experts, expert_config(models))
-    for model in (models.host, models.crouter):
-        nn.Module.to(model, "cuda" if cuda else "cpu")
-    texts = {name: read_texts(path, models.crouter_tokenizer) for name, _, path in pairs}
-    experts = ExpertSet.load(args.experts)
-    router = Router(models.crouter, experts)
+    where = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    found, experts = route_texts(str(args.experts), args.data, args.host, args.crouter, where, args.limit)
     metrics: dict[str, float] = {}
-    try:
-        with Progress() as progress:
-            progress.start("routing", args.limit * len(texts), "chunks")
-            found = route_domains(models, router, texts, limit=args.limit, advance=lambda n, _: progress.update(n))
-            progress.finish()
-    finally:
-        router.remove()
     for name, domain in found.items():
         metrics |= {f"{name}.{key}": value for key, value in domain.loss.items()}
         metrics |= {f"{name}.accuracy": domain.accuracy, f"{name}.chunks": domain.pieces}
@@ -73,10 +49,10 @@ def run(args: argparse.Namespace) -> None:
         if best > 0:
             metrics[f"{name}.oracle_share"] = (domain.loss["base"] - domain.loss["routed"]) / best
         print(name, {key: round(value, 3) for key, value in domain.loss.items()}, f"{domain.accuracy:.2f}", flush=True)
-    known = [name for name in found if name in experts.names]
+    known = [name for name in found if name in experts]
     for key in ("base", "routed", "own", "oracle"):
         if known:
             metrics[f"known.{key}"] = sum(found[name].loss[key] for name in known) / len(known)
     result = args.result or f"experts-{host_key(args.host)}"
-    config = {"limit": args.limit, "experts": list(experts.names)}
+    config = {"limit": args.limit, "experts": list(experts)}
     print(write_result(result, metrics, seed=args.seed, config=config, notes=f"{host_note(args.host)} {NOTES}"))

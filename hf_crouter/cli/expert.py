@@ -187,32 +187,43 @@ def _compare(args: argparse.Namespace) -> int:
 
 
 def _test(args: argparse.Namespace) -> int:
-    experts, where = ExpertSet.load(expert_folder(args.experts)), device(args.device)
-    named = _named(args.data, experts)
+    found, names = route_texts(args.experts, args.data, args.host, args.crouter, device(args.device), args.limit)
+    if args.json:
+        print_json({name: asdict(domain) for name, domain in found.items()})
+    else:
+        print_routes(found, names)
+    return 0
+
+
+def route_texts(
+    folder: str, data: list[str], host: str | None, crouter_folder: str | None, where: torch.device, limit: int
+) -> tuple[dict[str, RoutedDomain], tuple[str, ...]]:
+    """How held-out texts are routed by an expert set, and the names of its experts; arguments of `expert test`.
+
+    Raises:
+        InputError: a word that is no NAME=PATH, or something to read is missing or damaged.
+        MismatchError: experts of another crouter or host.
+    """
+    experts = ExpertSet.load(expert_folder(folder))
+    named = _named(data, experts)
     models = None
-    if args.host:
+    if host:
         bf16 = host_dtype(where) == torch.bfloat16
-        arguments = ExpertArguments(crouter=args.crouter or "", host=args.host, bf16=bf16)
-        models = load_models(arguments)
-        matching_set(expert_folder(args.experts), expert_config(models))
+        models = load_models(ExpertArguments(crouter=crouter_folder or "", host=host, bf16=bf16))
+        matching_set(expert_folder(folder), expert_config(models))
         nn.Module.to(models.host, where)
         crouter, tokenizer = models.crouter, models.crouter_tokenizer
     else:
-        crouter, tokenizer = load_crouter(args.crouter)
+        crouter, tokenizer = load_crouter(crouter_folder)
         experts.check(crouter_fingerprint(crouter, decoder=True))
     nn.Module.to(crouter, where)
     domains = {name: read_texts(path, tokenizer) for name, path in named.items()}
     router = Router(crouter, experts, fewest=min(64, max(1, crouter.config.chunk_length // 8)))
     try:
         with progress("routing", "chunks") as update:
-            found = route_domains(models, router, domains, limit=args.limit, advance=update)
+            return route_domains(models, router, domains, limit=limit, advance=update), router.names
     finally:
         router.remove()
-    if args.json:
-        print_json({name: asdict(domain) for name, domain in found.items()})
-    else:
-        print_routes(found, router.names)
-    return 0
 
 
 def _named(words: list[str], experts: ExpertSet) -> dict[str, str]:
