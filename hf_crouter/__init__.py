@@ -7,7 +7,7 @@ from .crouter.loading import load_crouter
 from .errors import CapacityError, InputError, MismatchError
 from .history import CompressedHistory, attach
 from .hosts.loading import load_host
-from .modes import Copy, Experts, Retrieve, SoftPrompts
+from .modes import Compact, Copy, Experts, Retrieve, SoftPrompts
 
 __version__ = "0.2.0"
 
@@ -20,6 +20,7 @@ __all__ = [
     "CRouterConfig",
     "CRouterModel",
     "CapacityError",
+    "Compact",
     "CompressedHistory",
     "Copy",
     "Experts",

@@ -10,7 +10,7 @@ import torch
 
 from .cache.capacity import check_length
 from .cache.kv_cache import CompressedDynamicCache
-from .cache.masks import mask_and_positions
+from .cache.masks import given_to, mask_and_positions
 from .cache.policy import ContextPolicy
 from .cache.prefill import prefill
 from .errors import InputError
@@ -84,7 +84,7 @@ def score_last(
     cache = CompressedDynamicCache(config=host.config.get_text_config(decoder=True))
     first, ends = width - max(lasts), [width - n for n in lasts]  # of the rows' prompts
     rows = [Row(pad, prompt=end - pad) for pad, end in zip(pads, ends, strict=True)]
-    cache.start(rows, input_ids, policy.key, policy.true_positions)
+    cache.start(rows, input_ids, policy.key)
     states: Sequence[ScoreState] | None = None
     pieces, best = [], []
     while first < width:
@@ -93,11 +93,11 @@ def score_last(
         ids = input_ids[:, : end - 1]
         prefill(host, policy, cache, ids, first, main, one_rotation=True)
         mask, positions = mask_and_positions(host, cache, main, device)
-        with policy.serving(cache.experts[:, -main:]):
+        with policy.serving(cache.experts[:, -main:]), given_to(host, mask) as given:
             out = host(
                 input_ids=ids[:, -main:].to(device),
                 past_key_values=cache,
-                attention_mask=mask,
+                attention_mask=given,
                 position_ids=positions,
                 return_dict=True,
                 use_cache=True,

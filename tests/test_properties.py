@@ -20,8 +20,8 @@ class Making:
 
     key, beside_raw, ids_decide, block = "making", True, True, 0
 
-    def __init__(self, most, positions="compact"):
-        self.most, self.positions = most, positions
+    def __init__(self, most):
+        self.most = most
 
     def encode(self, chunks):
         return [Entries(embeddings=torch.zeros(chunk.start % self.most + 1, 2)) for chunk in chunks]
@@ -86,28 +86,26 @@ class TestChunking:
 
 class TestLayout:
     @SETTINGS
-    @given(policies(), st.integers(1, 150), st.lists(st.integers(0, 20), max_size=3), st.booleans(), st.booleans())
-    def test_every_token_stands_once(self, policy, length, wanted, true_positions, beside_raw):
+    @given(policies(), st.integers(1, 150), st.lists(st.integers(0, 20), max_size=3), st.booleans())
+    def test_every_token_stands_once(self, policy, length, wanted, beside_raw):
         row = with_entries(policy, policy.extend(Row(0), tokens(length)))
         chosen = tuple(sorted({number % len(row.chunks) for number in wanted})) if row.chunks else ()
         if chosen:
             row = replace(row, retrievals=(Retrieval(length, len(row.chunks), chosen, ({},) * len(chosen)),))
-        codes = row_layout(length, row, true_positions=true_positions, beside_raw=beside_raw)
+        codes = row_layout(length, row, beside_raw=beside_raw)
         raw = codes[codes >= 0].tolist()
         assert len(set(raw)) == len(raw) and PAD not in codes
         compressed = {t for n, (a, b) in enumerate(spans(row)) if n not in chosen for t in range(a, b)}
         assert set(raw) | compressed == set(range(length)) and not set(raw) & compressed
         entries = entry_chunk(codes[codes < PAD])
         for number, chunk in enumerate(row.chunks):
-            aside = number in chosen and (true_positions or not beside_raw)
+            aside = number in chosen and not beside_raw
             assert int((entries == number).sum()) == (0 if aside else len(chunk.entries))
-        changed = ContextPolicy(policy.window, policy.chunker, policy.prefix,
-                                Making(policy.compressor.most, "true" if true_positions else "compact"))  # fmt: skip
+        changed = ContextPolicy(policy.window, policy.chunker, policy.prefix, Making(policy.compressor.most))
         changed.compressor.beside_raw = beside_raw
         assert changed.slots(row, length) == len(codes)
         assert len(row_experts(row, codes)) == len(codes)
-        if true_positions:
-            assert raw == sorted(raw)
+        assert raw == sorted(raw)
 
     @SETTINGS
     @given(st.lists(st.lists(st.integers(0, 5), max_size=8), min_size=1, max_size=4), st.data())

@@ -83,7 +83,6 @@ class MeanPool:
 class MeanPooler:
     """Entries of chunks by their host ids; see `Compressor`."""
 
-    positions: Literal["compact", "true"] = "compact"
     beside_raw = True
     ids_decide = True
     block = 0

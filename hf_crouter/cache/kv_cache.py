@@ -3,12 +3,14 @@
 `layout [B, S]` (int64, on the CPU) holds one code a slot (`layout.py`), `experts [B, S]` the adapter under which its
 keys and values were made. What `generate` does to the cache (reorder beams, repeat, select, roll back drafts) is
 mirrored on that state, so the cache carries all of it.
+
+Key-value pairs of compressed chunks stand before these slots, in each layer so many as it keeps; nowhere else is there
+a copy. `pairs.py` knows which stand where.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, cast
 
@@ -18,10 +20,8 @@ from transformers.cache_utils import DynamicLayer
 
 from ..errors import InputError
 from ..types import BASE, Row
-from .layout import PAD, STALE, entry_chunk, entry_place
-
-Put = tuple[int, torch.Tensor, int, torch.Tensor]
-"""Row, columns of the forward, chunk, and the places of its entries that are put there."""
+from .layout import PAD, STALE, entry_chunk
+from .pairs import MadePairs, PairPlaces
 
 
 def is_recording(cache: Cache) -> bool:
@@ -39,7 +39,8 @@ class CompressedCache(Cache):
         ids: the `input_ids [B, width]` that the slots were made from; the last column may not be forwarded yet.
         peak: most slots that ever stood in the cache.
         made_by: key of what made its entries; None where nothing is known yet.
-        true_positions: whether tokens keep their positions, see `Compressor.positions`.
+        places: of key-value pairs, before the slots; None where entries are no pairs, or there are none yet.
+        room: slots of each layer of a static cache that are kept for pairs.
     """
 
     rows: tuple[Row, ...] = ()
@@ -48,8 +49,8 @@ class CompressedCache(Cache):
     ids: torch.Tensor = torch.empty(0, 0, dtype=torch.long)
     peak: int = 0
     made_by: object = None
-    true_positions: bool = False
-    _puts: tuple[Put, ...] = ()  # what the forward in hand gets from entries
+    places: PairPlaces | None = None
+    room: tuple[int, ...] = ()
 
     @property
     def width(self) -> int:
@@ -72,52 +73,75 @@ class CompressedCache(Cache):
         return any(hasattr(layer, "conv_states") for layer in self.layers)
 
     @property
-    def has_key_values(self) -> bool:
-        """Whether some chunk's entries are keys and values."""
-        return any(chunk.entries is not None and chunk.entries.keys is not None
-                   for row in self.rows for chunk in row.chunks)  # fmt: skip
+    def pair_slots(self) -> int:
+        """Slots of pairs, the mean over the layers that keep some, rounded up."""
+        return len(self.places) if self.places is not None else 0
 
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs):
-        """Stores a layer's keys and values `[B, heads, T, D]`; in the columns of entries, theirs instead."""
-        if self._puts:
-            key_states, value_states = self._put(key_states, value_states, layer_idx)
-        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+    def pairs_before(self, layer: int) -> int:
+        """Slots of a layer's pairs."""
+        return self.places.width(layer) if self.places is not None else 0
 
-    def _put(self, keys: torch.Tensor, values: torch.Tensor, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        keys, values = keys.clone(), values.clone()
-        for row, columns, chunk, places in self._puts:
-            entries = self.rows[row].chunks[chunk].entries
-            if entries is not None and entries.keys is not None and entries.values is not None:
-                key, value = entries.keys[layer], entries.values[layer]
-                if key is not None and value is not None:
-                    keys[row, :, columns] = key[:, places].to(keys.device, keys.dtype)
-                    values[row, :, columns] = value[:, places].to(values.device, values.dtype)
-        return keys, values
+    def add_pairs(self, made: MadePairs) -> None:
+        """Puts pairs of new chunks behind those that stand there; all slots go.
 
-    @contextlib.contextmanager
-    def entries_put_in(self, first: int) -> Iterator[None]:
-        """A block in which a forward over the slots from column `first` on gets entries' keys and values."""
-        puts: list[Put] = []
-        if self.has_key_values:
-            for row, codes in enumerate(self.layout[:, first:]):
-                columns = (codes < PAD).nonzero()[:, 0]
-                chunks, places = entry_chunk(codes[columns]), entry_place(codes[columns])
-                for chunk in chunks.unique().tolist():
-                    puts.append((row, columns[chunks == chunk], chunk, places[chunks == chunk]))
-        self._puts = tuple(puts)
-        try:
-            yield
-        finally:
-            self._puts = ()
+        Layer after layer, so that no more than one layer's pairs are held twice.
+
+        Args:
+            made: emptied meanwhile.
+        """
+        recording = is_recording(self)
+        before = self.places or PairPlaces.empty(len(self.rows), made.layers)
+        old = [*self._start_anew(), *[None] * made.layers]
+        self.places = before.extended(made.counts, self.room)
+        for layer in range(made.layers):
+            keys, values = self.places.joined(layer, before, old[layer], made.take(layer))
+            old[layer] = None
+            if keys is not None and values is not None:
+                Cache.update(self, keys, values, layer)
+        if recording:
+            self.activate_past_recording()
+        self._cut(0)
+
+    def drop_slots(self) -> None:
+        """Empties all slots; pairs stay."""
+        if self.places is None:
+            self.clear()
+        else:
+            self.add_pairs(MadePairs.none(self.places.layers))
+        self._cut(0)
+
+    def _start_anew(self) -> list[Layer | None]:
+        """Empties the layers; gives the keys and values of pairs that stood there, None where there were none."""
+        raise NotImplementedError
+
+    def _pairs_of(self, layer: Any, number: int) -> Layer | None:
+        """Keys and values of pairs in a layer, as views."""
+        count = self.pairs_before(number)
+        if not count or not layer.is_initialized:
+            return None
+        return layer.keys[:, :, :count], layer.values[:, :, :count]
+
+    def pairs_of_row(self, row: int, layer: int) -> Layer | None:
+        """Keys and values `[1, heads, n, D]` of a row's pairs in a layer, as views; None where there are none."""
+        if self.places is None or layer >= len(self.layers):
+            return None
+        count, held = self.places.count(row, layer), cast(list[Any], self.layers)[layer]
+        return (held.keys[row : row + 1, :, :count], held.values[row : row + 1, :, :count]) if count else None
 
     def keep_columns(self, columns: int) -> int:
-        """Drops the slots after the first `columns`, or all where that cannot be done; returns how many stay."""
-        if columns == self.layout.shape[1]:
+        """Drops the slots after the first `columns`, or all where that cannot be done; returns how many stay.
+
+        Pairs stay where some chunk is compressed.
+        """
+        if self.places is not None and not self.compressed:
+            self.places, columns = None, 0
+            self.clear()
+        elif columns == self.layout.shape[1]:
             return columns
-        if columns and all(type(layer) is DynamicLayer for layer in self.layers):
+        elif (columns or self.places) and all(type(layer) is DynamicLayer for layer in self.layers):
             super().crop(columns - self.layout.shape[1])
         else:
-            self.clear()
+            self.drop_slots()
             columns = 0
         self._cut(columns)
         return columns
@@ -125,19 +149,15 @@ class CompressedCache(Cache):
     def _cut(self, columns: int) -> None:
         self.layout, self.experts = self.layout[:, :columns], self.experts[:, :columns]
 
-    def start(
-        self, rows: Sequence[Row], input_ids: torch.Tensor, made_by: object = None, true_positions: bool = False
-    ) -> None:
+    def start(self, rows: Sequence[Row], input_ids: torch.Tensor, made_by: object = None) -> None:
         """Sets the state of an empty cache.
 
         Args:
             rows: what is known of each row.
             input_ids: `[B, T]`, of which nothing stands in the cache yet.
             made_by: key of what makes its entries.
-            true_positions: whether tokens keep their positions.
         """
         self.rows, self.made_by, self.ids = tuple(rows), made_by, input_ids[:, :0]
-        self.true_positions = true_positions
         self.layout = self.experts = torch.empty(len(self.rows), 0, dtype=torch.long)
 
     def mark_ends(self, columns: Sequence[int]) -> None:
@@ -152,11 +172,18 @@ class CompressedCache(Cache):
 
     def discard_partial(self) -> None:
         """Empties the cache if an earlier call broke off in the middle: its layers do not hold what `layout` says."""
-        layers = cast(list[Any], self.layers)
-        lengths = [int(layer.get_seq_length()) for layer in layers if hasattr(layer, "get_seq_length")]
-        if any(length != self.layout.shape[1] for length in lengths):
+        if any(length != self.layout.shape[1] for length in self._filled()):
             self.clear()
             self._cut(0)
+            if self.places is not None:
+                self.places = None
+                self.rows = tuple(Row(row.pad, prompt=row.prompt) for row in self.rows)
+
+    def _filled(self) -> list[int]:
+        """Slots of each layer, its pairs not counted."""
+        layers = enumerate(cast(list[Any], self.layers))
+        return [int(layer.get_seq_length()) - self.pairs_before(number)
+                for number, layer in layers if hasattr(layer, "get_seq_length")]  # fmt: skip
 
     def follow(self, input_ids: torch.Tensor, pads: Sequence[int], lengths: Sequence[int]) -> None:
         """Fits the state to the ids of a new call: what was cached of tokens that have changed becomes stale.
@@ -182,6 +209,8 @@ class CompressedCache(Cache):
             index = row.index if row.index is not None and kept >= len(row.index) else None
             rows.append(Row(pad, row.prefix if chunks else None, chunks, index=index))
         self.rows, self.layout = tuple(rows), layout
+        if self.places is not None:
+            self.places = self.places.cut([len(row.chunks) for row in rows])
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Reorders the rows, as beam search asks."""
@@ -209,6 +238,7 @@ class CompressedCache(Cache):
         picked = torch.arange(len(self.rows))[indices.cpu()]
         self.rows = tuple(self.rows[i] for i in picked.tolist())
         self.layout, self.experts = self.layout[picked], self.experts[picked]
+        self.places = self.places.selected(picked) if self.places is not None else None
         self.ids = self.ids[picked.to(self.ids.device)]
 
     def slot_bytes(self, slots: int) -> int:
@@ -227,11 +257,14 @@ class CompressedCache(Cache):
         Raises:
             InputError: the host has not stored what it read here: something would be skipped, or kept in full.
         """
-        layers = cast(list[Any], self.layers)
-        filled = [int(layer.get_seq_length()) for layer in layers if hasattr(layer, "get_seq_length")]
+        filled = self._filled()
         if not filled or max(filled) != self.layout.shape[1]:
             slots, most = self.layout.shape[1], max(filled, default=0)
             raise InputError(f"host: expected {slots} slots in the cache that it was given, got {most}")
+
+
+Layer = tuple[torch.Tensor, torch.Tensor]
+"""Keys and values `[B, heads, n, D]`."""
 
 
 class CompressedDynamicCache(CompressedCache, DynamicCache):
@@ -257,6 +290,13 @@ class CompressedDynamicCache(CompressedCache, DynamicCache):
         if recording:
             self.activate_past_recording()
 
+    def _start_anew(self) -> list[Layer | None]:
+        """See `CompressedCache._start_anew`; what goes on being referred to is dropped layer by layer."""
+        layers = cast(list[Any], self.layers)
+        old = [self._pairs_of(layer, number) for number, layer in enumerate(layers)]
+        self.layers = DynamicCache(config=self._config).layers
+        return old
+
 
 class CompressedStaticCache(CompressedCache, StaticCache):
     """Buffers of a fixed size, whose addresses stay: for compiled decoding."""
@@ -270,3 +310,11 @@ class CompressedStaticCache(CompressedCache, StaticCache):
     def clear(self) -> None:
         """Empties every slot, in place."""
         self.reset()
+
+    def _start_anew(self) -> list[Layer | None]:
+        """See `CompressedCache._start_anew`; copies, since the buffers are written in place."""
+        layers = cast(list[Any], self.layers)
+        found = [self._pairs_of(layer, number) for number, layer in enumerate(layers)]
+        old = [(pair[0].clone(), pair[1].clone()) if pair is not None else None for pair in found]
+        self.reset()
+        return old

@@ -1,7 +1,7 @@
 """What stands in each slot of a cache, as codes.
 
 A code is `PAD`, a token's position in its row (0 or more), or one entry of a chunk (below `PAD`), counted by chunk and
-place within it, so that a code means the same whatever other chunks hold.
+place within it, so that a code means the same whatever other chunks hold. Key-value pairs have no codes (`pairs.py`).
 """
 
 from __future__ import annotations
@@ -35,42 +35,35 @@ def entry_place(codes: torch.Tensor) -> torch.Tensor:
     return (PAD - 1 - codes) % STRIDE
 
 
-def row_layout(length: int, row: Row, *, true_positions: bool = False, beside_raw: bool = True) -> torch.Tensor:
-    """Codes of one row's slots, `[slots]`.
+def row_layout(length: int, row: Row, *, beside_raw: bool = True) -> torch.Tensor:
+    """Codes of one row's slots, `[slots]`: `[prefix | entries of all chunks | retrieved chunks, raw | window]`.
 
-    At compact positions `[prefix | entries of all chunks | retrieved chunks, raw | window]`; at true positions all in
-    the order of the text, a retrieved chunk in the place of its entries.
+    Entries that are key-value pairs stand before all of these, and have no codes.
 
     Args:
         length: tokens of the row.
         row: its prefix, chunks and what was retrieved.
-        true_positions: every token keeps its position.
-        beside_raw: a retrieved chunk's entries stay; at true positions they never do.
+        beside_raw: a retrieved chunk's entries stay.
     """
     if not row.chunks:
         return torch.arange(length)
-    key = true_positions, beside_raw
     kept, head = getattr(row, "_head", (None, torch.empty(0)))
-    if kept != key:  # in most steps the row is the one of the step before
-        head = _head(row, true_positions, beside_raw)
-        object.__setattr__(row, "_head", (key, head))
+    if kept != beside_raw:  # in most steps the row is the one of the step before
+        head = _head(row, beside_raw)
+        object.__setattr__(row, "_head", (beside_raw, head))
     return torch.cat([head, torch.arange(row.raw_start, length)])
 
 
-def _head(row: Row, true_positions: bool, beside_raw: bool) -> torch.Tensor:
+def _head(row: Row, beside_raw: bool) -> torch.Tensor:
     """Codes of a compressed row's slots before its window; see `row_layout`."""
-    aside = set(row.retrieved) if true_positions or not beside_raw else set()
-    numbers = [n for n, chunk in enumerate(row.chunks) if chunk.entries is not None and n not in aside]
-    entries = entry_codes(numbers, [len(row.chunks[n].entries) for n in numbers])  # pyright: ignore[reportArgumentType]
+    aside = set() if beside_raw else set(row.retrieved)
+    numbers, counts = [], []
+    for n, chunk in enumerate(row.chunks):
+        if chunk.entries is not None and chunk.entries.embeddings is not None and n not in aside:
+            numbers.append(n)
+            counts.append(len(chunk.entries))
     raw = [torch.arange(row.chunks[n].start, row.chunks[n].end) for n in row.retrieved]
-    if true_positions and raw:
-        of = entry_chunk(entries)
-        borders = [0, *torch.searchsorted(of, torch.tensor(row.retrieved)).tolist(), len(entries)]
-        pieces = [entries[a:b] for a, b in zip(borders, borders[1:], strict=False)]
-        parts = [part for pair in zip(pieces, [*raw, raw[0][:0]], strict=True) for part in pair]
-    else:
-        parts = [entries, *raw]
-    return torch.cat([torch.arange(row.prefix or 0), *parts])
+    return torch.cat([torch.arange(row.prefix or 0), entry_codes(numbers, counts), *raw])
 
 
 def row_experts(row: Row, codes: torch.Tensor) -> torch.Tensor:

@@ -1,25 +1,32 @@
 """Masks and positions of a cache's slots, as a host's forward wants them.
 
-At compact positions slots are consecutive and the host makes its masks itself. At true positions its sliding layers
-must not count slots: they see raw tokens by their positions, and no entries, of which they keep nothing.
+Without pairs slots are consecutive and the host makes its masks itself. With pairs tokens keep their positions and
+layers have keys of different numbers: each gets a mask of its own. A query sees the raw tokens before it (in a sliding
+layer those that are near) and the pairs of the chunks before it, but of no chunk that stands raw.
 """
 
 from __future__ import annotations
 
+import contextlib
+import sys
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from transformers import StaticCache
-from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
+from ..hosts.attention import EAGER, attention_met
 from ..hosts.devices import input_device
+from ..types import Row
 from .kv_cache import CompressedCache
 from .layout import PAD
 
+STEP = 64  # most queries of a forward whose masks are kept
+
 
 def slot_positions(layout: torch.Tensor, true_positions: bool) -> torch.Tensor:
-    """Position of each slot, `[B, S]`; of padding and, at true positions, of entries any (0)."""
+    """Position of each slot, `[B, S]`: consecutive, or of its token; of padding any (0)."""
     if true_positions:
         return layout.clamp(min=0)
     return ((layout != PAD).long().cumsum(1) - 1).clamp(min=0)
@@ -34,9 +41,148 @@ def sliding_layers(host: Any) -> tuple[bool, ...]:
     return tuple(kind == "sliding_attention" for kind in kinds)
 
 
+class LayerMasks:
+    """Masks of one forward over a cache with pairs, made layer by layer when they are asked for.
+
+    Args:
+        host: the plain host.
+        seen: whether a query sees the pairs of a chunk, `[B, T, C]`, bool; None: of every chunk.
+        owners: of each layer the chunk of every column of pairs, `[B, columns]`, -1 an empty one; None: no columns.
+        raw: whether a query sees a raw slot, `[B, T, S]`, bool.
+        near: the same in a sliding layer.
+        device: of the host's inputs.
+        fixed: whether layers hold empty slots behind the raw ones (static caches).
+    """
+
+    def __init__(
+        self,
+        host: Any,
+        seen: torch.Tensor | None,
+        owners: tuple[torch.Tensor | None, ...],
+        raw: torch.Tensor,
+        near: torch.Tensor,
+        device: torch.device,
+        fixed: bool = False,
+    ):
+        self.slides, self.owners, self.fixed, self.window = sliding_layers(host), owners, fixed, _window(host)
+        self.seen, self.raw, self.near = seen, raw.to(device), near.to(device)
+        self.floats = host.dtype if _implementation(host) == EAGER else None
+        step = raw.shape[1] == 1 and not fixed
+        self.open = step and bool(raw.all()) and (seen is None or bool(seen.all()))
+        self.known: dict[tuple[int, int], torch.Tensor | None] = {}
+
+    @property
+    def queries(self) -> int:
+        """T."""
+        return self.raw.shape[1]
+
+    @property
+    def stand_in(self) -> torch.Tensor:
+        """What the host is given for a mask: it takes one of four axes as it is and makes none."""
+        return self.raw[:, None, :, -1:]
+
+    def of(self, layer: int, keys: int) -> torch.Tensor | None:
+        """The mask of a layer with so many keys, `[B, 1, T, keys]`; None where every query sees every key."""
+        owner = self.owners[layer] if layer < len(self.owners) else None
+        slides = layer < len(self.slides) and self.slides[layer]
+        key = (-1 if slides else id(owner)), keys
+        if key not in self.known:
+            if self.raw.shape[1] > STEP:
+                self.known.clear()  # large ones are not kept
+            self.known[key] = self._made(owner, keys, slides)
+        return self.known[key]
+
+    def _made(self, owner: torch.Tensor | None, keys: int, slides: bool) -> torch.Tensor | None:
+        if slides:
+            mask = self.near[..., self._first_near(keys) :][..., :keys]
+        elif self.open and (owner is None or bool((owner >= 0).all())):
+            return None
+        elif owner is None or not owner.shape[1]:
+            mask = self.raw
+        else:
+            count, (rows, queries) = owner.shape[1], self.raw.shape[:2]
+            pairs = (owner >= 0)[:, None].expand(-1, queries, -1).to(self.raw.device)
+            if self.seen is not None:
+                places = owner.clamp(min=0)[:, None].expand(-1, queries, -1)
+                pairs = pairs & self.seen.gather(2, places).to(self.raw.device)
+            mask = torch.cat([pairs.expand(rows, queries, count), self.raw], 2)
+        mask = F.pad(mask, (0, keys - mask.shape[2]))[:, None]
+        if self.floats is not None:
+            mask = torch.zeros_like(mask, dtype=self.floats).masked_fill(~mask, torch.finfo(self.floats).min)
+        return mask
+
+    def _first_near(self, keys: int) -> int:
+        """First raw slot that a sliding layer with so many keys still has."""
+        queries, slots = self.raw.shape[1:]
+        return max(0, slots - queries - self.window + 1 if self.fixed else slots - keys)
+
+    def stacked(self, sizes: list[int]) -> torch.Tensor:
+        """All layers' masks in one, `[B, layers, T, most keys]`, given each layer's number of keys."""
+        most = max(sizes)
+        masks = [self.of(layer, keys) for layer, keys in enumerate(sizes)]
+        least = torch.finfo(self.floats).min if self.floats is not None else False
+        return torch.cat(
+            [F.pad(mask, (0, most - mask.shape[3]), value=least) for mask in masks if mask is not None], 1
+        )
+
+
+def cache_masks(host: Any, cache: CompressedCache, columns: int, device: torch.device) -> LayerMasks:
+    """Masks of a forward over the last slots of a cache with pairs.
+
+    Args:
+        host: the plain host.
+        cache: whose `layout` already holds these slots, though its layers do not.
+        columns: of the forward.
+        device: of the host's inputs.
+    """
+    layout, places = cache.layout, cache.places
+    assert places is not None
+    at = layout[:, layout.shape[1] - columns :]
+    order = torch.arange(layout.shape[1])
+    same = order[None] == order[layout.shape[1] - columns :, None]
+    raw = (layout != PAD)[:, None] & (order[None] <= order[layout.shape[1] - columns :, None])[None]
+    near = raw & (at[:, :, None] - layout[:, None] < _window(host))
+    raw, near = raw | same, near | same  # so that padding sees something
+    return LayerMasks(
+        host, _seen(cache.rows, at), places.owners, raw, near, device, fixed=isinstance(cache, StaticCache)
+    )
+
+
+def _seen(rows: tuple[Row, ...], at: torch.Tensor) -> torch.Tensor:
+    """Whether queries at these positions `[B, T]` see each chunk's pairs, `[B, T, C]`; of no chunk that stands raw."""
+    chunks = max(1, *(len(row.chunks) for row in rows))
+    ends = torch.full((len(rows), chunks), torch.iinfo(torch.long).max)
+    for number, row in enumerate(rows):
+        for n, chunk in enumerate(row.chunks):
+            if n not in row.retrieved:
+                ends[number, n] = chunk.end
+    return ends[:, None] <= at[:, :, None]
+
+
+def piece_masks(
+    host: Any, kept: list[int], before: torch.Tensor, piece: torch.Tensor, rows: int, device: torch.device
+) -> LayerMasks:
+    """Masks of a read of one piece over pairs and raw tokens, all of which it sees.
+
+    Args:
+        host: the plain host.
+        kept: pairs of each layer.
+        before: positions of the raw tokens, `[S]`.
+        piece: of its own, `[T]`.
+        rows: B.
+        device: of the host's inputs.
+    """
+    at = torch.cat([before, piece])
+    raw = at[None] <= piece[:, None]
+    near = raw & (piece[:, None] - at[None] < _window(host))
+    known = {count: torch.zeros(1, count, dtype=torch.long) for count in kept}
+    owners = tuple(known[count] for count in kept)
+    return LayerMasks(host, None, owners, raw[None].expand(rows, -1, -1), near[None].expand(rows, -1, -1), device)
+
+
 def mask_and_positions(
     host: Any, cache: CompressedCache, columns: int, device: torch.device
-) -> tuple[torch.Tensor | dict[str, Any] | None, torch.Tensor]:
+) -> tuple[torch.Tensor | LayerMasks | None, torch.Tensor]:
     """What goes with a forward over the last `columns` slots.
 
     Args:
@@ -46,16 +192,26 @@ def mask_and_positions(
         device: of the host's inputs.
 
     Returns:
-        Mask of all slots `[B, S]`, None without padding, or one mask a kind of layers; and positions `[B, columns]`.
+        Mask of all slots `[B, S]`, None without padding, or with pairs one a layer; and positions `[B, columns]`.
     """
-    positions = slot_positions(cache.layout, cache.true_positions)
-    real = cache.layout != PAD
+    pairs = cache.places is not None
+    positions = slot_positions(cache.layout, pairs)
     some = positions[:, positions.shape[1] - columns :]
     some = some.clone(memory_format=torch.contiguous_format).to(device)  # a changing stride would recompile every step
-    mask = None if bool(real.all()) else real.long().to(device)
-    if cache.true_positions and cache.has_key_values and any(sliding_layers(host)):
-        return layer_masks(host, cache, cache.layout, columns, device, some), some
-    return mask, some
+    if pairs:
+        return cache_masks(host, cache, columns, device), some
+    real = cache.layout != PAD
+    return None if bool(real.all()) else real.long().to(device), some
+
+
+@contextlib.contextmanager
+def given_to(host: Any, mask: torch.Tensor | LayerMasks | None) -> Iterator[torch.Tensor | None]:
+    """A block in which forwards read by a mask; gives what to pass to them as theirs."""
+    if not isinstance(mask, LayerMasks):
+        yield mask
+        return
+    with attention_met(host, mask.of):
+        yield mask.stand_in
 
 
 def over_buffers(host: Any, cache: CompressedCache, mask: Any) -> Any:
@@ -65,41 +221,16 @@ def over_buffers(host: Any, cache: CompressedCache, mask: Any) -> Any:
     """
     if not isinstance(cache, StaticCache) or not hasattr(host.base_model, "build_alibi_tensor"):
         return mask
+    if isinstance(mask, LayerMasks):
+        return mask
     if mask is None:
         mask = (cache.layout != PAD).long().to(input_device(host))
     return F.pad(mask, (0, max(0, int(cache.get_max_length()) - mask.shape[1])))
 
 
-def layer_masks(
-    host: Any, past: Any, layout: torch.Tensor, columns: int, device: torch.device, positions: torch.Tensor
-) -> dict[str, Any]:
-    """Masks of a host with full and sliding layers at true positions, by kind.
+def _window(host: Any) -> int:
+    return getattr(host.config.get_text_config(decoder=True), "sliding_window", None) or sys.maxsize // 2
 
-    Args:
-        host: the plain host.
-        past: cache of the slots before the forward's.
-        layout: codes of all slots, `[B, S]`.
-        columns: slots of the forward, the last ones.
-        device: of the host's inputs.
-        positions: of the forward's slots, `[B, columns]`.
-    """
-    config = host.config.get_text_config(decoder=True)
-    width = max(layout.shape[1], max(past.get_mask_sizes(columns, i)[0] for i in range(len(past.layers) or 1)))
-    at = F.pad(slot_positions(layout, True), (0, width - layout.shape[1])).to(device)
-    token = F.pad(layout >= 0, (0, width - layout.shape[1])).to(device)
-    window = config.sliding_window
 
-    def near(batch: Any, head: Any, query: Any, key: Any) -> Any:
-        return token[batch, key] & (at[batch, query] - at[batch, key] < window)
-
-    inputs = {
-        "config": config,
-        "inputs_embeds": torch.empty(len(layout), columns, 0, dtype=host.dtype, device=device),
-        "attention_mask": (layout != PAD).long().to(device),
-        "past_key_values": past,
-        "position_ids": positions,
-    }
-    return {
-        "full_attention": create_causal_mask(**inputs),
-        "sliding_attention": create_sliding_window_causal_mask(**inputs, and_mask_function=near),
-    }
+def _implementation(host: Any) -> str:
+    return host.config.get_text_config(decoder=True)._attn_implementation

@@ -47,13 +47,13 @@ class ContextPolicy:
 
     @property
     def true_positions(self) -> bool:
-        """Whether every token keeps its position, see `Compressor.positions`."""
-        return self.compressor is not None and self.compressor.positions == "true"
+        """Whether every token keeps its position, see `Compressor.block`."""
+        return self.compressor is not None and self.compressor.block > 0
 
     @property
     def beside_raw(self) -> bool:
-        """Whether a chunk's entries stay while it also stands raw."""
-        return self.compressor is None or self.compressor.beside_raw
+        """Whether a chunk's entries are read while it also stands raw."""
+        return getattr(self.compressor, "beside_raw", False)
 
     @property
     def key(self) -> object:
@@ -222,7 +222,8 @@ class ContextPolicy:
 
     def slots(self, row: Row, length: int) -> int:
         """Slots of a row of so many tokens; chunks without entries yet count with the most that they can have."""
-        aside = set(row.retrieved) if self.true_positions or not self.beside_raw else set()
+        # pairs of a chunk that stands raw are not read, but stay where they are
+        aside = set(row.retrieved) if not self.true_positions and not self.beside_raw else set()
         entries = sum(len(chunk.entries) if chunk.entries is not None else self.most_entries
                       for n, chunk in enumerate(row.chunks) if n not in aside)  # fmt: skip
         retrieved = sum(row.chunks[n].end - row.chunks[n].start for n in row.retrieved)

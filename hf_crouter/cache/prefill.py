@@ -16,9 +16,9 @@ from ..types import Chunk, Entries, Row
 from .capacity import check_capacity
 from .kv_cache import CompressedCache, is_recording
 from .layout import PAD, common_columns, entry_chunk, entry_place, row_experts, row_layout, stack_experts, stack_rows
-from .masks import mask_and_positions, over_buffers
+from .masks import given_to, mask_and_positions, over_buffers
 from .policy import ContextPolicy, ids_key
-from .reads import entries_by_reading
+from .reads import pairs_by_reading
 
 ENCODE_BATCH = 8  # chunks
 
@@ -67,7 +67,7 @@ def prefill(
               for i, row in enumerate(before)]  # fmt: skip
     rows = [policy.retrieve(policy.extend(row, ids), ids) for row, ids in zip(before, tokens, strict=True)]
     rows = policy.route(rows, tokens)
-    rows = with_entries(host, policy, rows, tokens)
+    rows = with_entries(host, policy, cache, rows, tokens)
     codes = _codes(policy, cache, rows, width, main)
     if any(row.chunks for row in rows):  # without, the host's own limits hold
         check_capacity(host, policy, max(row.prefix or 0 for row in rows), codes)
@@ -87,25 +87,22 @@ def prefill(
             main -= 1  # recurrent layers take one column for a decoding step, and its padding for a token
     else:
         kept = min(common, slots - main)
-    kept = cache.keep_columns(kept)
     cache.rows = tuple(rows)
+    kept = cache.keep_columns(kept)
     if kept < slots - main:
         cache.layout, cache.experts = layout[:, : slots - main], experts[:, : slots - main]
         inputs = slot_inputs(host, cache, input_ids, kept)
         mask, positions = mask_and_positions(host, cache, slots - main - kept, input_device(host))
-        with policy.serving(cache.experts[:, kept:]), cache.entries_put_in(kept), rotated_as_of(host, longest):
+        mask = over_buffers(host, cache, mask)
+        with policy.serving(cache.experts[:, kept:]), given_to(host, mask) as given, rotated_as_of(host, longest):
             host.base_model(
-                **inputs,
-                past_key_values=cache,
-                attention_mask=over_buffers(host, cache, mask),
-                position_ids=positions,
-                use_cache=True,
+                **inputs, past_key_values=cache, attention_mask=given, position_ids=positions, use_cache=True
             )
         cache.check_filled()
         if is_recording(cache):
             cache.crop(0)  # sliding layers expect it between two forwards
     cache.layout, cache.experts = layout, experts
-    cache.ids, cache.peak = input_ids, max(cache.peak, slots)
+    cache.ids, cache.peak = input_ids, max(cache.peak, slots + cache.pair_slots)
     return main, kept
 
 
@@ -117,7 +114,7 @@ def _codes(
     Nobody reads what a row gives after its end. It goes on as it stands while nothing else changes, so that no slot is
     read anew for its sake; then all but the columns of the next forward go.
     """
-    codes = [row_layout(width - row.pad, row, true_positions=policy.true_positions, beside_raw=policy.beside_raw)
+    codes = [row_layout(width - row.pad, row, beside_raw=policy.beside_raw)
              for row in rows]  # fmt: skip
     ended = [i for i, row in enumerate(rows) if row.end is not None]
     if not ended or main is None:
@@ -141,13 +138,14 @@ def _rotated_anew(host: Any, cache: CompressedCache, slots: int) -> bool:
 
 
 def with_entries(
-    host: Any, policy: ContextPolicy, rows: Sequence[Row], tokens: Sequence[torch.Tensor]
+    host: Any, policy: ContextPolicy, cache: CompressedCache, rows: Sequence[Row], tokens: Sequence[torch.Tensor]
 ) -> Sequence[Row]:
     """The rows with entries for every chunk; what is equal (chunks where ids decide, rows of beams) is made once.
 
     Args:
         host: the plain host.
         policy: its rule.
+        cache: that takes pairs.
         rows: with every chunk that their tokens call for.
         tokens: each row's decided tokens without padding, `[T]`.
 
@@ -155,11 +153,11 @@ def with_entries(
         InputError: entries that are not finite.
         MismatchError: ids outside the crouter's vocabulary.
     """
-    compressor = policy.compressor
+    compressor: Any = policy.compressor
     if compressor is None or all(chunk.entries is not None for row in rows for chunk in row.chunks):
         return rows
     if compressor.block:
-        return entries_by_reading(host, policy, rows, tokens)
+        return pairs_by_reading(host, policy, cache, rows, tokens)
     wanted: dict[Any, tuple[Chunk, str]] = {}
     for number, row in enumerate(rows):
         for n, chunk in enumerate(row.chunks):
@@ -194,8 +192,7 @@ def _sharing_key(chunk: Chunk, row: int, ids_decide: bool) -> Any:
 def slot_inputs(host: Any, cache: CompressedCache, input_ids: torch.Tensor, first: int) -> dict[str, torch.Tensor]:
     """What the host reads in a cache's slots from column `first` on: ids `[B, slots]` or embeddings `[B, slots, H]`.
 
-    Embeddings only where some entries are such: the layers of some hosts look ids up as well. Padding and entries that
-    are keys and values get token 0: of the latter the layers store what they are given.
+    Embeddings only where some entries are such: the layers of some hosts look ids up as well. Padding gets token 0.
     """
     codes = cache.layout[:, first:]
     pads = torch.tensor([row.pad for row in cache.rows])[:, None]

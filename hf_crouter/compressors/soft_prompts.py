@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from ..crouter import CRouterModel
-from ..errors import InputError
 from ..types import Chunk, Entries
 from ..utils.batching import check_ids, padded
 from .projector import Projector
 
 
 class SoftPromptCompressor:
-    """Entries of chunks by their crouter ids alone; see `Compressor`.
+    """Entries of chunks by their crouter ids alone; see `EmbeddingCompressor`.
 
     Args:
         crouter: encodes the chunks.
         projector: of this crouter and the host, on the host's device.
     """
 
-    positions: Literal["compact", "true"] = "compact"
     beside_raw = True
     ids_decide = True
     block = 0
@@ -44,7 +42,3 @@ class SoftPromptCompressor:
         check_ids([ids], crouter.config.vocab_size)
         latents = crouter.encode(ids.to(crouter.device), None if mask.all() else mask.to(crouter.device))
         return [Entries(embeddings=prompts) for prompts in self.projector(latents.to(self.projector.scale.device))]
-
-    def compress(self, reads: Sequence[Any]) -> list[Entries]:
-        """Not asked: ids decide."""
-        raise InputError("soft prompts: expected chunks by their ids, got reads")

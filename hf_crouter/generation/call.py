@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -9,10 +10,12 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, StaticCache, StoppingCriteriaList
 
 from ..cache.kv_cache import CompressedCache
+from ..cache.masks import LayerMasks
 from ..cache.policy import ContextPolicy
+from ..hosts.attention import attention_met
 from ..types import ScoreState
 
 
@@ -69,6 +72,8 @@ class Call:
         states: changes of the scores, once something is compressed.
         raw_scores: of the step in hand, before any processor, `[B, V]`.
         ended: columns at which each row met its end, `[B]`, 0 while it goes on; None where rows end together.
+        open: what ends with the call.
+        masks: of the forward in hand, layer by layer; None where the host makes its own.
     """
 
     processor: HistoryProcessor
@@ -85,6 +90,8 @@ class Call:
     states: Sequence[ScoreState] | None = None
     raw_scores: torch.Tensor | None = None
     ended: torch.Tensor | None = None
+    open: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
+    masks: LayerMasks | None = None
 
     @property
     def prompt(self) -> int | None:
@@ -95,6 +102,21 @@ class Call:
     def rows(self) -> int:
         """Prompts in the batch; beams and several sequences make more rows of them."""
         return len(self.ids) if self.ids is not None else 1
+
+    def given(self, host: Any, cache: CompressedCache, masks: LayerMasks) -> torch.Tensor:
+        """What the host is given so that its next forward reads by these masks.
+
+        One step over a static cache gets them stacked in one: it may be compiled, where nothing can be asked for.
+        """
+        if self.masks is None:
+            self.open.enter_context(attention_met(host, self._mask_of))
+        self.masks = masks
+        if isinstance(cache, StaticCache) and masks.queries == 1:
+            return masks.stacked([int(layer.max_cache_len) for layer in cache.layers])  # pyright: ignore
+        return masks.stand_in
+
+    def _mask_of(self, layer: int, keys: int) -> torch.Tensor | None:
+        return self.masks.of(layer, keys) if self.masks is not None else None
 
     def ends(self) -> list[int]:
         """The same as `ended`; asking waits for the device."""

@@ -19,7 +19,7 @@ import torch
 from transformers import LogitsProcessorList, PreTrainedModel
 
 from ..cache.kv_cache import CompressedCache
-from ..cache.masks import mask_and_positions, over_buffers
+from ..cache.masks import LayerMasks, mask_and_positions, over_buffers
 from ..cache.policy import ContextPolicy
 from ..cache.prefill import prefill
 from ..errors import InputError
@@ -66,6 +66,7 @@ class CompressedGenerationMixin:
         finally:
             CALLS.reset(token)
             if call is not None:
+                call.open.close()
                 call.processor.policy.serve(None)
         sequences = result if isinstance(result, torch.Tensor) else getattr(result, "sequences", None)
         if call is not None and call.plain and sequences is not None:
@@ -165,14 +166,12 @@ class CompressedGenerationMixin:
         mask, positions = mask_and_positions(self, cache, main, input_ids.device)
         if "position_ids" in kwargs:
             kwargs["position_ids"] = positions
-        by_kind, mask = isinstance(mask, dict), over_buffers(self, cache, mask)
-        inputs = {
-            **host_inputs(input_ids[:, -main:], None, cache, None if by_kind else mask),
-            "past_key_values": cache,
-        }
-        if by_kind:
-            masks = {kind: some if some is None else some.contiguous() for kind, some in mask.items()}
-            inputs["attention_mask"] = masks
+        if isinstance(mask, LayerMasks):
+            inputs = host_inputs(input_ids[:, -main:], None, cache, None)
+            inputs["attention_mask"] = call.given(self, cache, mask)
+        else:
+            inputs = host_inputs(input_ids[:, -main:], None, cache, over_buffers(self, cache, mask))
+        inputs["past_key_values"] = cache
         if "position_ids" in kwargs and inputs.get("position_ids") is None:
             inputs["position_ids"] = positions  # a host that would count slots, padding among them
         return inputs

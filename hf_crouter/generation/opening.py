@@ -42,7 +42,7 @@ def open_cache(host: Any, call: Call, given: Any, input_ids: torch.Tensor, pads:
             raise InputError(
                 "past_key_values: compressed by another crouter, projector or experts than this history's"
             )
-        given.made_by, given.true_positions = policy.key, policy.true_positions
+        given.made_by = policy.key
         given.follow(input_ids, pads, [verified - pad - policy.window for pad in pads])
         given.rows = tuple(replace(row, prompt=verified - row.pad) for row in given.rows)
         given.discard_partial()
@@ -53,29 +53,39 @@ def open_cache(host: Any, call: Call, given: Any, input_ids: torch.Tensor, pads:
         cache = _static(host, call, given, input_ids, pads)
     else:
         cache = CompressedDynamicCache.adopt(given, host.config.get_text_config(decoder=True))
-    cache.start([Row(pad, prompt=verified - pad) for pad in pads], input_ids, policy.key, policy.true_positions)
+    cache.start([Row(pad, prompt=verified - pad) for pad in pads], input_ids, policy.key)
     return cache
 
 
 def _static(host: Any, call: Call, given: StaticCache, input_ids: torch.Tensor, pads: list[int]) -> Any:
     """A static cache with room for every slot that the call can come to need."""
-    policy = call.processor.policy
+    policy, config = call.processor.policy, host.config.get_text_config(decoder=True)
     full = call.columns or int(given.get_max_length())
     longest = full - min(pads)
     retrieved = policy.retriever.chunks if policy.retriever is not None else 0
-    room = most = full + retrieved * policy.most_entries  # retrieved chunks may stand beside their entries
+    by_layer: tuple[int, ...] = getattr(policy.compressor, "most_by_layer", ())
+    entries = 0 if by_layer else policy.most_entries
+    room = most = full + retrieved * entries  # retrieved chunks may stand beside their entries
+    chunks = max(0, longest - policy.window) // policy.chunker.step + 1  # about: another tokenizer cuts them
     if policy.chunker.same_tokenizer:
         length = policy.chunker.chunk_length
         chunks = max(0, longest - policy.window) // length
         prefix = max(policy.raw_prefix(row[pad:], len(row) - pad) for row, pad in zip(input_ids, pads, strict=True))
-        entries, raw = chunks * policy.most_entries, min(chunks, retrieved) * length
-        room = min(pads) + prefix + entries + raw + policy.window + length + DRAFTS
+        raw = min(chunks, retrieved) * length
+        room = min(pads) + prefix + chunks * entries + raw + policy.window + length + DRAFTS
     room = min(most, room)
+    pairs = [chunks * count for count in by_layer or [0] * config.num_hidden_layers]
     if call.options.get("past_key_values") is given:
+        wanted = room + max(pairs)
         growing = (layer for layer in given.layers if not getattr(layer, "is_sliding", False))
         sizes = [layer.max_cache_len for layer in growing if isinstance(layer, StaticLayer)]
-        if sizes and min(sizes) < room:
-            raise InputError(f"past_key_values: expected a static cache of at least {room} slots, got {min(sizes)}")
-        return CompressedStaticCache.adopt(given)
-    config = host.config.get_text_config(decoder=True)
-    return CompressedStaticCache(config=config, max_cache_len=room, offloading=given.offloading)
+        if sizes and min(sizes) < wanted:
+            raise InputError(f"past_key_values: expected a static cache of at least {wanted} slots, got {min(sizes)}")
+        cache = CompressedStaticCache.adopt(given)
+    else:
+        cache: Any = CompressedStaticCache(config=config, max_cache_len=room, offloading=given.offloading)
+        for layer, more in zip(cache.layers, pairs, strict=False):
+            if isinstance(layer, StaticLayer) and not getattr(layer, "is_sliding", False):
+                layer.max_cache_len += more  # no buffers yet
+    cache.room = tuple(pairs) if by_layer else ()
+    return cache

@@ -39,8 +39,9 @@ class Trace:
         for i, row in enumerate(cache.rows):
             length = min(width - row.pad, row.end if row.end is not None else width)
             slots = [len(chunk.entries) if chunk.entries is not None else 0 for chunk in row.chunks]
-            # without those that stand aside; of a row that ended no slots are left
-            kept = int((cache.layout[i] < -1).sum()) if row.end is None else sum(slots)
+            # without embeddings that stand aside; of a row that ended no slots are left
+            coded = row.end is None and cache.places is None
+            kept = int((cache.layout[i] < -1).sum()) if coded else sum(slots)
             prefix = min(row.prefix or 0, length)
             retrieved = sum(row.chunks[n].end - row.chunks[n].start for n in row.retrieved)
             raw = length - max(prefix, row.chunks[-1].end if row.chunks else 0)
@@ -52,7 +53,7 @@ class Trace:
             ]
             self.routes += [RouteRecord(i, r.at, *_decision(r.route)) for r in row.routes]
             self.chunks += [(i, j, c.start, c.end, c.ids, c.route, slots[j]) for j, c in enumerate(row.chunks)]
-        self.slots, self.peak = cache.layout.shape[1], cache.peak
+        self.slots, self.peak = cache.layout.shape[1] + cache.pair_slots, cache.peak
         self.kv_bytes = batch * cache.slot_bytes(cache.peak)
         self.kv_bytes_full = batch * cache.slot_bytes(max(row.tokens for row in self.rows))
         self.measured: list[tuple[float, float]] = []

@@ -1,7 +1,11 @@
-"""The queries of a host's layers, caught where they meet the keys: in the attention function that all families share.
+"""A host's attention, met where all families pass: in the function that transformers' modules look up by name.
 
-transformers' attention modules look their function up by name at every call (`ALL_ATTENTION_FUNCTIONS`). For the time
-of a block the host's entry there is wrapped; other threads and other models pass through it unchanged.
+For the time of a block the host's entry in that table (`ALL_ATTENTION_FUNCTIONS`) is wrapped: what stands before a
+layer's attention can be looked at, and its mask replaced by one of that layer's own. Other threads and other models
+pass through it unchanged.
+
+A mask of one step in which all layers' masks are stacked, `[B, layers, 1, S]`, needs no block around it but the
+wrapper alone: so compiled decoding, which must not look anything up, reads its layer's share of it.
 """
 
 from __future__ import annotations
@@ -10,7 +14,7 @@ import contextlib
 import sys
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from threading import Lock
 from typing import Any
 
@@ -22,48 +26,90 @@ from ..errors import InputError
 EAGER = "eager"  # of each modeling file its own; not in the table
 
 
-@dataclass
-class Caught:
-    """Queries of one forward, by number of the layer.
+@dataclass(frozen=True, eq=False)
+class Attention:
+    """What one layer's attention gets in one forward.
 
     Attributes:
+        layer: its number.
         queries: `[B, query heads, T, D]`, rotated where the host rotates them.
-        scaling: factor on their products with the keys.
-        modules: attention modules whose queries are wanted.
+        keys: of all slots, `[B, heads, S, D]`; of the last `T` as well.
+        values: likewise.
+        scaling: factor on the products of queries and keys.
+        softcap: a product s becomes `softcap * tanh(s / softcap)`; None: it stays.
+        sinks: a logit beside the products that takes attention but has no value, `[query heads]`; None: there is none.
     """
 
-    modules: frozenset[int] = frozenset()
-    queries: dict[int, torch.Tensor] = field(default_factory=dict)
-    scaling: dict[int, float] = field(default_factory=dict)
+    layer: int
+    queries: torch.Tensor
+    keys: torch.Tensor
+    values: torch.Tensor
+    scaling: float
+    softcap: float | None = None
+    sinks: torch.Tensor | None = None
 
 
-_CAUGHT: ContextVar[Caught | None] = ContextVar("hf_crouter_caught", default=None)
+MaskOf = Callable[[int, int], torch.Tensor | None]
+"""Mask `[B, 1, T, keys]` of a layer's number and of so many keys; None: every query sees every key."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Block:
+    modules: frozenset[int]
+    mask_of: MaskOf | None
+    seen: Callable[[Attention], None] | None
+
+
+_BLOCK: ContextVar[_Block | None] = ContextVar("hf_crouter_attention", default=None)
 _LOCK = Lock()
 _WRAPPED: dict[str, tuple[int, Callable | None]] = {}  # blocks that are open, and what stood in the local table
 
 
 @contextlib.contextmanager
-def caught_queries(host: Any) -> Iterator[Caught]:
-    """A block in which this thread's forwards of the host leave their queries; of several the last one's.
+def attention_met(
+    host: Any, mask_of: MaskOf | None = None, seen: Callable[[Attention], None] | None = None
+) -> Iterator[None]:
+    """A block in which this thread's forwards of the host take their masks from `mask_of` and show `seen` each layer.
+
+    Args:
+        host: the plain host.
+        mask_of: None: the masks that the host makes.
+        seen: called after a layer's attention; None: nobody looks.
 
     Raises:
-        InputError: after a block in which no layer left any: the host's attention does not pass through the common
-            function.
+        InputError: at the end, if `seen` was never called: the host's attention does not pass here.
     """
-    caught = Caught(frozenset(id(module) for module in host.modules()))
-    token = _CAUGHT.set(caught)
-    name = host.config.get_text_config(decoder=True)._attn_implementation
-    _wrap(name)
+    count = 0
+
+    def counted(attention: Attention) -> None:
+        nonlocal count
+        count += 1
+        if seen is not None:
+            seen(attention)
+
+    block = _Block(frozenset(id(module) for module in host.modules()), mask_of, counted if seen else None)
+    token = _BLOCK.set(block)
     try:
-        yield caught
+        with attention_wrapped(host):
+            yield
     finally:
-        _unwrap(name)
-        _CAUGHT.reset(token)
-    if not caught.queries:
+        _BLOCK.reset(token)
+    if seen is not None and not count:
         raise InputError(
             f"host: expected attention through transformers' common interface, got {type(host).__name__}, whose own "
             "hides its queries"
         )
+
+
+@contextlib.contextmanager
+def attention_wrapped(host: Any) -> Iterator[None]:
+    """A block in which stacked masks are read; others stay what they are."""
+    name = host.config.get_text_config(decoder=True)._attn_implementation
+    _wrap(name)
+    try:
+        yield
+    finally:
+        _unwrap(name)
 
 
 def _wrap(name: str) -> None:
@@ -71,7 +117,7 @@ def _wrap(name: str) -> None:
         count, before = _WRAPPED.get(name, (0, None))
         if not count:
             before = ALL_ATTENTION_FUNCTIONS._local_mapping.get(name)
-            ALL_ATTENTION_FUNCTIONS[name] = _catching(before if name == EAGER else ALL_ATTENTION_FUNCTIONS[name])
+            ALL_ATTENTION_FUNCTIONS[name] = _meeting(before if name == EAGER else ALL_ATTENTION_FUNCTIONS[name])
         _WRAPPED[name] = count + 1, before
 
 
@@ -86,14 +132,32 @@ def _unwrap(name: str) -> None:
             del ALL_ATTENTION_FUNCTIONS[name]  # of the local table, where the wrapper stood before the shared one
 
 
-def _catching(plain: Callable | None) -> Callable:
-    def attention(module: Any, query: torch.Tensor, key: torch.Tensor, *args: Any, **kwargs: Any):
-        caught = _CAUGHT.get()
-        if caught is not None and id(module) in caught.modules:
-            scaling = kwargs.get("scaling")
-            caught.queries[module.layer_idx] = query
-            caught.scaling[module.layer_idx] = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+def _meeting(plain: Callable | None) -> Callable:
+    def attention(
+        module: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: Any = None,
+        *args: Any,
+        **kwargs: Any,
+    ):
         function = plain or sys.modules[type(module).__module__].eager_attention_forward
-        return function(module, query, key, *args, **kwargs)
+        if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 4 and attention_mask.shape[1] > 1:
+            number = module.layer_idx  # a stack: transformers' own masks have one for all
+            attention_mask = attention_mask[:, number : number + 1, :, : key.shape[2]]
+            return function(module, query, key, value, attention_mask, *args, **kwargs)
+        block = _BLOCK.get()
+        if block is None or id(module) not in block.modules:
+            return function(module, query, key, value, attention_mask, *args, **kwargs)
+        if block.mask_of is not None:
+            attention_mask = block.mask_of(module.layer_idx, key.shape[2])
+        result = function(module, query, key, value, attention_mask, *args, **kwargs)
+        if block.seen is not None:
+            scaling = kwargs.get("scaling")
+            scaling = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+            softcap, sinks = kwargs.get("softcap"), kwargs.get("s_aux")
+            block.seen(Attention(module.layer_idx, query, key, value, scaling, softcap, sinks))
+        return result
 
     return attention

@@ -4,18 +4,20 @@ A new one implements `types.Mode` and calls `register_mode`; everything else (`m
 `lm-eval`) finds it by its name.
 """
 
+from .compact import Compact
 from .copy import Copy
 from .experts import Experts
 from .registry import MODES, BoundModes, bound_modes, modes_from_options, register_mode, resolve_modes
 from .retrieve import Retrieve
 from .soft_prompts import SoftPrompts
 
-for _mode in (SoftPrompts, Copy, Retrieve, Experts):
+for _mode in (Compact, SoftPrompts, Copy, Retrieve, Experts):
     register_mode(_mode)
 
 __all__ = [
     "MODES",
     "BoundModes",
+    "Compact",
     "Copy",
     "Experts",
     "Retrieve",

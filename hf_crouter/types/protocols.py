@@ -3,8 +3,8 @@
 A mode is a frozen dataclass that a user makes (`modes/`). When a history is made, `Mode.bind` turns it into `Parts`:
 
 - `Compressor`: entries in the cache for a chunk that leaves the window. Asked once a chunk, in batches of all rows,
-  at the prompt's end and whenever `window` tokens follow a chunk. Made of ids alone, of the host's own read of the
-  chunk, or of keys, values and the queries of what follows it (`ChunkRead`).
+  at the prompt's end and whenever `window` tokens follow a chunk. Made of ids alone (input embeddings), or layer by
+  layer of keys, values and queries when the chunk and what follows it is read (key-value pairs, `LayerRead`).
 - `ScoreMode`: a change of the scores. Opened once a call, asked at every step.
 - `Retriever`: chunks that stand raw again. Asked at the prompt's end, at each compaction and every so many tokens.
 - `ChunkRouter` and `Adapters`: the adapter under which slots are read. Asked once a chunk, and for the window.
@@ -12,10 +12,10 @@ A mode is a frozen dataclass that a user makes (`modes/`). When a history is mad
 State. All that a mode knows of a row lives in frozen values: `Chunk.entries`, `Chunk.route`, `Row.retrievals`,
 `Row.index`, `Row.routes`. They are functions of the row's decided tokens and of where its prompt ends, so rows of a
 batch are independent, beams share values by reference, and a draft that is rolled back never made one. Only entries
-cannot be made again from ids at no cost: they are plain tensors, and what a later turn or a file needs of a mode. A
+cannot be made again from ids at no cost: embeddings are plain tensors there, pairs stand in the cache alone. A
 `ScoreState` lives as long as its call and holds nothing that its arguments could not give again.
 
-Axes: `B` rows, `S` slots, `F` tokens that follow, `N` chunks, `V` vocabulary, `H` hidden size, `D` head size.
+Axes: `B` rows, `S` slots, `F` tokens of a piece, `N` chunks, `V` vocabulary, `H` hidden size, `D` head size.
 """
 
 from __future__ import annotations
@@ -35,40 +35,33 @@ Contribution = Literal["entries", "scores", "chunks", "adapters"]
 
 @dataclass(frozen=True, eq=False)
 class LayerRead:
-    """What one layer held and asked in a read of one row.
+    """What one layer held and asked in a read of rows that are read alike; the piece read is the last `F` slots.
 
     Attributes:
-        keys: of all slots, as they stand in the cache (rotated where the host rotates them), `[heads, S, D]`.
+        layer: its number.
+        keys: of all slots, as they stand in the cache (rotated where the host rotates them), `[B, heads, S, D]`.
         values: likewise.
-        queries: of the tokens that follow, rotated, `[query heads, F, D]`.
-        scaling: factor on their products.
+        queries: of the piece, `[B, query heads, F, D]`; they see every slot before it, and it causally.
+        scaling: factor on their products with the keys.
+        softcap: a product s becomes `softcap * tanh(s / softcap)`; None: it stays.
+        sinks: a logit beside the products that takes attention, `[query heads]`; None: there is none.
+        block: slots `(first, end)` of the block of leaving chunks.
+        chunks: likewise of each chunk in it.
     """
 
+    layer: int
     keys: torch.Tensor
     values: torch.Tensor
     queries: torch.Tensor
     scaling: float
+    softcap: float | None
+    sinks: torch.Tensor | None
+    block: tuple[int, int]
+    chunks: tuple[tuple[int, int], ...]
 
 
-@dataclass(frozen=True, eq=False)
-class ChunkRead:
-    """A chunk as the host read it, and how what follows attended to it.
-
-    Attributes:
-        chunk: without entries.
-        slots: the chunk's `(first, end)` among the read's slots; before it stand prefix, entries and earlier tokens.
-        layers: one a layer of the host; None for a layer that keeps nothing old (sliding window).
-    """
-
-    chunk: Chunk
-    slots: tuple[int, int]
-    layers: tuple[LayerRead | None, ...]
-
-    def visible(self) -> torch.Tensor:
-        """Which slots each token that follows attends to, `[F, S]`, bool: they are the last `F` slots, causal."""
-        layer = next(layer for layer in self.layers if layer is not None)
-        slots, following = layer.keys.shape[1], layer.queries.shape[1]
-        return torch.ones(following, slots, dtype=torch.bool, device=layer.keys.device).tril(slots - following)
+Pairs = tuple[torch.Tensor, torch.Tensor]
+"""Keys and values `[B, heads, n, D]`."""
 
 
 class Compressor(Protocol):
@@ -76,23 +69,29 @@ class Compressor(Protocol):
 
     Attributes:
         key: entries are read on only by a history whose compressor has an equal key.
-        most: most entries a chunk; the numbers may differ from chunk to chunk.
-        positions: "compact": entries, retrieved chunks and window stand at consecutive positions; "true": every token
-            keeps its own, as entries made of rotated keys need.
-        beside_raw: whether a chunk's entries stay in the cache while the chunk also stands raw.
-        ids_decide: whether equal chunks have equal entries, wherever they stand; they are then made once.
-        block: tokens of leaving chunks that are read at once in a long prompt; 0: `encode` is asked, without a read.
+        most: most entries a chunk; the numbers may differ from chunk to chunk. Of pairs the mean over the layers.
+        block: tokens of leaving chunks that are read at once in a long prompt, for pairs (`PairCompressor`), beside
+            which every token keeps its position; 0 for embeddings (`EmbeddingCompressor`), at consecutive positions.
     """
 
     key: object
     most: int
-    positions: Literal["compact", "true"]
-    beside_raw: bool
-    ids_decide: bool
     block: int
 
+
+class EmbeddingCompressor(Compressor, Protocol):
+    """Makes input embeddings of chunks by their ids alone.
+
+    Attributes:
+        beside_raw: whether a chunk's entries are read while the chunk also stands raw.
+        ids_decide: whether equal chunks have equal entries, wherever they stand; they are then made once.
+    """
+
+    beside_raw: bool
+    ids_decide: bool
+
     def encode(self, chunks: Sequence[Chunk]) -> list[Entries]:
-        """Entries of chunks by their ids alone, input embeddings as a rule; asked where `block` is 0.
+        """Entries of chunks.
 
         Raises:
             InputError: entries that are not finite.
@@ -100,8 +99,29 @@ class Compressor(Protocol):
         """
         ...
 
-    def compress(self, reads: Sequence[ChunkRead]) -> list[Entries]:
-        """Entries of chunks of any rows by their reads, keys and values as a rule; asked where `block` is not 0."""
+
+class PairCompressor(Compressor, Protocol):
+    """Makes key-value pairs of what the host's layers held and asked when chunks were read.
+
+    Pairs of a chunk that stands raw are not read.
+
+    Attributes:
+        most_by_layer: most pairs a chunk in each layer of the host; 0 in one that keeps nothing old.
+    """
+
+    most_by_layer: tuple[int, ...]
+
+    def observe(self, read: LayerRead) -> Any:
+        """What is to be known of a block that was just read; its queries are the block's own. For `compress`."""
+        ...
+
+    def compress(self, read: LayerRead, observed: Any) -> list[Pairs]:
+        """A layer's pairs of each chunk in the block before the piece that was just read; asked layer by layer.
+
+        Args:
+            read: its queries are those of what follows the block.
+            observed: what `observe` gave when the block itself was read.
+        """
         ...
 
 

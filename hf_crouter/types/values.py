@@ -89,26 +89,24 @@ class Route:
 
 @dataclass(frozen=True, eq=False)
 class Entries:
-    """What stands in the cache for one chunk, n slots: input embeddings, or keys and values of its layers.
+    """What stands for one chunk: input embeddings that the host reads like tokens, or key-value pairs of its layers.
 
     Attributes:
-        embeddings: `[n, H]`; the host reads them like tokens. None where keys and values are given.
-        keys: one a layer, `[heads, n, D]`, as the layer would have stored them; None for a layer that keeps nothing
-            old (sliding window): there nothing sees the slots. None together with `embeddings`.
-        values: likewise.
+        embeddings: `[n, H]`; None for pairs.
+        pairs: how many each layer keeps, which the cache holds; None in a layer that keeps nothing old (sliding
+            window). None for embeddings.
     """
 
     embeddings: torch.Tensor | None = None
-    keys: tuple[torch.Tensor | None, ...] | None = None
-    values: tuple[torch.Tensor | None, ...] | None = None
+    pairs: tuple[int | None, ...] | None = None
 
     def __post_init__(self):
-        keyed = next((key.shape[1] for key in self.keys or () if key is not None), 0)
-        count = len(self.embeddings) if self.embeddings is not None else keyed
+        kept = [count for count in self.pairs or () if count is not None]
+        count = len(self.embeddings) if self.embeddings is not None else -(-sum(kept) // max(1, len(kept)))
         object.__setattr__(self, "_count", count)  # asked at every step
 
     def __len__(self) -> int:
-        """Number of slots n."""
+        """Number of slots n; of pairs the mean over the layers that keep some, rounded up."""
         return self._count  # pyright: ignore[reportAttributeAccessIssue]
 
 

@@ -29,12 +29,11 @@ def test_a_row_with_chunks():
     assert row_layout(10, a_row(None, None)).tolist() == [0, 1, 8, 9]
 
 
-def test_a_retrieved_chunk_stands_before_the_window_or_in_its_place():
+def test_a_retrieved_chunk_stands_before_the_window():
     row = a_row(1, 2, 1, retrieved=(1,))
     entries = row_layout(12, a_row(1, 2, 1)).tolist()[2:6]
     assert row_layout(12, row).tolist() == [0, 1, *entries, 5, 6, 7, 11]
     assert row_layout(12, row, beside_raw=False).tolist() == [0, 1, entries[0], entries[3], 5, 6, 7, 11]
-    assert row_layout(12, row, true_positions=True).tolist() == [0, 1, entries[0], 5, 6, 7, entries[3], 11]
 
 
 def test_stacked_rows_are_padded_at_the_left():

@@ -5,14 +5,14 @@ from typing import ClassVar
 
 import torch
 
-from hf_crouter.types import Entries, Parts
+from hf_crouter.types import Parts
 
 CHUNK = 32
 
 
-def kept(chunk):
-    """Pairs that stay of the chunk of this number: 8 of one and 16 of the next."""
-    return 16 if chunk % 2 else 8
+def kept(chunk, layer):
+    """Pairs that stay of the chunk of this number: 8 of one and 16 of the next, in odd layers half as many."""
+    return (16 if chunk % 2 else 8) // (1 + layer % 2)
 
 
 @dataclass(frozen=True)
@@ -27,33 +27,38 @@ class KeptPairs:
     block: int = 2 * CHUNK
 
     def bind(self, setting):
-        return Parts(compressor=MostAttended(self.prefix, self.block))
+        kinds = getattr(setting.host.config, "layer_types", None) or ["full_attention"] * 2
+        most = tuple(kept(1, n) if kind == "full_attention" else 0 for n, kind in enumerate(kinds))
+        return Parts(compressor=MostAttended(self.prefix, self.block, most))
 
 
 class MostAttended:
-    key, most, positions, beside_raw, ids_decide = "kept_pairs", 16, "true", False, False
+    key = "kept_pairs"
 
-    def __init__(self, prefix, block):
-        self.prefix, self.block, self.asked = prefix, block, 0
+    def __init__(self, prefix, block, most):
+        self.prefix, self.block, self.most_by_layer, self.asked = prefix, block, most, 0
+        self.most = -(-sum(most) // sum(count > 0 for count in most))
 
-    def compress(self, reads):
-        self.asked += len(reads)
-        return [self.pairs(read) for read in reads]
+    def observe(self, read):
+        return read.block[1] - read.block[0]
 
-    def pairs(self, read):
-        first, end = read.slots
-        visible, keys, values = read.visible(), [], []
-        for layer in read.layers:
-            if layer is None:
-                keys.append(None)
-                values.append(None)
-                continue
-            heads = layer.keys.shape[0]
-            queries = layer.queries.unflatten(0, (heads, -1))
-            scores = torch.einsum("hgfd,hsd->hgfs", queries, layer.keys) * layer.scaling
-            shares = scores.masked_fill(~visible, float("-inf")).softmax(-1)[..., first:end]
-            top = shares.sum((1, 2)).topk(kept((read.chunk.start - self.prefix) // CHUNK)).indices.sort(-1).values
-            pick = (top + first)[..., None].expand(-1, -1, layer.keys.shape[-1])
-            keys.append(layer.keys.gather(1, pick))
-            values.append(layer.values.gather(1, pick))
-        return Entries(keys=tuple(keys), values=tuple(values))
+    def compress(self, read, observed):
+        assert observed == read.block[1] - read.block[0]
+        self.asked += len(read.chunks) * len(read.keys) * (read.layer == 1)
+        rows, heads, slots = read.keys.shape[:3]
+        asked = read.queries.shape[2]
+        visible = torch.ones(asked, slots, dtype=torch.bool).tril(slots - asked)
+        scores = torch.einsum("bhgfd,bhsd->bhgfs", read.queries.unflatten(1, (heads, -1)), read.keys) * read.scaling
+        shares = scores.masked_fill(~visible, float("-inf")).softmax(-1).sum((2, 3))
+        pairs = []
+        for n, (first, end) in enumerate(read.chunks):
+            number = self.is_odd(read) + n
+            top = shares[..., first:end].topk(kept(number, read.layer)).indices.sort(-1).values
+            pick = (top + first)[..., None].expand(-1, -1, -1, read.keys.shape[-1])
+            pairs.append((read.keys.gather(2, pick), read.values.gather(2, pick)))
+        return pairs
+
+    def is_odd(self, read):
+        """Whether the block's first chunk has an odd number: told by the pairs before it."""
+        first, both = kept(0, read.layer), kept(0, read.layer) + kept(1, read.layer)
+        return (read.block[0] - self.prefix) % both == first

@@ -51,7 +51,7 @@ def forward(host, row, given, positions):
     return logits, slots, layers
 
 
-def entries(host, given, block, following, number, chunk, prefix):
+def entries(host, given, block, following, number, chunk):
     """Slots that stay of one chunk: those of the block whose following piece was just read."""
     picked = []
     for layer, read in enumerate(following):
@@ -69,11 +69,13 @@ def entries(host, given, block, following, number, chunk, prefix):
         scores = read["query"] @ keys.repeat_interleave(groups, 0).transpose(1, 2) * read["scaling"]
         shares = scores.masked_fill(~visible, float("-inf")).softmax(-1)[..., first : first + CHUNK]
         total = shares.sum(1).unflatten(0, (keys.shape[0], groups)).sum(1)
-        top = total.topk(kept(number)).indices.sort(-1).values + first
+        top = total.topk(kept(number, layer)).indices.sort(-1).values + first
         picked.append([(keys[torch.arange(len(keys)), top[:, i]], values[torch.arange(len(keys)), top[:, i]])
-                       for i in range(kept(number))])  # fmt: skip
+                       for i in range(kept(number, layer))])  # fmt: skip
+    most = max(len(layer) for layer in picked if layer is not None)
     return [{"at": chunk[-1], "end": chunk[-1] + 1, "token": False, "chunk": number,
-             "pairs": [layer and layer[i] for layer in picked]} for i in range(kept(number))]  # fmt: skip
+             "pairs": [layer[i] if layer is not None and i < len(layer) else None for layer in picked]}
+            for i in range(most)]  # fmt: skip
 
 
 MADE = {}  # what was compressed before the same tokens, to spare steps between two compactions the same work
@@ -104,7 +106,7 @@ def _compressed(host, row, length, prompt, prefix, window, block):
         for number, piece in enumerate(pieces):
             known = [*given, *(slot for slots in made for slot in slots)]
             _, slots, layers = forward(host, row, [*known, *raw], piece)
-            made += [entries(host, known, raw, layers, done + i, new[i], prefix) for i in waiting]
+            made += [entries(host, known, raw, layers, done + i, new[i]) for i in waiting]
             waiting, raw = (blocks[number], slots) if number < len(blocks) else ([], [])
         done = count
     return given, made

@@ -34,7 +34,7 @@ class MeanStates:
 
 
 class States:
-    key, positions, beside_raw, ids_decide, block = "mean_states", "compact", True, True, 0
+    key, beside_raw, ids_decide, block = "mean_states", True, True, 0
 
     def __init__(self, host, slots, ragged):
         self.host, self.slots, self.ragged, self.most, self.asked = host, slots, ragged, slots + ragged, 0

@@ -7,7 +7,7 @@ from transformers.generation import CompileConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hf_crouter import CapacityError, CompressedHistory, InputError, Retrieve
-from hf_crouter.hosts.attention import caught_queries
+from hf_crouter.hosts.attention import attention_met
 from tests import reference
 from tests.tiny import VOCAB, prompt, tiny_crouter, tiny_host
 
@@ -65,7 +65,7 @@ class TestExactness:
         history = make(host)
         out = run(host, history, *prompt(200))
         report = history.report()
-        assert [chunk.slots for chunk in report.chunks] == [8, 16, 8, 16, 8, 16]  # the last one while decoding
+        assert [chunk.slots for chunk in report.chunks] == ([4, 8] if family == "gemma3" else [6, 12]) * 3  # means
         assert_exact(host, out, [200], every=3)
 
     def test_sampling(self, family):
@@ -164,7 +164,7 @@ def test_without_a_prefix(family):
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
-def test_a_retrieved_chunk_stands_in_the_place_of_its_entries(family):
+def test_pairs_of_a_retrieved_chunk_are_not_read(family):
     host = make_host(family)
     history = make(host, Retrieve(chunks=2, every=1000))
     out = run(host, history, *prompt(200), new=30)
@@ -176,7 +176,7 @@ def test_a_retrieved_chunk_stands_in_the_place_of_its_entries(family):
         expected = next_logits(host, out.sequences[0, : 200 + step], 200, PREFIX, WINDOW, BLOCK, raw)
         torch.testing.assert_close(out.logits[step][0].double(), expected, atol=1e-6, rtol=0)
     row = history.report().rows[0]
-    assert row.retrieved == 2 * CHUNK and row.entries < sum(chunk.slots for chunk in history.report().chunks)
+    assert row.retrieved == 2 * CHUNK and row.entries == sum(chunk.slots for chunk in history.report().chunks)
 
 
 @pytest.mark.slow
@@ -205,14 +205,23 @@ def test_positions_end_where_the_host_s_do():
         run(host, make(host), *prompt(140), new=2)
 
 
-def test_other_calls_keep_their_attention(monkeypatch):
+def met(host, ids):
+    """What the layers showed of a forward, by number."""
+    shown = {}
+    with attention_met(host, seen=lambda attention: shown.update({attention.layer: attention})):
+        logits = host(ids).logits
+    return logits, shown
+
+
+def test_other_calls_keep_their_attention():
     host, other = make_host("llama"), make_host("llama", seed=1)
-    ids = prompt(20)[0]
+    ids, shown = prompt(20)[0], []
     plain = other(ids).logits
-    with caught_queries(host) as caught:
-        assert torch.equal(other(ids).logits, plain) and not caught.queries
+    with attention_met(host, seen=shown.append):
+        assert torch.equal(other(ids).logits, plain) and not shown
         host(ids)
-    assert sorted(caught.queries) == [0, 1] and caught.queries[0].shape == (1, 4, 20, 8)
+    assert [attention.layer for attention in shown] == [0, 1] and shown[0].queries.shape == (1, 4, 20, 8)
+    assert shown[0].keys.shape == (1, 2, 20, 8) and shown[0].scaling == 8**-0.5
     assert not ALL_ATTENTION_FUNCTIONS._local_mapping
 
 
@@ -221,28 +230,40 @@ def test_a_function_of_the_user_s_own_comes_back(monkeypatch):
     plain = ALL_ATTENTION_FUNCTIONS["sdpa"]
     own = lambda *args, **options: called.append(1) or plain(*args, **options)  # noqa: E731
     monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._local_mapping, "sdpa", own)
-    with caught_queries(host) as outer:
-        with caught_queries(host) as inner:
+    outer, inner = [], []
+    with attention_met(host, seen=outer.append):
+        with attention_met(host, seen=inner.append):
             host(ids)
         host(ids)
-    assert len(called) == 4 and outer.queries and inner.queries
+    assert len(called) == 4 and len(outer) == len(inner) == 2
     assert ALL_ATTENTION_FUNCTIONS._local_mapping == {"sdpa": own}
 
 
-def test_eager_attention_is_caught_as_well():
+def test_eager_attention_is_met_as_well():
     host = make_host("llama")
     host.set_attn_implementation("eager")
     ids = prompt(20)[0]
     plain = host(ids).logits
-    with caught_queries(host) as caught:
-        assert torch.equal(host(ids).logits, plain)
-    assert sorted(caught.queries) == [0, 1]
+    logits, shown = met(host, ids)
+    assert torch.equal(logits, plain) and sorted(shown) == [0, 1]
 
 
 def test_attention_that_hides_its_queries_is_refused():
     host = make_host("llama")
-    with pytest.raises(InputError, match="common interface"), caught_queries(host):
+    with pytest.raises(InputError, match="common interface"), attention_met(host, seen=print):
         pass
+
+
+def test_masks_of_layers_alone_or_stacked_are_what_attention_reads_by():
+    host, ids = make_host("llama"), prompt(9)[0]
+    causal = torch.ones(9, 9, dtype=torch.bool).tril()[None, None]
+    near = causal & ~torch.ones(9, 9, dtype=torch.bool).tril(-3)
+    plain = host(ids).logits
+    with attention_met(host, lambda layer, keys: near if layer else causal):
+        alone = host(ids, attention_mask=causal).logits
+        stacked = host(ids, attention_mask=torch.cat([causal, near], 1)).logits
+        assert torch.equal(host(ids, attention_mask=torch.cat([causal, causal], 1)).logits, plain)
+    assert torch.equal(alone, stacked) and not torch.allclose(alone, plain)
 
 
 def test_the_reference_reads_plain_text_as_the_host_does():

@@ -41,7 +41,10 @@ class TestChoices:
     ("modes", "line"),
     [
         ("slow", "modes: expected 'auto', 'fast' or a list of modes .*, got 'slow'"),
-        (["retrieve", "recall"], "modes: expected names among soft_prompts, copy, retrieve, experts, got 'recall'"),
+        (
+            ["retrieve", "recall"],
+            "modes: expected names among compact, soft_prompts, copy, retrieve, experts, got 'recall'",
+        ),
         ([Retrieve(2), Retrieve(4)], "modes: expected Retrieve once, got it twice"),
         ([Copy(), "copy"], "modes: expected Copy once, got it twice"),
         ([SoftPrompts()], "SoftPrompts: expected a crouter, got None"),
