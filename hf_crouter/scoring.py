@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import bisect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -80,13 +80,48 @@ def score_last(
         prefix = policy.raw_prefix(ids[pad:], prompt) if width - pad - 1 >= policy.fewest else 0
         if width - pad - 1 - prefix >= policy.fewest:
             check_length(host, policy, prefix, prompt, n - 1)
-    switch, device = rope_switch(host), input_device(host)
-    cache = CompressedDynamicCache(config=host.config.get_text_config(decoder=True))
     first, ends = width - max(lasts), [width - n for n in lasts]  # of the rows' prompts
+    states: Sequence[ScoreState] | None = None
+    pieces, best, cache = [], [], CompressedDynamicCache(config=host.config.get_text_config(decoder=True))
+    for start, end, logits in read_on(host, policy, cache, input_ids, pads, ends):
+        targets = input_ids[:, start:end].to(logits.device)
+        if states is None and cache.compressed:
+            archived = tuple([width] * len(ends) if archive_scored else ends)
+            opening = Opening(logits.shape[-1], first, len(pads), archived, policy.chunker.same_tokenizer)
+            states = open_states(opening)
+        scored, chosen = _scored(logits, targets, states or (), cache, input_ids, start, greedy)
+        pieces.append(scored)
+        best.append(chosen)
+    return Scored(torch.cat(pieces, dim=1), torch.cat(best, dim=1), cache, states or ())
+
+
+@torch.no_grad()
+def read_on(
+    host: Any,
+    policy: ContextPolicy,
+    cache: CompressedDynamicCache,
+    input_ids: torch.Tensor,
+    pads: Sequence[int],
+    ends: Sequence[int],
+) -> Iterator[tuple[int, int, torch.Tensor]]:
+    """Reads given rows as `generate` would, in few passes.
+
+    Args:
+        host: the plain host.
+        policy: what a row's tokens call for.
+        cache: an empty one.
+        input_ids: `[B, T]`, left-padded.
+        pads: padding columns of each row.
+        ends: columns at which the rows' prompts end; those from the first of them on are predicted.
+
+    Yields:
+        Columns `(first, end)` and the host's logits for the tokens in them, `[B, end - first, V]`; the cache stands as
+        it was read for them.
+    """
+    switch, device = rope_switch(host), input_device(host)
     rows = [Row(pad, prompt=end - pad) for pad, end in zip(pads, ends, strict=True)]
     cache.start(rows, input_ids, policy.key)
-    states: Sequence[ScoreState] | None = None
-    pieces, best = [], []
+    first, width = min(ends), input_ids.shape[1]
     while first < width:
         end = _segment(policy, cache.rows, input_ids, first, switch)
         main = end - first
@@ -102,18 +137,8 @@ def score_last(
                 return_dict=True,
                 use_cache=True,
             )
-        targets = input_ids[:, first:end].to(out.logits.device)
-        if states is None and cache.compressed:
-            archived = tuple([width] * len(ends) if archive_scored else ends)
-            opening = Opening(
-                out.logits.shape[-1], width - max(lasts), len(pads), archived, policy.chunker.same_tokenizer
-            )
-            states = open_states(opening)
-        scored, chosen = _scored(out.logits, targets, states or (), cache, input_ids, first, greedy)
-        pieces.append(scored)
-        best.append(chosen)
+        yield first, end, out.logits
         first = end
-    return Scored(torch.cat(pieces, dim=1), torch.cat(best, dim=1), cache, states or ())
 
 
 def _segment(

@@ -14,8 +14,8 @@ from typing import NoReturn
 from ..errors import InputError
 from .console import quiet
 
-COMMANDS = ("demo", "host", "compress", "restore", "expert", "generate", "train", "align", "calibrate", "lm-eval",
-            "doctor")  # fmt: skip
+COMMANDS = ("demo", "host", "compress", "restore", "expert", "generate", "train", "align", "budgets", "calibrate",
+            "lm-eval", "doctor")  # fmt: skip
 """One module of this folder each: `NAME`, `HELP`, `EXAMPLE`, `configure(parser)` and `run(args) -> int`."""
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import ClassVar
 
 from ..cache.masks import sliding_layers
 from ..compressors.compact import PairSelector
+from ..compressors.layer_budgets import LayerBudgets, find_layer_budgets
 from ..errors import InputError
-from ..types import Contribution, Parts, Setting
+from ..fitting import HostInUse
+from ..types import Contribution, Fitted, Parts, Setting
 
 
 @dataclass(frozen=True)
@@ -17,6 +20,8 @@ class Compact:
 
     Attributes:
         slots: pairs that are kept of a chunk and head, the mean over layers: of 512 tokens 8 are 64x, 128 are 4x.
+        budgets: how they are divided over the layers: "auto", as it was measured for this host or a twin of it where
+            it was, else equally; "equal"; or the file (or `LayerBudgets`) that `hf-crouter budgets` writes.
         block: tokens of leaving chunks that are read at once in a long prompt; two blocks are raw at a time.
 
     Raises:
@@ -30,13 +35,18 @@ class Compact:
     gives: ClassVar[tuple[Contribution, ...]] = ("entries",)
 
     slots: int = 32
+    budgets: str | os.PathLike | LayerBudgets = "auto"
     block: int = 2048
 
     def __post_init__(self):
-        for name, least in (("slots", 1), ("block", 1)):
+        for name in ("slots", "block"):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < least:
-                raise InputError(f"Compact({name}=): expected a number, {least} or more, got {value!r}")
+            if not isinstance(value, int) or value < 1:
+                raise InputError(f"Compact({name}=): expected a number, 1 or more, got {value!r}")
+        if not isinstance(self.budgets, str | os.PathLike | LayerBudgets):
+            raise InputError(
+                f"Compact(budgets=): expected 'auto', 'equal', a file or LayerBudgets, got {self.budgets!r}"
+            )
 
     @property
     def needs_crouter(self) -> bool:
@@ -44,6 +54,31 @@ class Compact:
         return False
 
     def bind(self, setting: Setting) -> Parts:
-        """See `Mode.bind`."""
-        kept = tuple(0 if slides else self.slots for slides in sliding_layers(setting.host))
-        return Parts(compressor=PairSelector(kept, self.block))
+        """See `Mode.bind`.
+
+        Raises:
+            InputError: a file of budgets that is damaged.
+            MismatchError: budgets of another host.
+        """
+        slides = sliding_layers(setting.host)
+        budgets, fits = self._budgets(setting)
+        if budgets is None:
+            kept = tuple(0 if slide else self.slots for slide in slides)
+        else:
+            kept = budgets.counts(self.slots)
+            if [count == 0 for count in kept] != list(slides):
+                raise InputError(
+                    f"Compact(budgets=): expected budgets of {slides.count(False)} layers that look back, "
+                    f"got {sum(map(bool, kept))}"
+                )
+        return Parts(compressor=PairSelector(kept, self.block), fitted=fits)
+
+    def _budgets(self, setting: Setting) -> tuple[LayerBudgets | None, tuple[Fitted, ...]]:
+        if self.budgets == "equal":
+            return None, ()
+        host = HostInUse.of(setting)
+        if isinstance(self.budgets, LayerBudgets):
+            budgets = self.budgets
+        else:
+            budgets = find_layer_budgets(host, None if self.budgets == "auto" else self.budgets)
+        return budgets, (budgets.fitted(host),) if budgets is not None else ()

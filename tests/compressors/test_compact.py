@@ -1,0 +1,100 @@
+"""Which pairs are kept: sums of squared shares against a loop over queries, and the pairs of the greatest worth."""
+
+import math
+
+import pytest
+import torch
+
+from hf_crouter.compressors import compact
+from hf_crouter.compressors.compact import PairSelector, squared_shares
+from hf_crouter.types import LayerRead
+
+HEADS, GROUPS, SIZE, BEFORE, BLOCK, PIECE = 2, 3, 8, 5, 24, 16
+
+
+def a_read(seed=0, own=False, **options):
+    """A block of three chunks behind five slots, and a piece that follows it; `own`: the block is the piece."""
+    torch.manual_seed(seed)
+    slots, asked = BEFORE + BLOCK + PIECE * (not own), BLOCK if own else PIECE
+    keys, values = torch.randn(2, HEADS, slots, SIZE), torch.randn(2, HEADS, slots, SIZE)
+    queries = torch.randn(2, HEADS * GROUPS, asked, SIZE)
+    chunks = tuple((BEFORE + 8 * n, BEFORE + 8 * (n + 1)) for n in range(3))
+    some = {"layer": 1, "scaling": 0.7, "softcap": None, "sinks": None, **options}
+    return LayerRead(keys=keys, values=values, queries=queries, block=(BEFORE, BEFORE + BLOCK), chunks=chunks, **some)
+
+
+def brute_force(read, far=0, every=1):
+    """Sums of squared shares, query after query, or of every second one alone."""
+    rows, heads, slots, _ = read.keys.shape
+    asked, (first, end) = read.queries.shape[2], read.block
+    total = torch.zeros(rows, heads, end - first)
+    for row in range(rows):
+        for head in range(read.queries.shape[1]):
+            for number in range(0, asked, every):
+                at = slots - asked + number
+                products = []
+                for slot in range(at + 1):
+                    product = float(read.queries[row, head, number] @ read.keys[row, head // GROUPS, slot])
+                    product *= read.scaling
+                    if read.softcap is not None:
+                        product = read.softcap * math.tanh(product / read.softcap)
+                    products.append(math.exp(product))
+                whole = sum(products) + (math.exp(float(read.sinks[head])) if read.sinks is not None else 0.0)
+                for slot in range(first, min(end, at + 1)):
+                    if at - slot >= far:
+                        total[row, head // GROUPS, slot - first] += (products[slot] / whole) ** 2
+    return total
+
+
+OPTIONS = [{}, {"softcap": 1.5}, {"sinks": torch.tensor([0.5, -1.0, 2.0, 0.1, 1.2, -0.3])}]
+
+
+class TestSquaredShares:
+    @pytest.mark.parametrize("options", OPTIONS, ids=["plain", "softcap", "sinks"])
+    @pytest.mark.parametrize(("own", "far"), [(False, 0), (True, 0), (True, 6)])
+    def test_equal_a_loop(self, options, own, far):
+        read = a_read(own=own, **options)
+        torch.testing.assert_close(squared_shares(read, 1000, far), brute_force(read, far), atol=1e-6, rtol=1e-4)
+
+    def test_tiles_change_nothing(self, monkeypatch):
+        read = a_read()
+        whole = squared_shares(read, 1000)
+        monkeypatch.setattr(compact, "TILE", 1)
+        torch.testing.assert_close(squared_shares(read, 1000), whole)
+
+    def test_of_many_queries_evenly_spaced_ones_stand_for_all(self):
+        read = a_read()
+        torch.testing.assert_close(squared_shares(read, 8), 2 * brute_force(read, every=2), atol=1e-6, rtol=1e-4)
+        assert not torch.allclose(squared_shares(read, 8), brute_force(read))
+
+
+class TestPairSelector:
+    def test_pairs_of_each_chunk_are_those_that_put_most_into_the_output(self):
+        read, own = a_read(), a_read(own=True)
+        selector = PairSelector((2, 3), block=32, far=6)
+        worth = brute_force(read) + brute_force(own, far=6)
+        worth = worth * read.values[:, :, BEFORE : BEFORE + BLOCK].square().sum(-1)
+        for (first, end), pairs in zip(read.chunks, selector.compress(read, selector.observe(own)), strict=True):
+            places = worth[..., first - BEFORE : end - BEFORE].topk(3, -1).indices.sort(-1).values + first
+            for row in range(2):
+                for head in range(HEADS):
+                    for kept, whole in zip(pairs, (read.keys, read.values), strict=False):
+                        assert torch.equal(kept[row, head], whole[row, head, places[row, head]])
+
+    def test_a_chunk_shorter_than_its_slots_stays_whole(self):
+        read = a_read()
+        pairs = PairSelector((2, 100), block=32).compress(read, torch.zeros(2, HEADS, BLOCK))
+        assert [pair[0].shape[2] for pair in pairs] == [8, 8, 8]
+        assert torch.equal(pairs[1][0], read.keys[:, :, BEFORE + 8 : BEFORE + 16])
+
+    def test_bf16_reads_keep_their_own_pairs(self):
+        read = a_read()
+        half = LayerRead(**{**vars(read), **{k: getattr(read, k).bfloat16() for k in ("keys", "values", "queries")}})
+        pairs = PairSelector((2, 3), block=32).compress(half, torch.zeros(2, HEADS, BLOCK))
+        assert pairs[0][0].dtype == torch.bfloat16
+
+    def test_what_tells_selectors_apart(self):
+        one = PairSelector((2, 3), block=32)
+        assert one.key == PairSelector((2, 3), block=32).key and one.most == 3
+        assert len({one.key, PairSelector((3, 2), block=32).key, PairSelector((2, 3), block=64).key}) == 3
+        assert PairSelector((0, 3, 0, 4), block=32).most == 4
