@@ -45,6 +45,8 @@ class BudgetArguments:
         default_factory=lambda: [2, 8, 32, 128], metadata={"help": "pairs a chunk and head at which it is measured"}
     )
     chunks: int = field(default=8, metadata={"help": "older chunks of a window"})
+    window: int = field(default=512, metadata={"help": "raw tokens before the predicted ones"})
+    target: int = field(default=512, metadata={"help": "predicted tokens"})
     batch_size: int = field(default=4, metadata={"help": "windows read at once"})
     block: int = field(default=2048, metadata={"help": "tokens of older chunks read at once"})
     seed: int = field(default=0, metadata={"help": "of the documents and windows"})
@@ -57,7 +59,7 @@ class BudgetArguments:
         """
         if len(self.slots) < 2 or sorted(set(self.slots)) != self.slots or self.slots[0] < 1 or self.slots[-1] > 256:
             raise InputError(f"--slots: expected two ascending numbers of 1 to 256 or more of them, got {self.slots}")
-        for name in ("documents", "chunks", "batch_size", "block"):
+        for name in ("documents", "chunks", "window", "target", "batch_size", "block"):
             if getattr(self, name) < 1:
                 raise InputError(f"--{name.replace('_', '-')}: expected at least 1, got {getattr(self, name)}")
 
@@ -167,7 +169,7 @@ def measure_budgets(host: Any, tokenizer: Any, arguments: BudgetArguments) -> La
     """
     arguments.check()
     tokens = TokenArray.load(Path(arguments.data) / "train.safetensors")
-    shape = WindowShape(chunks=arguments.chunks)
+    shape = WindowShape(chunks=arguments.chunks, window=arguments.window, target=arguments.target)
     windows = document_windows(tokens, shape, arguments.documents, arguments.seed)
     losses = measure_losses(
         host, windows, shape, arguments.slots, batch_size=arguments.batch_size, block=arguments.block

@@ -130,3 +130,18 @@ def test_bad_input_of_align(crouter, tiny_host, tmp_path, capsys):
     refused(align(crouter, tiny_host, output, *data, "--chunks", "600"), capsys, "at most 1024 slots")
     refused(align(crouter, tiny_host, output, *data, "--only", "all"), capsys, "--only: expected")
     assert not (crouter / "projectors").exists()
+
+
+def test_budgets_of_a_host(corpus, tiny_host, tmp_path, capsys):
+    words = ["budgets", "--host", str(tiny_host), "--output", str(tmp_path / "b"), "--documents", "2", "--chunks", "1"]
+    words += ["--window", "20", "--target", "10", "--device", "cpu", "--slots", "2", "8"]
+    assert main([*words, "--corpus", f"text-files:{corpus[0]}"]) == 0
+    out = capsys.readouterr().out
+    path = tmp_path / "b/layer_budgets.json"
+    assert out.startswith(f"{path}: ") and len(out.splitlines()) == 4
+    assert main([*words, "--data", str(tmp_path / "b/data"), "--json"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert record["path"] == str(path) and record["host_name"] == "tiny-host" and len(record["losses"]) == 2
+    refused([*words, "--data", str(tmp_path / "none")], capsys, "none")
+    refused([*words, "--slots", "8", "2"], capsys, "--slots: expected two ascending numbers")
+    refused(words[:1], capsys, "--host: expected")
