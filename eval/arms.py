@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from hf_crouter import CompressedHistory, Copy, Retrieve, SoftPrompts
+from hf_crouter import Compact, CompressedHistory, Copy, Retrieve, SoftPrompts
 from hf_crouter.compressors.projector import Projector, find_projector
 from hf_crouter.errors import InputError, MismatchError
 from hf_crouter.ngram.gate import Gate, find_gate, generic_gate
@@ -55,12 +55,27 @@ ARMS = {
     "retrieve2_copy": Arm((Retrieve(2), Copy())),
     "retrieve4": Arm((Retrieve(4),)),
     "best": Arm("auto"),
+    "compact8": Arm((Compact(8),)),
+    "compact32": Arm((Compact(32),)),
+    "compact128": Arm((Compact(128),)),
+    "compact64": Arm((Compact(64),)),
+    "compact32_retrieve2": Arm((Compact(32), Retrieve(2))),
+    "compact64_retrieve2": Arm((Compact(64), Retrieve(2))),
+    "compact8_retrieve2": Arm((Compact(8), Retrieve(2))),
+    "compact32_copy": Arm((Compact(32), Copy())),
     "longer_same_slots": Arm(longer=8, each=True),
+    "longer_same_slots_at32": Arm(longer=32, each=True),
     "longer_same_slots_at128": Arm(longer=128, each=True),
     "longer_same_slots_retrieve2": Arm(longer=1024),
     "longer_same_slots_retrieve4": Arm(longer=2048),
     "copy_fitted": Arm((Copy(gate=FITTED),)),
     "retrieve2_copy_fitted": Arm((Retrieve(2), Copy(gate=FITTED))),
+    "compact32_copy_fitted": Arm((Compact(32), Copy(gate=FITTED))),
+    "compact32_retrieve2_copy": Arm((Compact(32), Retrieve(2), Copy())),
+    "compact60": Arm((Compact(60),)),
+    "compact8_equal": Arm((Compact(8, budgets="equal"),)),
+    "compact32_equal": Arm((Compact(32, budgets="equal"),)),
+    "compact128_equal": Arm((Compact(128, budgets="equal"),)),
     "soft": Arm((SoftPrompts(),), crouter=True),
     "shuffled": Arm(crouter=True, special="shuffled"),
     "retrieve8": Arm((Retrieve(8),)),

@@ -15,7 +15,7 @@ import torch
 from eval.arms import ARMS, Reader
 from eval.hgr.stand_ins import MeanPool, OtherPrompts, chunk_partners
 from eval.rows import Shape
-from hf_crouter import Retrieve
+from hf_crouter import Compact, Retrieve
 from hf_crouter.hosts.tokenizers import special_ids
 from hf_crouter.ngram.archive import Archive
 from hf_crouter.ngram.mixture import collect, mix
@@ -44,9 +44,10 @@ def exists(name: str, count: int) -> bool:
     arm = ARMS[name]
     modes = [Retrieve()] if arm.modes == "auto" else arm.modes or ()
     retrieved = sum(mode.chunks for mode in modes if isinstance(mode, Retrieve))
+    kept = sum(mode.slots for mode in modes if isinstance(mode, Compact))
     if arm.special == "oracle":
         return 2 < count <= 8  # all pairs are tried
-    return retrieved < count and arm.extra(count) < count * 512
+    return retrieved * 512 + kept * count < count * 512 and arm.extra(count) < count * 512
 
 
 @torch.inference_mode()

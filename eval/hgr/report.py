@@ -28,6 +28,15 @@ DIFFERENCES = (  # an arm and the other one, where both were read
     ("kvzip.at8", "longer_same_slots"), ("snapkv.at8", "longer_same_slots"),
     ("kvzip.at128", "longer_same_slots_at128"), ("snapkv.at128", "longer_same_slots_at128"),
     ("kvzip.at128", "retrieve2"), ("full_peers", "full"),
+    *((f"compact{n}", other) for n in (8, 32, 128) for other in (f"kvzip.at{n}", f"snapkv.at{n}", "window", "full",
+                                                                 f"compact{n}_equal")),
+    ("compact8", "longer_same_slots"), ("compact32", "longer_same_slots_at32"),
+    ("compact128", "longer_same_slots_at128"), ("compact64", "full"), ("compact60", "full"),
+    ("compact128", "retrieve2"),
+    *((arm, other) for arm in ("compact8_retrieve2", "compact32_retrieve2", "compact64_retrieve2")
+      for other in ("retrieve2", "full")),
+    ("compact32_copy", "compact32"), ("compact32_copy_fitted", "compact32"),
+    ("compact32_retrieve2_copy", "compact32_retrieve2"),
 )  # fmt: skip
 
 

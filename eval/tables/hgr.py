@@ -15,9 +15,17 @@ WAYS = {
     "longer_same_slots_at128": "a raw window longer by 128 tokens a chunk",
     "longer_same_slots_retrieve2": "a raw window longer by 1,024 tokens",
     "longer_same_slots_retrieve4": "a raw window longer by 2,048 tokens",
+    "compact8": "`Compact(8)`",
+    "compact32": "`Compact(32)`",
+    "compact64": "`Compact(64)`",
+    "compact128": "`Compact(128)`",
+    "compact8_retrieve2": "`Compact(8), Retrieve(2)`",
+    "compact32_retrieve2": "`Compact(32), Retrieve(2)`",
+    "compact64_retrieve2": "`Compact(64), Retrieve(2)`",
     "retrieve2": "`Retrieve(2)`",
     "retrieve4": "`Retrieve(4)`",
     "retrieve8": "`Retrieve(8)`",
+    "compact32_copy": "`Compact(32), Copy()`, the generic gate",
     "copy": "`Copy()`, the generic gate",
     "copy_fitted": "`Copy()`, a gate fitted to this host",
     "retrieve2_copy": "`Retrieve(2), Copy()`, the generic gate",
@@ -47,9 +55,14 @@ SMALL_WAYS = {
     "full_copy": "full history and copying",
 }
 PEERS = {
+    "compact8": "`Compact(8)`",
     "kvzip.at8": "KVzip, 8 entries a chunk",
     "snapkv.at8": "SnapKV, 8 entries a chunk",
     "longer_same_slots": "as many more raw tokens",
+    "compact32": "`Compact(32)`",
+    "kvzip.at32": "KVzip, 32 entries a chunk",
+    "snapkv.at32": "SnapKV, 32 entries a chunk",
+    "compact128": "`Compact(128)`",
     "kvzip.at128": "KVzip, 128 entries a chunk",
     "snapkv.at128": "SnapKV, 128 entries a chunk",
     "longer_same_slots_at128": "as many more raw tokens",
@@ -75,11 +88,23 @@ DIFFERENCES = {  # an arm and the other one
     "kvzip.at128.longer_same_slots_at128": ("KVzip, 128 a chunk", "as many more raw tokens"),
     "snapkv.at128.longer_same_slots_at128": ("SnapKV, 128 a chunk", "as many more raw tokens"),
     "best.full": ("the defaults", "full history"),
+    **{
+        f"compact{n}.{other}.at{n}": (f"compaction to {n}", f"{name}, {n} a chunk")
+        for n in (8, 32, 128)
+        for other, name in (("kvzip", "KVzip"), ("snapkv", "SnapKV"))
+    },
+    **{f"compact{n}.compact{n}_equal": (f"compaction to {n}", "the same with equal layers") for n in (8, 32, 128)},
+    "compact64.full": ("compaction to 64", "full history"),
+    "compact32_retrieve2.full": ("compaction to 32 and retrieval of 2", "full history"),
+    "compact32_retrieve2.retrieve2": ("compaction to 32 and retrieval of 2", "retrieval of 2"),
+    "compact32_copy.compact32": ("compaction to 32 and copying, the generic gate", "compaction to 32"),
 }
 SIZES = {
     "copy": "copying",
     "retrieve2": "retrieval of 2",
     "retrieve2_copy": "retrieval of 2 and copying",
+    "compact32": "compaction to 32",
+    "compact128": "compaction to 128",
     "best": "the defaults",
     "longer_same_slots_retrieve2": "a window longer by 1,024 tokens",
     "full": "full history",
@@ -120,6 +145,8 @@ def peers_table(metrics: Metrics) -> list[str]:
 def _gains(metrics: Metrics, ways: dict[str, str]) -> list[str]:
     rows = []
     for arm, label in ways.items():
+        if not any(f"{key}.{arm}.{kind}" in metrics for key in SETS.values() for kind in ("hgr", "lines")):
+            continue
         cells = [label]
         for key in SETS.values():
             cells += [number(metrics.get(f"{key}.{arm}.slots")), share(metrics, f"{key}.{arm}.hgr"),
@@ -162,6 +189,8 @@ def difference_table(metrics: Metrics) -> list[str]:
     """Paired differences: what wins against what, in likelihood and in exact lines."""
     rows = []
     for key, labels in DIFFERENCES.items():
+        if not any(f"{name}.{kind}.{key}.mean" in metrics for name in SETS.values() for kind in ("diff", "linesdiff")):
+            continue
         cells = [*labels]
         for name in SETS.values():
             cells += [share(metrics, f"{name}.{kind}.{key}.mean", sign=True) for kind in ("diff", "linesdiff")]
@@ -178,6 +207,7 @@ def sizes_table(*hosts: Metrics) -> list[str]:
     rows = [
         [label, *(share(metrics, f"young.n8.{arm}.{kind}") for metrics in hosts for kind in ("hgr", "lines"))]
         for arm, label in {"window": "raw window", **SIZES}.items()
+        if any(f"young.n8.{arm}.hgr" in metrics for metrics in hosts)
     ]
     head = ["what the host reads", *(f"{size}: {kind}" for size in sizes for kind in ("HGR", "lines"))]
     return table(head, rows if all(hosts) else [])

@@ -32,6 +32,10 @@ ANSWERING = {
     "retrieve2": "`Retrieve(2)`, the default",
     "retrieve4": "`Retrieve(4)`",
     "retrieve8": "`Retrieve(8)`",
+    "compact32": "`Compact(32)`",
+    "compact64": "`Compact(64)`",
+    "compact32_retrieve2": "`Compact(32), Retrieve(2)`",
+    "compact64_retrieve2": "`Compact(64), Retrieve(2)`",
     "retrieve4_copy": "`Retrieve(4), Copy()`",
     "kvzip.at8": "KVzip, 8 entries a chunk",
     "kvzip.at128": "KVzip, 128 entries a chunk",
@@ -45,6 +49,8 @@ def answers_table(metrics: Metrics) -> list[str]:
     rows = []
     for arm, label in ANSWERING.items():
         keys = [f"{name}.16k.{arm}" for name in ("xquad", "nq")]
+        if not any(f"{key}.accuracy" in metrics for key in keys):
+            continue
         ends = {"accuracy": "", "lo": ".lo", "hi": ".hi"}
         shown = {f"{key}{end}": metrics[f"{key}.{name}"] for key in keys for name, end in ends.items()
                  if f"{key}.{name}" in metrics}  # fmt: skip

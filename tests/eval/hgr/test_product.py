@@ -11,7 +11,7 @@ from eval.arms import ARMS, Reader
 from eval.hgr.measure import exists, partners, read
 from eval.hgr.stand_ins import OtherPrompts
 from eval.rows import Shape
-from hf_crouter import CompressedHistory, Copy, Retrieve, SoftPrompts
+from hf_crouter import Compact, CompressedHistory, Copy, Retrieve, SoftPrompts
 from hf_crouter.errors import InputError
 from hf_crouter.hosts.tokenizers import special_ids
 from hf_crouter.ngram.archive import Archive
@@ -46,8 +46,17 @@ HISTORIES = {  # modes as a user writes them, and the slots that they take
     "soft_retrieve2_copy": ([SoftPrompts(), Retrieve(2), Copy()], {"retrieved": 2, "soft": True}),
     "copy_half": ([Copy(strength=0.5)], {}),
     "copy_generated": ([Copy(generated=True)], {}),
-}
+    **{f"compact{n}": ([Compact(n)], {"soft": True, "entries": n}) for n in (8, 32, 60, 64, 128)},
+    **{f"compact{n}_equal": ([Compact(n, budgets="equal")], {"soft": True, "entries": n}) for n in (8, 32, 128)},
+    **{f"compact{n}_retrieve2": ([Compact(n), Retrieve(2)], {"soft": True, "entries": n, "retrieved": 2})
+       for n in (8, 32, 64)},
+    "compact32_copy": ([Compact(32), Copy()], {"soft": True, "entries": 32}),
+    "compact32_copy_fitted": ([Compact(32), Copy(gate=FITTED)], {"soft": True, "entries": 32}),
+    "compact32_retrieve2_copy": ([Compact(32), Retrieve(2), Copy()],
+                                 {"soft": True, "entries": 32, "retrieved": 2}),
+}  # fmt: skip
 LONGER = {"window": lambda n: 0, "full": lambda n: n * CHUNK, "longer_same_slots": lambda n: 8 * n,
+          "longer_same_slots_at32": lambda n: 32 * n,
           "longer_same_slots_at128": lambda n: 128 * n, "longer_same_slots_retrieve2": lambda n: 1024,
           "longer_same_slots_retrieve4": lambda n: 2048}  # fmt: skip
 OTHERS = {"shuffled", "mean_pool", "retrieve2_oracle", "full_copy"}
@@ -124,7 +133,8 @@ def test_arms_differ_but_for_those_that_are_one(said):
     """An arm that read by another's gate, scorer or window would equal it."""
     losses = {name: said(name, 9).log_probabilities for name in ARMS if name not in ("retrieve2_oracle",)}
     equal = {pair for pair in itertools.combinations(losses, 2) if np.allclose(*(losses[n] for n in pair), atol=1e-5)}
-    assert equal == {("copy", "copy_generated"), ("best", "soft_retrieve2_copy")}
+    unmeasured = {(f"compact{n}", f"compact{n}_equal") for n in (8, 32, 128)}  # nobody knows this host's layers
+    assert equal == {("copy", "copy_generated"), ("best", "soft_retrieve2_copy"), *unmeasured}
     hits = [said(name, 9).right.mean() for name in ("copy", "copy_fitted")]
     assert all(0 < share < 1 for share in hits)  # else greedy hits would prove nothing
 
@@ -254,7 +264,7 @@ def test_what_is_missing_is_said(reader, capsys):
         "soft", "shuffled", "copy_rebuilt", "soft_copy", "soft_retrieve2_copy"
     }  # fmt: skip
     fitted = {name for name, lack in need.items() if lack.startswith("a gate")}
-    assert fitted == {"copy_fitted", "retrieve2_copy_fitted", "retrieve4_copy_fitted"}
+    assert fitted == {"copy_fitted", "retrieve2_copy_fitted", "retrieve4_copy_fitted", "compact32_copy_fitted"}
     assert bare.readable(["copy", "soft", "copy_fitted", "full"]) == ["copy", "full"]
     assert capsys.readouterr().out.splitlines() == [
         "soft: left out, expected a crouter",
