@@ -15,6 +15,7 @@ from .cache.policy import ContextPolicy
 from .cache.prefill import prefill
 from .errors import InputError
 from .hosts.devices import input_device
+from .hosts.pair_probe import check_pairs
 from .hosts.probe import check_reading
 from .hosts.rope import rope_switch
 from .types import Opening, Row, ScoreState
@@ -75,6 +76,8 @@ def score_last(
     if min(lasts) < 1 or max(lasts) >= width - max(pads):
         raise InputError(f"last: expected 1 to {width - max(pads) - 1} (tokens of a row but one), got {last}")
     check_reading(host)
+    if policy.true_positions:
+        check_pairs(host)
     for ids, pad, n in zip(input_ids, pads, lasts, strict=True):
         prompt = width - pad - n
         prefix = policy.raw_prefix(ids[pad:], prompt) if width - pad - 1 >= policy.fewest else 0

@@ -18,6 +18,7 @@ from ..cache.capacity import check_length
 from ..cache.kv_cache import CompressedCache
 from ..cache.policy import ContextPolicy
 from ..errors import InputError
+from ..hosts.pair_probe import check_pairs
 from ..hosts.probe import check_reading
 from ..utils.batching import left_pads
 from .call import Call
@@ -65,6 +66,8 @@ def decide(host: Any, call: Call, config: GenerationConfig, inputs: dict[str, An
     if serves:
         check_reading(host)
     if call.compresses:
+        if policy.true_positions:
+            check_pairs(host)
         for length, ids in rows:
             check_length(host, policy, _prefix(policy, length, ids), length, new - 1)
 

@@ -35,6 +35,7 @@ class Attention:
         queries: `[B, query heads, T, D]`, rotated where the host rotates them.
         keys: of all slots, `[B, heads, S, D]`; of the last `T` as well.
         values: likewise.
+        outputs: what it gave, `[B, T, query heads, D]`.
         scaling: factor on the products of queries and keys.
         softcap: a product s becomes `softcap * tanh(s / softcap)`; None: it stays.
         sinks: a logit beside the products that takes attention but has no value, `[query heads]`; None: there is none.
@@ -44,9 +45,19 @@ class Attention:
     queries: torch.Tensor
     keys: torch.Tensor
     values: torch.Tensor
+    outputs: torch.Tensor
     scaling: float
     softcap: float | None = None
     sinks: torch.Tensor | None = None
+
+
+def sliding_layers(host: Any) -> tuple[bool, ...]:
+    """Which layers of a host attend to a sliding window alone; one a layer."""
+    config = host.config.get_text_config(decoder=True)
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None:
+        return (getattr(config, "sliding_window", None) is not None,) * config.num_hidden_layers
+    return tuple(kind == "sliding_attention" for kind in kinds)
 
 
 MaskOf = Callable[[int, int], torch.Tensor | None]
@@ -117,7 +128,8 @@ def _wrap(name: str) -> None:
         count, before = _WRAPPED.get(name, (0, None))
         if not count:
             before = ALL_ATTENTION_FUNCTIONS._local_mapping.get(name)
-            ALL_ATTENTION_FUNCTIONS[name] = _meeting(before if name == EAGER else ALL_ATTENTION_FUNCTIONS[name])
+            plain = before if name == EAGER else ALL_ATTENTION_FUNCTIONS[name]
+            ALL_ATTENTION_FUNCTIONS[name] = _meeting(plain, name == EAGER)
         _WRAPPED[name] = count + 1, before
 
 
@@ -132,7 +144,7 @@ def _unwrap(name: str) -> None:
             del ALL_ATTENTION_FUNCTIONS[name]  # of the local table, where the wrapper stood before the shared one
 
 
-def _meeting(plain: Callable | None) -> Callable:
+def _meeting(plain: Callable | None, eager: bool) -> Callable:
     def attention(
         module: Any,
         query: torch.Tensor,
@@ -152,12 +164,17 @@ def _meeting(plain: Callable | None) -> Callable:
             return function(module, query, key, value, attention_mask, *args, **kwargs)
         if block.mask_of is not None:
             attention_mask = block.mask_of(module.layer_idx, key.shape[2])
+            if attention_mask is not None:
+                attention_mask = attention_mask.to(query.device)  # of a host spread over several
+            elif eager:  # some families' own expect one
+                attention_mask = query.new_zeros(1, 1, query.shape[2], key.shape[2])
         result = function(module, query, key, value, attention_mask, *args, **kwargs)
         if block.seen is not None:
             scaling = kwargs.get("scaling")
             scaling = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
-            softcap, sinks = kwargs.get("softcap"), kwargs.get("s_aux")
-            block.seen(Attention(module.layer_idx, query, key, value, scaling, softcap, sinks))
+            # which eager attention alone knows of; sdpa is given them by some families, and leaves them out
+            softcap, sinks = (kwargs.get(name) if eager else None for name in ("softcap", "s_aux"))
+            block.seen(Attention(module.layer_idx, query, key, value, result[0], scaling, softcap, sinks))
         return result
 
     return attention

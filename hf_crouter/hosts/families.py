@@ -1,19 +1,23 @@
 """Families of hosts: what was tried of each, or why it is refused.
 
-The one list: it feeds the tests (`tests/hosts/test_families.py` runs nine checks on a tiny random host of each), the
-table in `docs/hosts.md`, `hf-crouter doctor` and the text of refusals. A family that is not in it is tried against the
-plain host at first use (`probe.py`).
+The one list: it feeds the tests (`tests/hosts/test_families.py` runs nine checks on a tiny random host of each, and
+one more where `Compact` can read it), the table in `docs/hosts.md`, `hf-crouter doctor` and the text of refusals. A
+family that is not in it is tried against the plain host at first use (`probe.py`).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import transformers
 from packaging.version import Version
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from ..errors import InputError
+from .attention import EAGER, sliding_layers
 
 CHECKS = (
     "short prompts are bit-identical",
@@ -40,6 +44,7 @@ class Family:
         note: what a user should know.
         refused: why; empty for a family that is served.
         since: the transformers in which the plain host reads right; before, it is tried like an unknown family.
+        compact: why its key-value pairs cannot be compacted; empty where they can, or where it is refused anyway.
     """
 
     name: str
@@ -48,6 +53,7 @@ class Family:
     note: str = ""
     refused: str = ""
     since: str = ""
+    compact: str = ""
 
 
 _PADDED, _DRAFTS, _STATIC = 5, 6, 7
@@ -82,8 +88,43 @@ _IMAGES = _names("""
 _TEXT_ALONE = "text alone: a call with images is refused where something would be compressed"
 _LOOKS_UP = "its layers look token ids up: no soft prompts"
 
+_RECURRENT = "has recurrent layers, for whose states no pairs can stand"
+_HIDES = "hides its queries in attention of its own"
+_ALIBI = "hides its queries in attention of its own, with ALiBi"
+_LATENTS = "caches latents, and makes its keys of them at every step"
+_INDEX = "chooses by an index what its layers attend to"
+_CHUNKED = "has layers that attend within chunks"
+_NO_PAIRS = {
+    **dict.fromkeys(_names("codegen doge falcon gpt_neo gpt_neox_japanese gptj xglm"), _HIDES),
+    **dict.fromkeys(_names("bloom mpt"), _ALIBI),
+    **dict.fromkeys(
+        _names("axk1 deepseek_v2 deepseek_v3 glm4_moe_lite kimi_k25 longcat_flash minicpm3 youtu"), _LATENTS
+    ),
+    **dict.fromkeys(
+        _names("axk2 deepseek_v32 dots3_note_text glm_moe_dsa hy_v4 minimax_m3_vl_text qwen4_exp qwen4_exp_text"),
+        _INDEX,
+    ),
+    **dict.fromkeys(_names("lfm2_vl qwen3_5 qwen3_5_moe"), _RECURRENT),
+    **dict.fromkeys(_names("inkling2_text inkling_text"), "adds a bias to its products, and has recurrent layers"),
+    **dict.fromkeys(_names("llama4 llama4_text"), _CHUNKED),
+    "deepseek_v4": "compresses its older keys itself",
+    "diffllama": "attends twice in each layer, each time to half of its values",
+    "gemma3n_text": "has layers that read the keys of others",
+    "hrm_text": "reads through its layers more than once",
+    "jetmoe": "repeats its keys for experts after it has cached them",
+    "mllama": "passes over its layers of cross-attention in a text alone",
+    "moshi": "has a cache that slides in every layer, though its attention does not",
+}
+
+
+def _why_not_compact(family: Family) -> str:
+    if family.refused:
+        return ""
+    return _NO_PAIRS.get(family.name, _RECURRENT if family.kind == "hybrid" else "")
+
+
 FAMILIES: dict[str, Family] = {
-    family.name: family
+    family.name: replace(family, compact=_why_not_compact(family))
     for family in (
         *(Family(name) for name in _ATTENTION),
         *(Family(name, "hybrid", (_DRAFTS,)) for name in _HYBRID),
@@ -144,3 +185,42 @@ def check_family(host: Any) -> None:
         raise InputError(
             f"host: expected a decoder whose past can be read compressed, got {type(host).__name__}, which {why}"
         )
+
+
+def check_compact(host: Any) -> None:
+    """Refuses a host whose key-value pairs cannot be compacted: what its layers attend to must stand in its cache.
+
+    Raises:
+        InputError: names the host and why.
+    """
+    name, attention = type(host).__name__, host.config.get_text_config(decoder=True)._attn_implementation
+    why = next(_no_pairs(host), "")
+    if why:
+        raise InputError(f"host: expected one whose key-value pairs can be compacted, got {name}, which {why}")
+    if attention not in (EAGER, "sdpa"):
+        raise InputError(
+            f"host: expected sdpa or eager attention to compact key-value pairs, got {attention} in {name}"
+        )
+
+
+def _no_pairs(host: Any) -> Iterator[str]:
+    """Why pairs of a host cannot be compacted: what is known of its family, and what its configuration says."""
+    config = host.config.get_text_config(decoder=True)
+    for family in (family_of(host), family_of(config)):
+        if family is not None and family.compact:
+            yield family.compact
+    if getattr(config, "kv_lora_rank", None):
+        yield _LATENTS
+    if getattr(config, "num_kv_shared_layers", None):
+        yield "has layers that read the keys of others"
+    caches = DynamicCache(config=config)
+    if any(caches.is_linear):
+        yield _RECURRENT
+    kinds = sorted({*(getattr(config, "layer_types", None) or ())} - {"full_attention", "sliding_attention"})
+    if kinds:
+        yield f"has layers of the kind {kinds[0]!r}"
+    others = {type(layer) for layer in caches.layers} - {DynamicLayer, DynamicSlidingWindowLayer}
+    if others:
+        yield f"keeps {min(other.__name__ for other in others)} in its cache"
+    if all(sliding_layers(host)):
+        yield "has no layer that looks further back than its sliding window"

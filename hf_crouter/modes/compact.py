@@ -11,6 +11,7 @@ from ..compressors.compact import PairSelector
 from ..compressors.layer_budgets import LayerBudgets, find_layer_budgets
 from ..errors import InputError
 from ..fitting import HostInUse
+from ..hosts.families import check_compact
 from ..types import Contribution, Fitted, Parts, Setting
 
 
@@ -60,6 +61,7 @@ class Compact:
             InputError: a file of budgets that is damaged.
             MismatchError: budgets of another host.
         """
+        check_compact(setting.host)
         slides = sliding_layers(setting.host)
         budgets, fits = self._budgets(setting)
         if budgets is None:

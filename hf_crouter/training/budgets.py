@@ -25,6 +25,7 @@ from ..data.tokens import TokenArray
 from ..errors import InputError
 from ..hosts.devices import input_device
 from ..hosts.fingerprint import host_architecture, host_fingerprint
+from ..hosts.pair_probe import check_pairs
 from ..hosts.unwrap import display_name
 from ..scoring import read_on
 from ..utils.progress import Progress
@@ -165,9 +166,10 @@ def measure_budgets(host: Any, tokenizer: Any, arguments: BudgetArguments) -> La
         arguments: see there.
 
     Raises:
-        InputError: data is missing, or no document is long enough.
+        InputError: data is missing, no document is long enough, or a host whose pairs cannot be compacted.
     """
     arguments.check()
+    check_pairs(host)
     tokens = TokenArray.load(Path(arguments.data) / "train.safetensors")
     shape = WindowShape(chunks=arguments.chunks, window=arguments.window, target=arguments.target)
     windows = document_windows(tokens, shape, arguments.documents, arguments.seed)

@@ -1,14 +1,17 @@
-"""Nine checks of a host, each against something that shares no code with the package."""
+"""Nine checks of a host, each against something that shares no code with the package; and one of compacted pairs."""
 
 import torch
 
+from hf_crouter.history import CompressedHistory
+from hf_crouter.hosts.attention import attention_met
 from hf_crouter.hosts.families import family_of, looks_ids_up
-from hf_crouter.modes import Copy
+from hf_crouter.modes import Compact, Copy
 
 from .. import reference
 from ..histories import PREFIX, WINDOW, make, run
 from ..modes.copying import eager_gate, expected_step
 from ..tiny import CHUNK, prompt, tiny_crouter
+from . import reference_compact as compact
 
 LENGTH, NEW = 45, 14  # one chunk more is compressed while decoding
 # whose own steps and whole forwards differ by more than others' in float32: recurrences and routing amplify rounding
@@ -133,3 +136,71 @@ CHECKS = (
     a_static_cache_gives_the_same,
     scores_equal_steps,
 )
+
+
+SLOTS, AT_ONCE = 4, 3  # chunks that the prompt of `COMPACTED` tokens has; one more leaves while decoding
+COMPACTED = PREFIX + WINDOW + AT_ONCE * CHUNK + CHUNK // 2
+
+
+def compacted(host, slots):
+    """A call with compacted pairs, one chunk a block; its ids, logits and cache."""
+    history = CompressedHistory(
+        host, tiny_crouter(), modes=[Compact(slots, budgets="equal", block=CHUNK)], window=WINDOW, keep_first=PREFIX
+    )
+    out = run(host, prompt(COMPACTED)[0], new=NEW, logits_processor=[history])
+    return out.sequences[0], torch.stack(out.logits)[:, 0], out.past_key_values
+
+
+@torch.no_grad()
+def pairs_are_compacted_and_read_right(host):
+    """In float64: the mode is to be judged, not rounding."""
+    host.double().set_experts_implementation("eager")
+    kept, chunks, _ = reference.pieces(COMPACTED + NEW - 1, PREFIX, CHUNK, WINDOW)
+    assert len(chunks) == AT_ONCE + 1
+    ids, logits, cache = compacted(host, SLOTS)
+    whole = list(range(COMPACTED))
+    close(compact.forward(host, ids, whole, {})[0], host(ids[None, whole], use_cache=False).logits[0].float(), host)
+    standing = compact.standing(cache, chunks)
+    assert sorted(standing) == [number for number, window in enumerate(compact.slides(host)) if window is None]
+    for step in range(NEW):
+        row = ids[: COMPACTED + step]
+        _, past, rest = reference.pieces(len(row), PREFIX, CHUNK, WINDOW)
+        expected, _ = compact.forward(host, row, kept + rest, compact.of_chunks(standing, len(past)))
+        close(logits[step], expected[-1], host)
+    pairs_are_the_chunks_own(host, ids, kept, chunks, standing)
+    if len(standing) == len(cache.layers):  # where layers slide, what leaves the window is gone in them
+        ids, logits, _ = compacted(host, CHUNK)
+        close(logits, host(ids[None], use_cache=False).logits[0, COMPACTED - 1 : -1].float(), host)
+    layers_give_what_their_shares_say(host, ids[:COMPACTED])
+
+
+def pairs_are_the_chunks_own(host, ids, kept, chunks, standing):
+    """Each stands among the keys and values of a slow reading of its chunk, as often as it is kept, in their order."""
+    prefix, raw = compact.forward(host, ids, kept, {})[1], None
+    for n, chunk in enumerate(chunks):
+        together = 0 < n < AT_ONCE  # the chunk before is raw while this one is read
+        known = compact.of_chunks(standing, n - 1 if together else n)
+        parts = [prefix, known, *([raw] if together else [])]
+        given = {layer: compact.joined(*(part[layer] for part in parts if layer in part)) for layer in prefix}
+        raw = compact.forward(host, ids, chunk, given)[1]
+        for layer, (owner, pairs) in standing.items():
+            assert int((owner == n).sum()) == SLOTS
+            for head in range(len(pairs.keys)):
+                apart = torch.cdist(pairs.keys[head, owner == n], raw[layer].keys[head])
+                apart += torch.cdist(pairs.values[head, owner == n], raw[layer].values[head])
+                places = apart.argmin(1).tolist()
+                assert apart.amin(1).max() < 1e-4 and places == sorted({*places})
+
+
+def layers_give_what_their_shares_say(host, ids):
+    """What decides over pairs, shares of attention by what a layer shows, is what its output was made by."""
+    shown, at = [], torch.arange(len(ids))
+    with attention_met(host, seen=shown.append):
+        host(ids[None], use_cache=False)
+    assert [one.layer for one in shown] == list(range(len(shown)))
+    for one, window in zip(shown, compact.slides(host), strict=True):
+        seen = compact.seen_by(at, compact.tokens(one.keys[0], one.values[0], at.tolist()), window)
+        expected = compact.attend(
+            one.queries[0], one.keys[0], one.values[0], seen, one.scaling, one.softcap, one.sinks
+        )
+        torch.testing.assert_close(one.outputs[0].double(), expected, atol=1e-4, rtol=0)

@@ -1,4 +1,4 @@
-"""Every family of `hosts/families.py`: nine checks of a tiny random host, or its refusal."""
+"""Every family of `hosts/families.py`: nine checks of a tiny random host and one with `Compact`, or its refusals."""
 
 import pytest
 import torch
@@ -11,11 +11,11 @@ from hf_crouter.history import CompressedHistory
 from hf_crouter.hosts import probe
 from hf_crouter.hosts.families import CHECKS as TITLES
 from hf_crouter.hosts.families import FAMILIES, family_of, is_tested
-from hf_crouter.modes import Retrieve
+from hf_crouter.modes import Compact, Retrieve
 
 from ..histories import PREFIX, WINDOW, assert_matches_reference, make, run
 from ..tiny import prompt, tiny_crouter, tiny_host
-from .family_checks import CHECKS
+from .family_checks import CHECKS, pairs_are_compacted_and_read_right
 from .tiny_families import IMAGE, TEXT, VARIANTS, tiny_family
 
 torch.set_num_threads(1)
@@ -28,6 +28,8 @@ SERVED = [name for name, family in LISTED.items()
           if family is not None and not family.refused and Version(family.since or "0") <= HERE]  # fmt: skip
 MISREAD = [name for name, family in LISTED.items() if family is not None and Version(family.since or "0") > HERE]
 REFUSED = [name for name, family in LISTED.items() if family is not None and family.refused]
+NOT_COMPACTED = [name for name in SERVED if LISTED[name].compact]
+LOOKING_BACK = {"mistral": {"sliding_window": None}}  # tiny hosts all of whose layers slide otherwise
 IMAGE_ID = 2  # that stands for a picture in prompts of tiny hosts
 QUICK = ("llama", "qwen2", "gemma3_text", "phi3", "gpt_neox", "bloom", "lfm2", "deepseek_v3", "qwen2_vl")
 
@@ -58,9 +60,11 @@ def one_of_each_kind():
 
 
 def pytest_generate_tests(metafunc):
-    if metafunc.function is test_other_families:
+    if metafunc.function in (test_other_families, test_other_families_compacted):
         some = metafunc.config.getoption("one_of_each_kind")
-        metafunc.parametrize("name", one_of_each_kind() if some else [name for name in SERVED if name not in QUICK])
+        names = one_of_each_kind() if some else [name for name in SERVED if name not in QUICK]
+        compacted = metafunc.function is test_other_families_compacted
+        metafunc.parametrize("name", [name for name in names if not (compacted and LISTED[name].compact)])
 
 
 # what a variant of a family does not pass as a plain host
@@ -117,6 +121,31 @@ def test_usual_families(name, number):
 @pytest.mark.parametrize("number", range(9), ids=[check.__name__ for check in CHECKS])
 def test_other_families(name, number):
     checked(name, number)
+
+
+def check_compacted(name):
+    changes = LOOKING_BACK.get(name)
+    pairs_are_compacted_and_read_right(HOSTS[name]() if changes is None else tiny_family(name, **changes))
+
+
+@pytest.mark.parametrize("name", [name for name in QUICK if name not in NOT_COMPACTED])
+def test_usual_families_compacted(name):
+    check_compacted(name)
+
+
+@pytest.mark.families
+def test_other_families_compacted(name):
+    check_compacted(name)
+
+
+@pytest.mark.parametrize("name", NOT_COMPACTED)
+def test_families_that_are_not_compacted(name):
+    host = HOSTS[name]()
+    cls = type(host)
+    with pytest.raises(InputError, match=f"pairs can be compacted, got {cls.__name__}, which ") as error:
+        CompressedHistory(host, modes=[Compact()])
+    assert LISTED[name].compact in str(error.value) and "\n" not in str(error.value)
+    assert type(host) is cls
 
 
 @pytest.mark.parametrize("name", REFUSED)
