@@ -13,10 +13,10 @@ _BLOCK = re.compile(r"(<!-- families: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def served_table() -> list[str]:
-    """Families that are served, by kind: how many checks each passes, and what to know."""
-    lines = ["| family (`model_type`) | layers | checks | to know |", "| --- | --- | --- | --- |"]
+    """Families that are served, by kind: how many checks each passes, whether `Compact` reads it, what to know."""
+    lines = ["| family (`model_type`) | layers | checks | `Compact` | to know |", "| --- | --- | --- | --- | --- |"]
     families = sorted((f for f in FAMILIES.values() if not f.refused), key=lambda f: (f.kind, f.name))
-    return [*lines, *(f"| {f.name} | {f.kind} | {_passed(f)} | {f.note} |" for f in families)]
+    return [*lines, *(f"| {f.name} | {f.kind} | {_passed(f)} | {_compact(f)} | {f.note} |" for f in families)]
 
 
 def refused_table() -> list[str]:
@@ -38,6 +38,10 @@ def rewrite_page(text: str) -> str:
     if set(names) != set(TABLES) or len(_BLOCK.findall(text)) != len(names):
         raise InputError(f"expected <!-- families: {' / '.join(TABLES)} --> with an <!-- end --> each, got {names}")
     return _BLOCK.sub(lambda found: "\n".join([found[1], *TABLES[found[2]](), "", found[3]]), text)
+
+
+def _compact(family: Family) -> str:
+    return f"no: {family.compact}" if family.compact else "yes"
 
 
 def _passed(family: Family) -> str:

@@ -26,6 +26,7 @@ from ..hosts.families import CHECKS, check_family, family_of, is_tested
 from ..hosts.fetch import cached_host, list_hosts
 from ..hosts.fingerprint import host_fingerprint
 from ..hosts.loading import load_host
+from ..hosts.pair_probe import check_pairs
 from ..hosts.probe import check_reading
 from ..ngram.gate import find_gate
 from ..routing.calibration import load_calibration, reconstruction_grade
@@ -121,7 +122,10 @@ def parts(host_name: str | None, crouter_name: str | None) -> Iterator[Check]:
             return
         host, host_tokenizer = load_host(name, dtype=torch.bfloat16)
         yield Check("host", "ok", f"{host.config._name_or_path}, {type(host).__name__}, {host_fingerprint(host)[:8]}")
-        yield family_check(host)
+        family = family_check(host)
+        yield family
+        if family.status == "ok":
+            yield compact_check(host)
     except InputError as error:
         yield Check("host", "fail", str(error), f"hf-crouter host get {DEFAULT_HOST} --force, or name another host")
     if crouter is None or host is None:
@@ -183,6 +187,16 @@ def family_check(host: PreTrainedModel) -> Check:
     return Check(
         "family", "ok", f"{family.name}: passes {checks} of {len(CHECKS)} checks{family.note and ', '}{family.note}"
     )
+
+
+def compact_check(host: PreTrainedModel) -> Check:
+    """Whether `Compact` reads such a host, or why not."""
+    try:
+        check_pairs(host)
+    except InputError as error:
+        return Check("compact", "warn", str(error), "read it by other modes, such as --retrieve 2")
+    tried = "" if is_tested(host) else ", tried on a short text"
+    return Check("compact", "ok", f"{host.config.model_type}: key-value pairs can be compacted{tried}")
 
 
 def crouter_checks(crouter: CRouterModel, tokenizer: PreTrainedTokenizerBase, name: str | None) -> Iterator[Check]:

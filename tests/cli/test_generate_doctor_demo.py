@@ -21,6 +21,7 @@ from hf_crouter.ngram.gate import Gate, GateConfig
 from hf_crouter.routing.calibration import Calibration
 
 from .. import tiny
+from ..hosts.tiny_families import tiny_family
 from ..routing.trained_experts import trained_set
 from ..trained_crouter import TEXT, make_tokenizer
 from ..twins import TOKENIZER
@@ -189,8 +190,9 @@ def test_doctor_finds_that_all_fits(pair, capsys):
     Calibration.fit([99.0] * 100, 3, fingerprint).save(pair[0])
     found = checks(capsys, words("doctor", pair), 0)
     assert {"python", "torch", "transformers", "device", "crouter", "calibration", "host", "tokenizers",
-            "family", "projector", "gate"} <= set(found)  # fmt: skip
+            "family", "compact", "projector", "gate"} <= set(found)  # fmt: skip
     assert "passes 9 of 9 checks" in found["family"]["detail"]
+    assert "pairs can be compacted" in found["compact"]["detail"]
     assert "generic" in found["gate"]["detail"]
     assert all(check["status"] == "ok" for check in found.values()), found
     assert main(words("doctor", pair)) == 0
@@ -205,6 +207,16 @@ def test_doctor_names_what_does_not_fit(pair, tmp_path, capsys):
     assert found["projector"]["advice"].startswith("hf-crouter align --host")
     found = checks(capsys, words("doctor", (tmp_path / "absent", tmp_path / "absent")), 1)
     assert found["crouter"]["status"] == found["host"]["status"] == "fail" and "projector" not in found
+
+
+def test_doctor_tells_which_hosts_are_not_compacted(pair, capsys, monkeypatch):
+    module = importlib.import_module("hf_crouter.cli.doctor")
+    host = tiny_family("gptj")
+    monkeypatch.setattr(module, "load_host", lambda name, **options: (host, load_host(pair[1])[1]))
+    found = checks(capsys, words("doctor", pair), 1)  # the projector is of another host
+    assert found["family"]["status"] == "ok" and found["compact"]["status"] == "warn"
+    assert "got GPTJForCausalLM, which hides its queries" in found["compact"]["detail"]
+    assert "--retrieve 2" in found["compact"]["advice"]
 
 
 def test_doctor_checks_versions_and_warns_of_a_missing_host(crouter, capsys, monkeypatch):
