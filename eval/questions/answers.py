@@ -18,7 +18,7 @@ import torch
 
 from eval.arms import GENERATING, Reader
 from eval.arrays import shard_of
-from eval.questions.prompts import LENGTHS, MADE, SETS, Question, build, is_right, load, save
+from eval.questions.prompts import LENGTHS, MADE, SETS, Question, asked_at, build, is_right, load, save
 from eval.results import host_key, host_note, provenance, write_result
 from eval.statistics import mean_with_interval
 from hf_crouter.crouter.loading import load_crouter
@@ -28,31 +28,39 @@ from hf_crouter.hosts.loading import load_host, load_host_tokenizer
 from hf_crouter.utils.io import write_json
 from hf_crouter.utils.progress import Progress
 
-ARMS = ("window", "full", "retrieve2", "retrieve4", "copy", "best", "retrieve2_copy", "retrieve4_copy", "retrieve8")
+ARMS = ("window", "full", "retrieve2", "retrieve4", "compact64", "compact32_retrieve2", "compact64_retrieve2",
+        "compact32", "copy", "best", "retrieve2_copy", "retrieve4_copy", "retrieve8")  # fmt: skip
 MADE_BY = "made.json"  # where the answers were collected
 NOTES = (
     "accuracy: share of greedy answers of at most 16 tokens in which one of the known answers stands, whole words, "
     "without case, punctuation and articles. slots: most positions in the cache. xquad: odd English paragraphs of "
     "XQuAD (even ones served to choose the retriever's constants), each asked about once; nq: Natural Questions with "
     "their gold passage; other passages fill the prompt, none of which holds an answer. The system turn stays raw. "
+    "Ways with a history read the passages in a call of their own; the question comes in a second one. "
     "Intervals: bootstrap, clustered by passage. <method>.at<t>: kvpress on the whole prompt, question included."
 )
 
 
 def answer(reader: Reader, arm: str, questions: Sequence[Question]) -> tuple[list[list[int]], list[int]]:
-    """Greedy answers of an arm, token ids, and the most slots of each row."""
-    width = max(len(question.ids) for question in questions)
-    ids = torch.tensor([[0] * (width - len(q.ids)) + q.ids for q in questions])
-    mask = torch.tensor([[0] * (width - len(q.ids)) + [1] * len(q.ids) for q in questions])
+    """Greedy answers of an arm, token ids, and the most slots of each row.
+
+    With a history the passages are read in a call of their own, and the question is asked in a second one on its
+    cache: what was compressed was so before the question was known.
+    """
     history = reader.history(arm)
     pad = reader.tokenizer.pad_token_id
-    options: dict[str, Any] = {"logits_processor": [history]} if history is not None else {}
+    options = {"do_sample": False, "pad_token_id": pad if pad is not None else reader.tokenizer.eos_token_id}
     try:
         with torch.inference_mode():
-            out = reader.host.generate(
-                input_ids=ids.to(reader.host.device), attention_mask=mask.to(reader.host.device), do_sample=False,
-                max_new_tokens=MADE, pad_token_id=pad if pad is not None else reader.tokenizer.eos_token_id, **options,
-            )  # fmt: skip
+            if history is not None:
+                options |= {"logits_processor": [history]}
+                before = [question.ids[: asked_at(question, reader.tokenizer)] for question in questions]
+                read = reader.host.generate(
+                    **_padded(before, reader.host), max_new_tokens=1, return_dict_in_generate=True, **options
+                )
+                options["past_key_values"] = read.past_key_values
+            inputs = _padded([question.ids for question in questions], reader.host)
+            out = reader.host.generate(**inputs, max_new_tokens=MADE, **options)
         slots = [out.shape[1] - 1] * len(questions)
         if history is not None:
             peak = history.report(measure=False).peak_slots
@@ -60,7 +68,15 @@ def answer(reader: Reader, arm: str, questions: Sequence[Question]) -> tuple[lis
     finally:
         if history is not None:
             history.detach()
-    return out[:, ids.shape[1] :].tolist(), slots
+    return out[:, inputs["input_ids"].shape[1] :].tolist(), slots
+
+
+def _padded(rows: Sequence[Sequence[int]], host: Any) -> dict[str, torch.Tensor]:
+    """`input_ids` and `attention_mask` `[B, T]`, padded at the left."""
+    width = max(map(len, rows))
+    ids = torch.tensor([[0] * (width - len(row)) + list(row) for row in rows])
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    return {"input_ids": ids.to(host.device), "attention_mask": mask.to(host.device)}
 
 
 def run_prepare(args: argparse.Namespace) -> None:

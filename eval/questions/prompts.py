@@ -96,6 +96,19 @@ def _ids(tokenizer: Any, question: str, texts: Sequence[str]) -> list[int]:
     return tokenizer.apply_chat_template([turn], add_generation_prompt=True, tokenize=True, return_dict=False)
 
 
+def asked_at(question: Question, tokenizer: Any) -> int:
+    """Tokens of a prompt before the question.
+
+    Raises:
+        InputError: the prompt holds no question as `build` writes them, or was made with another tokenizer.
+    """
+    mark = tokenizer.encode("Question:", add_special_tokens=False)
+    for at in range(len(question.ids) - len(mark), 0, -1):
+        if question.ids[at : at + len(mark)] == mark:
+            return at
+    raise InputError("questions: expected prompts of this host's tokenizer that end with a question, got one without")
+
+
 def _plain(text: str) -> str:
     words = re.sub(rf"[{re.escape(string.punctuation)}]", " ", text.lower()).split()
     return f" {' '.join(word for word in words if word not in ('a', 'an', 'the'))} "

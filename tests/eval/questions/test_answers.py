@@ -166,6 +166,37 @@ def test_answers_are_what_score_calls_greedy(data, tokenizer, host, arm):
         history.detach()
 
 
+def test_passages_are_read_before_the_question_is_known(data, host, tokenizer, monkeypatch):
+    """Two questions about the same passages find the same pairs, made in the first call and not anew."""
+    made = build(data, "nq", tokenizer, LENGTH, 1, seed=3)[0]
+    at = answers.asked_at(made, tokenizer)
+    assert tokenizer.decode(made.ids[at:]).startswith("Question: ")
+    asked = tokenizer.encode("Question: and what else?", add_special_tokens=False)
+    other = answers.Question([*made.ids[:at], *asked, *made.ids[-4:]], made.prefix, ["x"], "x")
+    loaded, _ = load_host(host)
+    reader = Reader(loaded, tokenizer, window=256, keep_first="auto")
+    kept, generate = [], type(loaded).generate
+
+    def seen(self, *args, **options):
+        out = generate(self, *args, return_dict_in_generate=True, **{k: v for k, v in options.items()
+                                                                     if k != "return_dict_in_generate"})  # fmt: skip
+        cache = out.past_key_values
+        kept.append((len(cache.rows[0].chunks), cache.rows[0].chunks[0].entries, cache.pairs_of_row(0, 0)[0].clone()))
+        return out if "past_key_values" not in options else out.sequences
+
+    monkeypatch.setattr(type(loaded), "generate", seen)
+    for question in (made, other):
+        answers.answer(reader, "compact32", [question])
+    (count, first, pairs), (_, again, later), (_, _, others), _ = kept
+    assert count >= 3 and first is again
+    assert torch.equal(pairs, later[:, :, : pairs.shape[2]]) and torch.equal(pairs, others)
+
+
+def test_a_prompt_without_a_question_is_refused(tokenizer):
+    with pytest.raises(InputError, match="end with a question"):
+        answers.asked_at(answers.Question([5, 6, 7], 0, ["x"], "x"), tokenizer)
+
+
 @pytest.fixture
 def run(data, host, tmp_path, monkeypatch):
     monkeypatch.setattr(prompts, "LENGTHS", {"2k": LENGTH})
