@@ -30,7 +30,7 @@ DEEPER = 6  # tolerances by which what is cached after the first layer may diffe
 CARRIED = 4  # times that difference by which keys may differ more
 TINY = 1e-30  # a length that may be divided by
 
-_FOUND: weakref.WeakKeyDictionary[Any, tuple[torch.dtype, KeyRotation]] = weakref.WeakKeyDictionary()
+_FOUND: weakref.WeakKeyDictionary[Any, tuple[torch.dtype, KeyRotation | str]] = weakref.WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -80,8 +80,15 @@ class KeyRotation:
         """
         dtype, found = _FOUND.get(host, (None, None))
         if found is None or dtype != host.dtype:  # casting a host rounds its frequencies
-            found = cls(*_find(host))
+            try:
+                found = cls(*_find(host))
+            except InputError as error:
+                if error.__cause__ is not None:  # it may not have been the host's fault
+                    raise
+                found = str(error)
             _FOUND[host] = host.dtype, found
+        if isinstance(found, str):
+            raise InputError(found)
         return found
 
     def check(self, slots: int) -> None:
@@ -101,22 +108,22 @@ class KeyRotation:
 
         Args:
             keys: `[..., heads, n, D]`, as the layer has stored them, of a text that `check` accepts.
-            by: new position minus old one of each, `[n]` int64.
+            by: new position minus old one of each, int64, `[n]` or with more of the keys' axes before it.
             layer: number of the layer in the cache.
 
         Returns:
-            float32, of the same shape; not a copy where nothing is to be done.
+            float32 (float64 of such keys), of the same shape; not a copy where nothing is to be done.
 
         Raises:
             InputError: some are moved farther than the positions that `check` accepts.
         """
-        turn, keys = self.turns[layer], keys.float()
+        turn, keys = self.turns[layer], keys if keys.dtype == torch.float64 else keys.float()
         if turn is None:
             return keys
         if self.limit is not None and by.numel():
             self.check(int(by.abs().max()) + 1)
         place = torch.device("cpu") if keys.device.type == "mps" else keys.device  # which knows no float64
-        return turn.turned(keys, by.to(place, torch.float64)[:, None] * turn.frequencies.to(place))
+        return turn.turned(keys, by.to(place, torch.float64)[..., None] * turn.frequencies.to(place))
 
 
 def _find(host: Any) -> tuple[tuple[Turn | None, ...], int | None]:

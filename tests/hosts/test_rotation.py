@@ -202,6 +202,24 @@ def test_far_moves_are_not_rounded():
     assert torch.equal(keys, before)
 
 
+def test_heads_by_their_own_distances():
+    moves, generator = KeyRotation.of(tiny_host()), torch.Generator().manual_seed(0)
+    keys, by = torch.randn(4, 2, 3, 8, generator=generator), torch.tensor([[5, -9, 0], [100, 2, -30]])
+    moved = moves.moved(keys, by, 0)
+    assert moved.shape == keys.shape
+    for head in (0, 1):
+        assert torch.equal(moved[:, head], moves.moved(keys[:, head : head + 1], by[head], 0)[:, 0])
+    assert torch.equal(moves.moved(keys, torch.tensor(7), 0), moves.moved(keys, torch.full((3,), 7), 0))
+    assert torch.equal(moves.moved(keys, by[None].expand(4, -1, -1), 0), moved)
+
+
+def test_float64_stays_as_fine():
+    moves, keys = KeyRotation.of(tiny_host()), torch.randn(2, 3, 8, dtype=torch.float64)
+    there = moves.moved(keys, torch.tensor([100, -7, 3]), 0)
+    assert there.dtype == torch.float64
+    torch.testing.assert_close(moves.moved(there, torch.tensor([-100, 7, -3]), 0), keys, atol=1e-12, rtol=0)
+
+
 def test_near_the_last_of_many_positions():
     host = tiny_host(positions=131072)
     # a host rounds the angles themselves to float32, up to 0.008 here
@@ -259,6 +277,15 @@ def test_found_out_once_for_each_dtype_and_forgotten_with_the_host():
     del host, handle
     gc.collect()
     assert len(rotation._FOUND) == kept - 1
+
+
+def test_a_refusal_costs_one_forward():
+    host, calls = tiny_host("gpt2"), []
+    host.base_model.register_forward_hook(lambda *args: calls.append(1))
+    for _ in range(3):
+        with pytest.raises(InputError, match="caches more that depends"):
+            KeyRotation.of(host)
+    assert len(calls) == 1
 
 
 @pytest.mark.host
