@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from .cache.kv_cache import CompressedCache
 from .cache.policy import ContextPolicy
+from .cache.positions import key_positions
 from .cache.prefix import FirstTurn
 from .chunking import Chunker, SameTokenizerChunker, make_chunker
 from .crouter import CRouterModel
@@ -94,6 +95,7 @@ class CompressedHistory(HistoryProcessor):
                 router=bound.router,
                 adapters=bound.adapters,
                 adapters_key=bound.adapters_key,
+                positions=key_positions(self.host),
             )
         except BaseException:
             bound.close()

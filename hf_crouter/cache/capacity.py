@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from ..errors import CapacityError
+from ..errors import CapacityError, InputError
 from ..hosts.positions import max_positions
-from ..hosts.rope import rope_switch
+from ..hosts.rotation import KeyRotation
+from ..types import Row
 from .policy import ContextPolicy
+from .positions import key_positions, row_positions
 
 
 def capacity(host: Any, policy: ContextPolicy, prefix: int) -> int | None:
@@ -23,7 +26,7 @@ def capacity(host: Any, policy: ContextPolicy, prefix: int) -> int | None:
     """
     positions = _positions(host, policy)
     if positions and policy.true_positions:
-        return positions
+        return positions if _stuck(host) else max(positions, _compact_capacity(policy, prefix, positions))
     chunk = policy.chunker.chunk_length
     entries, raw = policy.most_entries, prefix + policy.window + chunk - 1
     retrieved = policy.retriever.chunks if policy.retriever is not None else 0
@@ -38,6 +41,33 @@ def capacity(host: Any, policy: ContextPolicy, prefix: int) -> int | None:
     return min(positions, raw) + chunks * chunk
 
 
+def _compact_capacity(policy: ContextPolicy, prefix: int, positions: int) -> int:
+    """Most tokens of a compact row: in no state, and in no read of its chunks, more slots than positions."""
+    chunk, window = policy.chunker.chunk_length, policy.window
+    retrieved = policy.retriever.chunks if policy.retriever is not None else 0
+
+    def slots(chunks: int) -> int:
+        raw = max(min(chunks, retrieved) * chunk + window + chunk - 1, 2 * chunk, chunk + window)
+        return prefix + chunks * policy.most_entries + raw
+
+    chunks = bisect.bisect_right(range(1, positions + 1), positions, key=slots)
+    return prefix + chunks * chunk + window + chunk - 1 if chunks else 0
+
+
+def read_block(policy: ContextPolicy, row: Row) -> int:
+    """Most tokens of a block that is read to make pairs; of two blocks and the window what follows fits as well.
+
+    Args:
+        policy: its rule.
+        row: with every chunk; one that is not compact has room for any block.
+    """
+    compressor: Any = policy.compressor
+    if policy.positions is None or not row.compact:
+        return compressor.block
+    room = policy.positions - (row.prefix or 0) - len(row.chunks) * policy.most_entries
+    return min(compressor.block, room // 2, room - policy.window)
+
+
 def check_length(host: Any, policy: ContextPolicy, prefix: int, prompt: int, new: int) -> None:
     """Refuses a row that will come to need more slots than the positions that the host was trained on.
 
@@ -49,39 +79,67 @@ def check_length(host: Any, policy: ContextPolicy, prefix: int, prompt: int, new
         new: tokens that will be read after it.
 
     Raises:
-        CapacityError: names the capacity in host tokens.
+        CapacityError: names the capacity in host tokens, and why the host's keys cannot be moved where they cannot.
     """
+    if policy.true_positions and prompt + new <= (_positions(host, policy) or prompt + new):
+        return  # what else fits costs a forward to know
     fits = capacity(host, policy, prefix)
     if fits is not None and prompt + new > fits:
-        raise CapacityError(f"{_fits(host, policy, prefix, fits)}, got a prompt of {prompt} and {new + 1} new ones")
+        stuck = _stuck(host) if policy.true_positions else ""
+        why = f"; keys stay at their positions: {stuck.removeprefix('host: ')}" if stuck else ""
+        expected = _fits(host, policy, prefix, fits)
+        raise CapacityError(f"{expected}, got a prompt of {prompt} and {new + 1} new ones{why}")
 
 
-def check_capacity(host: Any, policy: ContextPolicy, prefix: int, codes: Sequence[torch.Tensor]) -> None:
+def check_capacity(
+    host: Any, policy: ContextPolicy, prefix: int, rows: Sequence[Row], codes: Sequence[torch.Tensor]
+) -> None:
     """Refuses more slots than the positions that the host was trained on.
 
     Args:
         host: the plain host.
         policy: its rule.
         prefix: most raw tokens kept at the start of a row.
+        rows: one that has ended while others go on does not count.
         codes: of each row's slots.
 
     Raises:
         CapacityError: names the capacity in host tokens.
     """
     positions = _positions(host, policy)
+    if not positions:
+        return
     slots = max(len(row) for row in codes)
-    if positions and policy.true_positions:
-        slots = max(slots, *(int(row[-1]) + 1 for row in codes if len(row)))
+    if policy.true_positions:
+        own = (row_positions(row, some) for row, some in zip(rows, codes, strict=True) if row.end is None)
+        slots = max((int(some[-1]) + 1 for some in own if len(some)), default=0)
+    if slots > positions:
+        raise _too_many(host, policy, prefix, slots)
+
+
+def check_read(host: Any, policy: ContextPolicy, prefix: int, slots: int) -> None:
+    """Refuses to read chunks at positions that the host was not trained on; see `check_capacity`."""
+    positions = _positions(host, policy)
     if positions and slots > positions:
-        fits = capacity(host, policy, prefix) or positions
-        raise CapacityError(f"{_fits(host, policy, prefix, fits)}, got a history of {slots} slots")
+        raise _too_many(host, policy, prefix, slots)
+
+
+def _too_many(host: Any, policy: ContextPolicy, prefix: int, slots: int) -> CapacityError:
+    fits = capacity(host, policy, prefix) or _positions(host, policy) or slots
+    return CapacityError(f"{_fits(host, policy, prefix, fits)}, got a history of {slots} slots")
 
 
 def _positions(host: Any, policy: ContextPolicy) -> int | None:
-    """Positions that slots may take; keys at true ones are made once, so all under one set of rotary factors."""
-    positions = max_positions(host)
-    switch = rope_switch(host) if policy.true_positions else None
-    return min(positions, switch) if positions and switch else positions or switch
+    return key_positions(host) if policy.true_positions else max_positions(host)
+
+
+def _stuck(host: Any) -> str:
+    """Why a host's keys cannot be moved to other positions; empty where they can."""
+    try:
+        KeyRotation.of(host)
+    except InputError as error:
+        return str(error)
+    return ""
 
 
 def _fits(host: Any, policy: ContextPolicy, prefix: int, tokens: int) -> str:

@@ -10,7 +10,7 @@ a copy. `pairs.py` knows which stand where.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
@@ -19,9 +19,11 @@ from transformers import Cache, DynamicCache, StaticCache
 from transformers.cache_utils import DynamicLayer
 
 from ..errors import InputError
+from ..hosts.rotation import KeyRotation
 from ..types import BASE, Row
 from .layout import PAD, STALE, entry_chunk
 from .pairs import MadePairs, PairPlaces
+from .positions import pair_moves
 
 
 def is_recording(cache: Cache) -> bool:
@@ -81,26 +83,52 @@ class CompressedCache(Cache):
         """Slots of a layer's pairs."""
         return self.places.width(layer) if self.places is not None else 0
 
-    def add_pairs(self, made: MadePairs) -> None:
+    def add_pairs(self, made: MadePairs, move: Callable[[torch.Tensor, int], torch.Tensor] | None = None) -> None:
         """Puts pairs of new chunks behind those that stand there; all slots go.
 
         Layer after layer, so that no more than one layer's pairs are held twice.
 
         Args:
             made: emptied meanwhile.
+            move: gives the keys that stand there, `[B, heads, columns, D]`, at other positions, by layer.
         """
         recording = is_recording(self)
         before = self.places or PairPlaces.empty(len(self.rows), made.layers)
         old = [*self._start_anew(), *[None] * made.layers]
         self.places = before.extended(made.counts, self.room)
         for layer in range(made.layers):
-            keys, values = self.places.joined(layer, before, old[layer], made.take(layer))
-            old[layer] = None
+            standing, old[layer] = old[layer], None
+            if move is not None and standing is not None:
+                standing = move(standing[0], layer), standing[1]
+            keys, values = self.places.joined(layer, before, standing, made.take(layer))
+            standing = None
             if keys is not None and values is not None:
                 Cache.update(self, keys, values, layer)
         if recording:
             self.activate_past_recording()
         self._cut(0)
+
+    def move_pairs(self, rotation: KeyRotation, rows: Mapping[int, Row]) -> None:
+        """Moves the pairs of rows from true positions to compact ones, once; all slots go.
+
+        Args:
+            rotation: of the host.
+            rows: by their numbers, with what made their pairs; such as stand at compact positions are left out.
+        """
+        rows = {n: row for n, row in rows.items() if not self.rows[n].compact}
+
+        def move(keys: torch.Tensor, layer: int) -> torch.Tensor:
+            moved = keys.clone()
+            for n, row in standing.items():
+                by = pair_moves(row, layer)
+                some = keys[n, :, : by.shape[-1]]
+                moved[n, :, : by.shape[-1]] = rotation.moved(some, by, layer).to(keys.dtype)
+            return moved
+
+        standing = {n: row for n, row in rows.items() if self.rows[n].chunks}
+        if standing and self.places is not None and self.pair_slots:
+            self.add_pairs(MadePairs.none(self.places.layers), move)
+        self.rows = tuple(replace(row, compact=True) if n in rows else row for n, row in enumerate(self.rows))
 
     def drop_slots(self) -> None:
         """Empties all slots; pairs stay."""
@@ -206,8 +234,11 @@ class CompressedCache(Cache):
             chunks = row.chunks[:kept]
             layout[i, layout[i] >= shared] = STALE
             layout[i, (layout[i] < PAD) & (entry_chunk(layout[i]) >= kept)] = STALE
+            if row.compact and kept < len(row.chunks):  # all behind the prefix saw what is given up
+                layout[i, layout[i] >= (row.prefix or 0)] = STALE
             index = row.index if row.index is not None and kept >= len(row.index) else None
-            rows.append(Row(pad, row.prefix if chunks else None, chunks, index=index))
+            prefix, compact = (row.prefix, row.compact) if chunks else (None, False)
+            rows.append(Row(pad, prefix, chunks, index=index, compact=compact))
         self.rows, self.layout = tuple(rows), layout
         if self.places is not None:
             self.places = self.places.cut([len(row.chunks) for row in rows])

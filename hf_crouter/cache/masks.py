@@ -1,8 +1,9 @@
 """Masks and positions of a cache's slots, as a host's forward wants them.
 
-Without pairs slots are consecutive and the host makes its masks itself. With pairs tokens keep their positions and
-layers have keys of different numbers: each gets a mask of its own. A query sees the raw tokens before it (in a sliding
-layer those that are near) and the pairs of the chunks before it, but of no chunk that stands raw.
+Without pairs slots are consecutive and the host makes its masks itself. With pairs layers have keys of different
+numbers: each gets a mask of its own. A query sees the raw tokens before it (in a sliding layer those that are near)
+and the pairs of the chunks before it, but of no chunk that stands raw. In a compact row all pairs stand before the
+retrieved chunks, which see them too.
 """
 
 from __future__ import annotations
@@ -21,15 +22,9 @@ from ..hosts.devices import input_device
 from ..types import Row
 from .kv_cache import CompressedCache
 from .layout import PAD
+from .positions import key_positions, slot_positions
 
 STEP = 64  # most queries of a forward whose masks are kept
-
-
-def slot_positions(layout: torch.Tensor, true_positions: bool) -> torch.Tensor:
-    """Position of each slot, `[B, S]`: consecutive, or of its token; of padding any (0)."""
-    if true_positions:
-        return layout.clamp(min=0)
-    return ((layout != PAD).long().cumsum(1) - 1).clamp(min=0)
 
 
 def sliding_layers(host: Any) -> tuple[bool, ...]:
@@ -126,22 +121,26 @@ class LayerMasks:
         )
 
 
-def cache_masks(host: Any, cache: CompressedCache, columns: int, device: torch.device) -> LayerMasks:
+def cache_masks(
+    host: Any, cache: CompressedCache, positions: torch.Tensor, columns: int, device: torch.device
+) -> LayerMasks:
     """Masks of a forward over the last slots of a cache with pairs.
 
     Args:
         host: the plain host.
         cache: whose `layout` already holds these slots, though its layers do not.
+        positions: of all slots, `[B, S]`.
         columns: of the forward.
         device: of the host's inputs.
     """
     layout, places = cache.layout, cache.places
     assert places is not None
-    at = layout[:, layout.shape[1] - columns :]
+    first = layout.shape[1] - columns
+    at, own = layout[:, first:], positions[:, first:]
     order = torch.arange(layout.shape[1])
-    same = order[None] == order[layout.shape[1] - columns :, None]
-    raw = (layout != PAD)[:, None] & (order[None] <= order[layout.shape[1] - columns :, None])[None]
-    near = raw & (at[:, :, None] - layout[:, None] < _window(host))
+    same = order[None] == order[first:, None]
+    raw = (layout != PAD)[:, None] & (order[None] <= order[first:, None])[None]
+    near = raw & (own[:, :, None] - positions[:, None] < _window(host))
     raw, near = raw | same, near | same  # so that padding sees something
     return LayerMasks(
         host, _seen(cache.rows, at), places.owners, raw, near, device, fixed=isinstance(cache, StaticCache)
@@ -149,13 +148,13 @@ def cache_masks(host: Any, cache: CompressedCache, columns: int, device: torch.d
 
 
 def _seen(rows: tuple[Row, ...], at: torch.Tensor) -> torch.Tensor:
-    """Whether queries at these positions `[B, T]` see each chunk's pairs, `[B, T, C]`; of no chunk that stands raw."""
+    """Whether these tokens `[B, T]` of rows see each chunk's pairs, `[B, T, C]`; of no chunk that stands raw."""
     chunks = max(1, *(len(row.chunks) for row in rows))
     ends = torch.full((len(rows), chunks), torch.iinfo(torch.long).max)
     for number, row in enumerate(rows):
         for n, chunk in enumerate(row.chunks):
             if n not in row.retrieved:
-                ends[number, n] = chunk.end
+                ends[number, n] = row.prefix or 0 if row.compact else chunk.end
     return ends[:, None] <= at[:, :, None]
 
 
@@ -195,11 +194,11 @@ def mask_and_positions(
         Mask of all slots `[B, S]`, None without padding, or with pairs one a layer; and positions `[B, columns]`.
     """
     pairs = cache.places is not None
-    positions = slot_positions(cache.layout, pairs)
+    positions = slot_positions(cache.rows, cache.layout, pairs, key_positions(host))
     some = positions[:, positions.shape[1] - columns :]
     some = some.clone(memory_format=torch.contiguous_format).to(device)  # a changing stride would recompile every step
     if pairs:
-        return cache_masks(host, cache, columns, device), some
+        return cache_masks(host, cache, positions, columns, device), some
     real = cache.layout != PAD
     return None if bool(real.all()) else real.long().to(device), some
 

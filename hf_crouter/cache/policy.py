@@ -29,6 +29,7 @@ class ContextPolicy:
         router: finds the expert of every chunk and of the raw window; None without experts.
         adapters: the experts' adapters of the host, in the router's order.
         adapters_key: what tells these experts from others.
+        positions: that the host has for keys; a longer row with pairs is compact. None: every row stays at true ones.
     """
 
     window: int
@@ -39,6 +40,7 @@ class ContextPolicy:
     router: ChunkRouter | None = None
     adapters: Adapters | None = None
     adapters_key: tuple[str, ...] = ()
+    positions: int | None = None
 
     @property
     def most_entries(self) -> int:
@@ -47,7 +49,7 @@ class ContextPolicy:
 
     @property
     def true_positions(self) -> bool:
-        """Whether every token keeps its position, see `Compressor.block`."""
+        """Whether tokens keep their positions while these fit the host, see `Compressor.block`."""
         return self.compressor is not None and self.compressor.block > 0
 
     @property
@@ -79,6 +81,8 @@ class ContextPolicy:
         """Whether a row of so many tokens may compress a chunk, or choose chunks to stand raw, that it has not yet."""
         if row.prefix is None:
             return length >= self.fewest
+        if length >= self._compact_at(row):
+            return True
         rest, step = length - row.raw_start, self.chunker.step
         if row.pending is None and rest // step > row.probed // step:
             return True
@@ -88,7 +92,7 @@ class ContextPolicy:
         return self.retriever is not None and length // self.retriever.every > last // self.retriever.every
 
     def extend(self, row: Row, ids: torch.Tensor) -> Row:
-        """The row with every chunk that its tokens call for, entries not made yet.
+        """The row with every chunk that its tokens call for, entries not made yet, and whether it is compact.
 
         A chunk is compressed as soon as `window` tokens follow it.
 
@@ -98,6 +102,16 @@ class ContextPolicy:
         """
         if row.end is not None:
             ids = ids[: row.end]
+        row = self._chunked(row, ids)
+        return replace(row, compact=True) if len(ids) >= self._compact_at(row) else row
+
+    def _compact_at(self, row: Row) -> int:
+        """Tokens of a row from which on it is compact; no number where it is, has no chunks, or stays as it is."""
+        if self.positions is None or not self.true_positions or row.compact or not row.chunks:
+            return sys.maxsize
+        return self.positions + 1
+
+    def _chunked(self, row: Row, ids: torch.Tensor) -> Row:
         if row.prefix is None:
             if len(ids) < self.fewest:
                 return row
@@ -230,10 +244,16 @@ class ContextPolicy:
         return (row.prefix or 0) + entries + retrieved + length - row.raw_start
 
     def next_retrieval(self, row: Row, length: int) -> int:
-        """Tokens of the row, more than `length`, at which chunks are retrieved anew if none is compressed before."""
-        if self.retriever is None or not row.chunks:
+        """Tokens of the row, more than `length`, at which chunks are retrieved anew if none is compressed before.
+
+        Or at which it becomes compact, if that is before.
+        """
+        if not row.chunks:
             return sys.maxsize
-        return (length // self.retriever.every + 1) * self.retriever.every
+        compact = self._compact_at(row)
+        if self.retriever is None:
+            return compact
+        return min(compact, (length // self.retriever.every + 1) * self.retriever.every)
 
     def _settled_at(self, row: Row, ids: torch.Tensor) -> int:
         """Tokens of the row at which its chunks were what they are: the prompt's end, or the last compaction."""

@@ -70,7 +70,7 @@ def prefill(
     rows = with_entries(host, policy, cache, rows, tokens)
     codes = _codes(policy, cache, rows, width, main)
     if any(row.chunks for row in rows):  # without, the host's own limits hold
-        check_capacity(host, policy, max(row.prefix or 0 for row in rows), codes)
+        check_capacity(host, policy, max(row.prefix or 0 for row in rows), rows, codes)
     layout = stack_rows(codes, 0 if any(row.chunks for row in rows) else width)
     served = [row_experts(row, code) for row, code in zip(rows, codes, strict=True)]
     experts = stack_experts(served, layout.shape[1])
@@ -79,6 +79,7 @@ def prefill(
     compressed = any(row.chunks for row in rows)
     anew = compressed and not keep or (compressed or one_rotation) and _rotated_anew(host, cache, longest)
     common = 0 if anew else common_columns(cached, wanted)
+    common = min(common, *map(_seen_alike, rows, cache.layout, layout))
     if main is None:
         raw = min((width - row.pad - row.raw_start for row in rows if row.chunks), default=slots)
         kept = min(common, slots - (width - verified) - 1)
@@ -128,6 +129,16 @@ def _codes(
     return codes
 
 
+def _seen_alike(row: Row, cached: torch.Tensor, wanted: torch.Tensor) -> int:
+    """Leading columns of a row that may stay: in a compact one every slot behind the prefix saw what is not raw."""
+    size = cached.shape[0]
+    if not row.compact or not size:
+        return size
+    start = row.prefix or 0
+    before, now = (codes[(codes >= start) & (codes < row.raw_start)] for codes in (cached, wanted))  # retrieved
+    return size if torch.equal(before, now) else int((wanted < start).long().cumprod(0).sum())
+
+
 def _rotated_anew(host: Any, cache: CompressedCache, slots: int) -> bool:
     """Whether so many slots call for other rotary factors than those that stand in the cache."""
     switch = rope_switch(host)
@@ -154,7 +165,8 @@ def with_entries(
         MismatchError: ids outside the crouter's vocabulary.
     """
     compressor: Any = policy.compressor
-    if compressor is None or all(chunk.entries is not None for row in rows for chunk in row.chunks):
+    turning = any(row.compact and not before.compact for row, before in zip(rows, cache.rows, strict=True))
+    if compressor is None or not turning and all(chunk.entries is not None for row in rows for chunk in row.chunks):
         return rows
     if compressor.block:
         return pairs_by_reading(host, policy, cache, rows, tokens)

@@ -8,12 +8,17 @@ two blocks, nothing but pairs is kept of a layer that the forward has passed, an
 tokens: never of beams, drafts or of how decoding was cut. The same happens at a prompt's end (many blocks) and while
 decoding (one chunk).
 
-Everything keeps its true position. Rows whose reads have equal shapes are read together; equal rows (beams) once.
+Everything keeps its true position while that fits the host. From the first read on that does not (`positions.py`), a
+row's pairs stand at compact positions and what is read comes right behind them: the block before, moved up to the
+pairs, and the piece itself. A pair's keys are rotated once, in float32, from where the host made them to where they
+stay; a waiting block's for the time of a read, too.
+
+Rows whose reads have equal shapes are read together; equal rows (beams) once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
@@ -24,27 +29,51 @@ from transformers.cache_utils import DynamicLayer
 from ..errors import InputError
 from ..hosts.attention import Attention, attention_met
 from ..hosts.devices import input_device
+from ..hosts.rotation import KeyRotation
 from ..types import Entries, LayerRead, PairCompressor, Pairs, Row
-from .kv_cache import CompressedCache
+from .capacity import check_read, read_block
+from .kv_cache import CompressedCache, Layer
 from .layout import row_experts
 from .masks import piece_masks, sliding_layers
 from .pairs import MadePairs
 from .policy import ContextPolicy, ids_key
+from .positions import spread
 
 ROWS = 8  # read together
 
 
 class _Pieces(DynamicLayer):
-    """A layer that keeps what it is given in pieces, so that one can be replaced, and none is copied for long."""
+    """A layer that keeps what it is given in pieces, so that some can be replaced, and none is copied for long.
 
-    def __init__(self, pieces: list[Pairs]):
+    Attributes:
+        known: pairs of earlier chunks.
+        prefix: raw.
+        pairs: of new chunks, a piece a block.
+        raw: a block that waits, then what was read last.
+        turned: gives the waiting block's keys where they stand now; None where they were made there.
+    """
+
+    def __init__(self):
         super().__init__()
-        self.pieces, self.is_initialized = pieces, True
+        self.known: list[Layer] = []
+        self.prefix: list[Layer] = []
+        self.pairs: list[Layer] = []
+        self.raw: list[Layer] = []
+        self.turned: Callable[[torch.Tensor], torch.Tensor] | None = None
+        self.is_initialized = True
 
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Pairs:
+    @property
+    def pieces(self) -> list[Layer]:
+        """All, in the order of their slots."""
+        return [*self.known, *self.prefix, *self.pairs, *self.raw]
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Layer:
         """Keys and values of all pieces, the new one behind them."""
-        self.pieces.append((key_states, value_states))
-        joined = [torch.cat([piece[k].to(key_states.device) for piece in self.pieces], 2) for k in (0, 1)]
+        self.raw.append((key_states, value_states))
+        pieces = self.pieces
+        if self.turned is not None:
+            pieces[-2] = self.turned(pieces[-2][0]), pieces[-2][1]
+        joined = [torch.cat([piece[k].to(key_states.device) for piece in pieces], 2) for k in (0, 1)]
         return joined[0], joined[1]
 
     def get_seq_length(self) -> int:
@@ -71,27 +100,59 @@ class _Row:
     end: int
 
 
+@dataclass(frozen=True, eq=False)
+class _Made:
+    """A layer's pairs of one new chunk.
+
+    Attributes:
+        keys: `[B, heads, n, D]`.
+        values: likewise.
+        places: tokens before each pair in its chunk, `[B, heads, n]` int32; None once they stand where they stay.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    places: torch.Tensor | None
+
+
 @dataclass
 class _Reading:
     """Rows that are read alike, under way.
 
     Attributes:
         rows: B of them.
-        layers: of the host, in pieces: known pairs, prefix, then new pairs, a block that waits, what was read last.
-        raw: positions of the raw tokens among them, `[S]`, of the first row.
+        layers: of the host, in pieces.
+        compact: whether pairs stand at compact positions, and what is read comes behind them.
+        behind: position behind the pairs at compact ones.
+        prefix: tokens of it that were read.
         waiting: chunks of the block that was read last, by their places in `missing`.
+        made_at: position at which that block's keys were made, its first token's.
         observed: of that block, by layer.
-        made: pairs `[B, heads, n, D]` of each new chunk, by layer.
+        made: pairs of each new chunk, by layer.
+        counts: of each new chunk how many pairs each layer keeps; None in one that keeps nothing old.
         ends: tokens of the row that each new chunk's pairs depend on.
     """
 
     rows: Sequence[_Row]
     layers: list[_Pieces]
-    raw: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
+    compact: bool
+    behind: int
+    prefix: int = 0
     waiting: tuple[int, ...] = ()
+    made_at: int = 0
     observed: dict[int, Any] = field(default_factory=dict)
-    made: list[list[Pairs]] = field(default_factory=list)
+    made: list[list[_Made]] = field(default_factory=list)
+    counts: list[tuple[int | None, ...]] = field(default_factory=list)
     ends: list[int] = field(default_factory=list)
+
+    def span(self, place: int) -> tuple[int, int]:
+        """Tokens of a new chunk."""
+        chunk = self.rows[0].row.chunks[self.rows[0].missing[place]]
+        return chunk.start, chunk.end
+
+    def entries(self, place: int) -> int:
+        """Positions that a new chunk's pairs take in a compact row."""
+        return len(Entries(pairs=self.counts[place]))
 
 
 @torch.no_grad()
@@ -99,6 +160,8 @@ def pairs_by_reading(
     host: Any, policy: ContextPolicy, cache: CompressedCache, rows: Sequence[Row], tokens: Sequence[torch.Tensor]
 ) -> list[Row]:
     """The rows with entries for every chunk; the cache gets the pairs of new ones and no longer holds any slots.
+
+    Pairs of rows that have become compact are moved.
 
     Args:
         host: the plain host.
@@ -108,7 +171,8 @@ def pairs_by_reading(
         tokens: each row's decided tokens without padding, `[T]`.
 
     Raises:
-        InputError: a host whose attention hides its queries, or pairs that are not finite.
+        CapacityError: reads that do not fit the host's positions.
+        InputError: a host whose attention hides its queries or whose keys cannot be moved; pairs that are not finite.
     """
     wanted: dict[Any, _Row] = {}
     for number, (row, ids) in enumerate(zip(rows, tokens, strict=True)):
@@ -117,7 +181,8 @@ def pairs_by_reading(
             continue
         end = policy.compressed_at(row.chunks[-1], ids)
         made = tuple(id(chunk.entries) for chunk in row.chunks[: missing[0]])  # with them, all of the row before
-        key = (made, row.prefix, tuple(row.chunks[n].end for n in missing), ids_key(ids[:end].cpu()))
+        states = row.compact, cache.rows[number].compact
+        key = (made, states, row.prefix, tuple(row.chunks[n].end for n in missing), ids_key(ids[:end].cpu()))
         wanted.setdefault(key, _Row([], row, ids, missing, end)).numbers.append(number)
     groups: dict[Any, list[_Row]] = {}
     for some in wanted.values():
@@ -128,16 +193,22 @@ def pairs_by_reading(
         for first in range(0, len(group), ROWS):
             reading = _read_all(host, policy, cache, group[first : first + ROWS])
             _hand_over(reading, all_made, found)
+    compact = {number: row for number, row in enumerate(rows) if row.compact}
+    if compact:
+        cache.move_pairs(KeyRotation.of(host), compact)
     cache.add_pairs(all_made)
     return found
 
 
 def _shape(some: _Row, cache: CompressedCache) -> tuple:
-    """Equal for rows that are read in the same pieces over equally many pairs."""
-    places = cache.places
-    kept = tuple(places.count(some.numbers[0], layer) for layer in range(places.layers)) if places is not None else ()
+    """Equal for rows that are read in the same pieces, at the same positions, over equally many pairs."""
+    places, number = cache.places, some.numbers[0]
+    kept = tuple(places.count(number, layer) for layer in range(places.layers)) if places is not None else ()
     return (
         kept,
+        some.row.pairs_end,
+        some.row.compact,
+        cache.rows[number].compact,
         some.row.prefix,
         tuple((some.row.chunks[n].start, some.row.chunks[n].end) for n in some.missing),
         some.end,
@@ -156,29 +227,61 @@ def _blocks(row: Row, missing: Sequence[int], most: int) -> list[tuple[int, ...]
 
 
 def _read_all(host: Any, policy: ContextPolicy, cache: CompressedCache, rows: Sequence[_Row]) -> _Reading:
-    compressor = cast(PairCompressor, policy.compressor)
-    count = host.config.get_text_config(decoder=True).num_hidden_layers
-    reading = _Reading(rows, [_Pieces([]) for _ in range(count)], made=[[] for _ in range(count)])
     lead = rows[0]
-    blocks = _blocks(lead.row, lead.missing, compressor.block)
-    spans = [(lead.missing[block[0]], lead.missing[block[-1]]) for block in blocks]
-    pieces = [(lead.row.chunks[a].start, lead.row.chunks[b].end) for a, b in spans]
+    layers = [_Pieces() for _ in range(host.config.get_text_config(decoder=True).num_hidden_layers)]
+    compact = cache.rows[lead.numbers[0]].compact
+    reading = _Reading(rows, layers, compact, lead.row.pairs_end, made=[[] for _ in layers])
     if lead.row.prefix:  # which sees no pairs
         _read(host, policy, reading, (0, lead.row.prefix), (), keep=True)
-    for number, layer in enumerate(reading.layers):
-        layer.pieces[:0] = _known(cache, rows, number)
-    for piece, block in zip(pieces, blocks, strict=True):
-        _read(host, policy, reading, piece, block, keep=True)
-    _read(host, policy, reading, (pieces[-1][1], lead.end), (), keep=False)
+    _hold_known(cache, reading)
+    blocks = _blocks(lead.row, lead.missing, read_block(policy, lead.row))
+    for block in [*blocks, ()]:
+        first, end = reading.span(blocks[-1][-1])[1], lead.end
+        if block:
+            first, end = reading.span(block[0])[0], reading.span(block[-1])[1]
+        if not reading.compact and policy.positions is not None and end > policy.positions:
+            _turn(host, cache, reading)
+        _read(host, policy, reading, (first, end), block, keep=bool(block))
+    if lead.row.compact and not reading.compact:
+        _turn(host, cache, reading)
     return reading
 
 
-def _known(cache: CompressedCache, rows: Sequence[_Row], layer: int) -> list[Pairs]:
-    """Pairs of earlier chunks as they stand in the cache."""
-    found = [pairs for row in rows if (pairs := cache.pairs_of_row(row.numbers[0], layer)) is not None]
-    if len(found) < 2:
-        return found
-    return [(torch.cat([keys for keys, _ in found]), torch.cat([values for _, values in found]))]
+def _hold_known(cache: CompressedCache, reading: _Reading) -> None:
+    """Takes the pairs of earlier chunks as they stand in the cache."""
+    for number, layer in enumerate(reading.layers):
+        found = [pairs for row in reading.rows if (pairs := cache.pairs_of_row(row.numbers[0], number)) is not None]
+        if len(found) > 1:
+            found = [(torch.cat([keys for keys, _ in found]), torch.cat([values for _, values in found]))]
+        layer.known = found
+
+
+def _turn(host: Any, cache: CompressedCache, reading: _Reading) -> None:
+    """Moves the pairs so far to compact positions: those in the cache, and those made in this reading."""
+    rotation = KeyRotation.of(host)
+    for layer in reading.layers:
+        layer.known = []
+    cache.move_pairs(rotation, {number: some.row for some in reading.rows for number in some.numbers})
+    _hold_known(cache, reading)
+    places = range(len(reading.counts))
+    sizes = [reading.entries(place) for place in places]
+    starts = [reading.behind + sum(sizes[:place]) for place in places]
+    for number, layer in enumerate(reading.layers):
+        made = [
+            _moved(rotation, pairs, number, reading.span(place)[0], starts[place], sizes[place])
+            for place, pairs in enumerate(reading.made[number])
+        ]
+        layer.pairs, reading.made[number] = _joined(made)
+    reading.behind += sum(sizes)
+    reading.compact = True
+
+
+def _moved(rotation: KeyRotation, pairs: _Made, layer: int, old: int, new: int, span: int) -> _Made:
+    """Pairs whose keys were made in a chunk that began at `old`, in the `span` positions from `new` on."""
+    assert pairs.places is not None
+    by = spread(new, span, pairs.keys.shape[2], pairs.places.device) - old - pairs.places
+    keys = rotation.moved(pairs.keys, by, layer).to(pairs.keys.dtype)
+    return _Made(keys, pairs.values, None)
 
 
 def _read(
@@ -196,21 +299,26 @@ def _read(
         policy: its rule.
         reading: of the rows.
         piece: tokens `(first, end)` of each row.
-        block: chunks that the piece holds, by their places in `missing`.
+        block: chunks that the piece holds, by their places in `missing`; none in the prefix and in what is last.
         keep: whether its keys and values are needed later.
     """
     compressor = cast(PairCompressor, policy.compressor)
     (first, end), lead, device = piece, reading.rows[0], input_device(host)
-    slides = sliding_layers(host)
-    before, waiting = len(reading.raw), reading.waiting
-    size = _tokens(lead, waiting)
-    spans = [(lead.row.chunks[n].start, lead.row.chunks[n].end) for n in (lead.missing[place] for place in waiting)]
-    own = [(lead.row.chunks[n].start, lead.row.chunks[n].end) for n in (lead.missing[place] for place in block)]
+    slides, waiting, new = sliding_layers(host), reading.waiting, end - first
+    spans, own = [reading.span(place) for place in waiting], [reading.span(place) for place in block]
+    size = spans[-1][1] - spans[0][0] if spans else 0
+    is_prefix = first < (lead.row.prefix or 0)
+    at = reading.behind if reading.compact else first - size  # of the block before
+    positions = torch.arange(first if is_prefix else at + size, end if is_prefix else at + size + new)
+    check_read(host, policy, lead.row.prefix or 0, int(positions[-1]) + 1)
+    for number, layer in enumerate(reading.layers):
+        layer.turned = _shift(host, number, at - reading.made_at) if waiting and at != reading.made_at else None
     observed: dict[int, Any] = {}
+    made: dict[int, list[Pairs]] = {}
 
     def seen(attention: Attention) -> None:
-        layer, slots, new = attention.layer, attention.keys.shape[2], end - first
-        held = reading.layers[layer].pieces
+        layer, slots = attention.layer, attention.keys.shape[2]
+        held = reading.layers[layer]
 
         def read_of(chunks: list[tuple[int, int]], start: int) -> LayerRead:
             shifted = [(start + a - chunks[0][0], start + b - chunks[0][0]) for a, b in chunks]
@@ -222,20 +330,23 @@ def _read(
         if block and not slides[layer]:
             observed[layer] = compressor.observe(read_of(own, slots - new))
         if waiting:
-            pairs = []
             if not slides[layer]:
                 pairs = compressor.compress(read_of(spans, slots - new - size), reading.observed.pop(layer))
-                reading.made[layer] += pairs
-            held[-2:-1] = [_joined(pairs)] if pairs else []
+                if held.turned is not None:  # as they were made: what was moved for this read is rounded
+                    starts, keys = [a - spans[0][0] for a, _ in spans], held.raw[-2][0]
+                    pairs = [_picked(keys, start, some) for start, some in zip(starts, pairs, strict=True)]
+                made[layer] = pairs
+            del held.raw[-2]
         if not keep:
-            held.pop()
+            held.raw.pop()
 
     past: Any = DynamicCache()
     past.layers = reading.layers
-    ids, positions = torch.stack([some.ids[first:end] for some in reading.rows]), torch.arange(first, end)
-    kept = [0 if slides[n] else layer.get_seq_length() - before for n, layer in enumerate(reading.layers)]
-    masks = piece_masks(host, kept, reading.raw, positions, len(reading.rows), device)
-    served = torch.stack([row_experts(some.row, positions) for some in reading.rows])
+    ids = torch.stack([some.ids[first:end] for some in reading.rows])
+    raw = torch.cat([torch.arange(reading.prefix), torch.arange(at, at + size)])
+    kept = [0 if slides[n] else layer.get_seq_length() - len(raw) for n, layer in enumerate(reading.layers)]
+    masks = piece_masks(host, kept, raw, positions, len(reading.rows), device)
+    served = torch.stack([row_experts(some.row, torch.arange(first, end)) for some in reading.rows])
     with policy.serving(served), attention_met(host, masks.of, seen):
         host.base_model(
             input_ids=ids.to(device),
@@ -244,40 +355,89 @@ def _read(
             position_ids=positions[None].expand(len(ids), -1).to(device),
             use_cache=True,
         )
-    reading.raw = reading.raw[: before - size]
-    if keep:
-        reading.raw = torch.cat([reading.raw, positions])
+    if waiting:
+        _settle(host, policy, reading, made)
+    if is_prefix:
+        reading.prefix = end
+        for layer in reading.layers:
+            layer.prefix, layer.raw = layer.raw, []
     reading.ends += [end] * len(waiting)
-    reading.waiting, reading.observed = block, observed
+    reading.waiting, reading.made_at, reading.observed = block, int(positions[0]), observed
 
 
-def _tokens(some: _Row, places: Sequence[int]) -> int:
-    chunks = [some.row.chunks[some.missing[place]] for place in places]
-    return chunks[-1].end - chunks[0].start if chunks else 0
+def _shift(host: Any, layer: int, by: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Moves keys of a layer by a number of positions, in their dtype."""
+    rotation = KeyRotation.of(host)
+    return lambda keys: rotation.moved(keys, torch.tensor(by), layer).to(keys.dtype)
 
 
-def _joined(pairs: Sequence[Pairs]) -> Pairs:
-    return torch.cat([keys for keys, _ in pairs], 2), torch.cat([values for _, values in pairs], 2)
+def _picked(keys: torch.Tensor, first: int, pairs: Pairs) -> Pairs:
+    """Pairs of the chunk from `first` on with the keys `[B, heads, tokens, D]` that stand at their places."""
+    _, values, places = pairs
+    return keys.gather(2, (first + places)[..., None].expand(-1, -1, -1, keys.shape[-1])), values, places
+
+
+def _settle(host: Any, policy: ContextPolicy, reading: _Reading, made: dict[int, list[Pairs]]) -> None:
+    """Puts the pairs that were made of the waiting block in its place.
+
+    Args:
+        host: the plain host.
+        policy: its rule.
+        reading: of the rows.
+        made: pairs of the block's chunks by layer, with keys as the host made them; emptied.
+    """
+    start, chunks = reading.span(reading.waiting[0])[0], len(reading.waiting)
+    for n in range(chunks):
+        counts = [made[layer][n][0].shape[2] if layer in made else None for layer in range(len(reading.layers))]
+        reading.counts.append(tuple(counts))
+    firsts = []
+    for place in reading.waiting:
+        firsts.append(reading.behind)
+        reading.behind += reading.entries(place) if reading.compact else 0
+    for number, layer in enumerate(reading.layers):
+        pairs = []
+        for place, first, (keys, values, places) in zip(reading.waiting, firsts, made.pop(number, ()), strict=False):
+            some = _Made(keys, values, places.int() if policy.positions is not None else None)
+            if reading.compact:
+                old = reading.made_at + reading.span(place)[0] - start
+                some = _moved(KeyRotation.of(host), some, number, old, first, reading.entries(place))
+            pairs.append(some)
+        piece, pairs = _joined(pairs)
+        layer.pairs += piece
+        reading.made[number] += pairs
+
+
+def _joined(pairs: Sequence[_Made]) -> tuple[list[Layer], list[_Made]]:
+    """Pairs of several chunks in one piece, and as parts of it; no piece of none."""
+    if not pairs:
+        return [], []
+    keys, values = (torch.cat([getattr(some, name) for some in pairs], 2) for name in ("keys", "values"))
+    sizes = [some.keys.shape[2] for some in pairs]
+    parts = zip(keys.split(sizes, 2), values.split(sizes, 2), pairs, strict=True)
+    return [(keys, values)], [_Made(own_keys, own_values, some.places) for own_keys, own_values, some in parts]
 
 
 def _hand_over(reading: _Reading, made: MadePairs, rows: list[Row]) -> None:
     """Gives the rows of a reading their entries, and `made` the pairs."""
-    counts = [tuple(layer[place][0].shape[2] if layer else None for layer in reading.made)
-              for place in range(len(reading.ends))]  # fmt: skip
-    for some in reading.rows:
+    for i, some in enumerate(reading.rows):
+        missing = {}
+        for place, n in enumerate(some.missing):
+            places = None
+            if any(layer and layer[place].places is not None for layer in reading.made):
+                places = tuple(layer[place].places[i] if layer else None for layer in reading.made)  # pyright: ignore
+            entries = Entries(pairs=reading.counts[place], places=places)
+            missing[n] = replace(some.row.chunks[n], entries=entries, decided_at=reading.ends[place])
         for number in some.numbers:
-            chunks = list(rows[number].chunks)
-            for place, chunk in enumerate(some.missing):
-                entries = Entries(pairs=counts[place])
-                chunks[chunk] = replace(chunks[chunk], entries=entries, decided_at=reading.ends[place])
-                made.counts[number, chunk] = counts[place]
-            rows[number] = replace(rows[number], chunks=tuple(chunks))
-    flags = [part.isfinite().all().cpu() for layer in reading.made for pair in layer[-1:] for part in pair]
+            chunks = tuple(missing.get(n, chunk) for n, chunk in enumerate(rows[number].chunks))
+            rows[number] = replace(rows[number], chunks=chunks)
+            made.counts |= {(number, n): reading.counts[place] for place, n in enumerate(some.missing)}
+    last = [part for layer in reading.made for some in layer[-1:] for part in (some.keys, some.values)]
+    flags = [part.isfinite().all().cpu() for part in last]
     if flags and not bool(torch.stack(flags).all()):
         raise InputError("entries: expected finite numbers, got others; the host's keys or values are not")
-    for layer, all_pairs in enumerate(reading.made):
-        for place, (keys, values) in enumerate(all_pairs):
+    for layer, pairs in enumerate(reading.made):
+        for place, pair in enumerate(pairs):
             for i, some in enumerate(reading.rows):
                 for number in some.numbers:
-                    made.made[layer][number, some.missing[place]] = keys[i], values[i]
-        all_pairs.clear()
+                    made.made[layer][number, some.missing[place]] = pair.keys[i], pair.values[i]
+        pairs.clear()

@@ -45,11 +45,12 @@ class PairSelector:
 
     def _kept(self, read: LayerRead, worth: torch.Tensor, first: int, end: int) -> Pairs:
         count = min(self.most_by_layer[read.layer], end - first)
-        places = worth.topk(count, -1).indices.sort(-1).values[..., None]
+        places = worth.topk(count, -1).indices.sort(-1).values
         keys, values = read.keys[:, :, first:end], read.values[:, :, first:end]
         return (
-            keys.gather(2, places.expand(-1, -1, -1, keys.shape[-1])),
-            values.gather(2, places.expand(-1, -1, -1, values.shape[-1])),
+            keys.gather(2, places[..., None].expand(-1, -1, -1, keys.shape[-1])),
+            values.gather(2, places[..., None].expand(-1, -1, -1, values.shape[-1])),
+            places,
         )
 
 

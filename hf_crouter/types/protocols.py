@@ -60,8 +60,11 @@ class LayerRead:
     chunks: tuple[tuple[int, int], ...]
 
 
-Pairs = tuple[torch.Tensor, torch.Tensor]
-"""Keys and values `[B, heads, n, D]`."""
+Pairs = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+"""Of one chunk: keys and values `[B, heads, n, D]`, and how many of its tokens are before each, `[B, heads, n]` int64.
+
+Keys are those of the read at these places, unchanged, so that they can be moved; values may be others.
+"""
 
 
 class Compressor(Protocol):
@@ -70,8 +73,9 @@ class Compressor(Protocol):
     Attributes:
         key: entries are read on only by a history whose compressor has an equal key.
         most: most entries a chunk; the numbers may differ from chunk to chunk. Of pairs the mean over the layers.
-        block: tokens of leaving chunks that are read at once in a long prompt, for pairs (`PairCompressor`), beside
-            which every token keeps its position; 0 for embeddings (`EmbeddingCompressor`), at consecutive positions.
+        block: most tokens of leaving chunks that are read at once in a long prompt, for pairs (`PairCompressor`),
+            beside which every token keeps its position while that fits the host; 0 for embeddings
+            (`EmbeddingCompressor`), at consecutive positions.
     """
 
     key: object

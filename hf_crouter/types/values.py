@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sized
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -95,10 +96,13 @@ class Entries:
         embeddings: `[n, H]`; None for pairs.
         pairs: how many each layer keeps, which the cache holds; None in a layer that keeps nothing old (sliding
             window). None for embeddings.
+        places: of pairs that may have to be moved, each layer's tokens before them in their chunk, `[heads, n]`
+            int32; None in a layer that keeps nothing old. None where pairs stay.
     """
 
     embeddings: torch.Tensor | None = None
     pairs: tuple[int | None, ...] | None = None
+    places: tuple[torch.Tensor | None, ...] | None = None
 
     def __post_init__(self):
         kept = [count for count in self.pairs or () if count is not None]
@@ -180,6 +184,7 @@ class Row:
         index: of the chunks, for retrieval; made when first needed, and may lag behind.
         retrievals: what was retrieved in this call, one after the other; the last one is in force.
         routes: the experts that served the raw window in this call; the last one is in force.
+        compact: its pairs and the tokens behind them have left their true positions for consecutive ones; it stays so.
     """
 
     pad: int
@@ -192,6 +197,7 @@ class Row:
     index: Sized | None = None
     retrievals: tuple[Retrieval, ...] = ()
     routes: tuple[WindowRoute, ...] = ()
+    compact: bool = False
 
     @property
     def retrieved(self) -> tuple[int, ...]:
@@ -202,3 +208,8 @@ class Row:
     def raw_start(self) -> int:
         """First host token of the raw window."""
         return self.chunks[-1].end if self.chunks else self.prefix or 0
+
+    @cached_property
+    def pairs_end(self) -> int:
+        """Position behind the pairs of a compact row; each chunk takes as many as it has entries."""
+        return (self.prefix or 0) + sum(len(chunk.entries) for chunk in self.chunks if chunk.entries is not None)

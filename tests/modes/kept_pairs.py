@@ -17,7 +17,7 @@ def kept(chunk, layer):
 
 @dataclass(frozen=True)
 class KeptPairs:
-    """Pairs of each head at their true positions, as many as `kept` says."""
+    """Pairs of each head, as many as `kept` says."""
 
     name: ClassVar[str] = "kept_pairs"
     gives: ClassVar[tuple[str, ...]] = ("entries",)
@@ -55,7 +55,7 @@ class MostAttended:
             number = self.is_odd(read) + n
             top = shares[..., first:end].topk(kept(number, read.layer)).indices.sort(-1).values
             pick = (top + first)[..., None].expand(-1, -1, -1, read.keys.shape[-1])
-            pairs.append((read.keys.gather(2, pick), read.values.gather(2, pick)))
+            pairs.append((read.keys.gather(2, pick), read.values.gather(2, pick), top))
         return pairs
 
     def is_odd(self, read):
