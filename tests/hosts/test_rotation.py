@@ -300,6 +300,7 @@ def test_the_real_host(real_host, dtype, most):
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype, most", [(torch.float32, 1e-4), (torch.bfloat16, 0.05)])
 def test_on_a_gpu(dtype, most):
     host = tiny_host().to("cuda", dtype)
