@@ -1,18 +1,25 @@
 """What compaction costs beside the host's own read, and what it saves: first token, memory, decoding; batch 1.
 
-All ways take turns in one process, warm; figures are medians over the turns. Compaction is timed as the difference
-between a read that chooses pairs and one that keeps as many of the first at no cost.
+All ways take turns in one process, after a turn that warms up and tells peaks of memory; figures are medians over the
+turns. Compaction is the difference, turn by turn, between reads that choose pairs and reads that keep as many of the
+first at no cost. The result is written after each part.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
+import gc
+import math
 import statistics
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from transformers import DynamicCache
+from transformers.generation.streamers import BaseStreamer
 
 from eval.cost.prefill import seconds
 from eval.results import host_key, host_note, write_result
@@ -20,153 +27,96 @@ from hf_crouter import Compact, CompressedHistory, Retrieve
 from hf_crouter.cache.kv_cache import CompressedDynamicCache
 from hf_crouter.cache.policy import ContextPolicy
 from hf_crouter.cache.reads import pairs_by_reading
-from hf_crouter.chunking import SameTokenizerChunker
 from hf_crouter.compressors.compact import PairSelector
 from hf_crouter.hosts.loading import load_host
-from hf_crouter.types import LayerRead, Pairs, Row, Setting
+from hf_crouter.types import LayerRead, Pairs, Row
+from hf_crouter.utils.progress import Progress
 
 PIECE, CHUNK, WINDOW, PREFIX, SLOTS = 2048, 512, 512, 4, 64
 GIB = 2**30
-WAYS: dict[str, list[Any]] = {
-    "retrieve2": [Retrieve(2)],
-    "compact": [Compact(SLOTS)],
-    "compact_retrieve2": [Compact(SLOTS), Retrieve(2)],
+FULL = "full_"
+WAYS: dict[str, tuple[Any, ...]] = {  # by what their keys begin with
+    "": (Retrieve(2),),
+    "compact_": (Compact(SLOTS),),
+    "mix_": (Compact(SLOTS), Retrieve(2)),
 }
 NOTES = (
-    "Batch 1, random ids, medians over turns. <host>.<length>.b1: full is prefilled in pieces of 2,048 tokens; "
-    "ttft_speedup: its seconds to the first token over those of Retrieve(2), compact_ttft_speedup of Compact(64), "
-    "mix_ttft_speedup of both together; peak_gib: most that the allocator held over the weights with Retrieve(2), "
-    "compact_peak_gib, mix_peak_gib and full_peak_gib likewise; compact_bound_gib: pairs, two blocks and the raw part "
-    "by their shapes, beside which a forward's own activations stand (activations_gib: of 2,048 tokens without a "
-    "cache); kv_ratio: full history's slots over those of Compact(64). decode_ms.<way>: a token, after so many. "
-    "compact.cost_ratio: what choosing pairs adds to a prompt's reads over the host's own read of the same tokens in "
-    "pieces; decode_cost_ratio: the same for one chunk that leaves while decoding, over the host's own read of it."
+    "Batch 1, bfloat16, random ids, medians over turns that the ways take one after the other. <host>.<length>.b1: "
+    "keys without a way are of Retrieve(2), compact_ of Compact(64), mix_ of both, full_ of the host's own read in "
+    "pieces of 2,048 tokens, full_once_ in one piece. ttft_seconds: to the first token, ttft_speedup: full_ over it; "
+    "peak_gib: most that the allocator held over the weights; kv_ratio: tokens over slots at the end of the prompt; "
+    "compact_bound_gib: pairs, two blocks and the raw part by their shapes, beside which stand a forward's own "
+    "activations (activations_gib: of 2,048 tokens without a cache); decode_ms: a token, decode_longest_ms: the "
+    "slowest one, in which a chunk leaves. compact.ms: what choosing pairs adds to a 512-token chunk of a prompt, "
+    "compact.read_ms: the rest of its read, compact.cost_ratio: the one over the other; compact.plain_ms: the plain "
+    "host reads the same tokens over the full past. compact.decode_*: the same of one chunk that leaves while "
+    "decoding and the window behind it, over the pairs of what came before. Lengths beyond the trained positions are "
+    "timed at true positions all the same."
 )
 
 
 class FirstPairs(PairSelector):
     """Keeps the first pairs of each chunk: as many as a selector would, at no cost."""
 
-    def observe(self, read: LayerRead) -> None:
+    def observe(self, read: LayerRead) -> Any:
         """Nothing."""
+        return None
 
-    def compress(self, read: LayerRead, observed: None) -> list[Pairs]:
+    def compress(self, read: LayerRead, observed: Any) -> list[Pairs]:
         """The first pairs of each chunk."""
-        count, places = self.most_by_layer[read.layer], []
-        rows, heads = read.keys.shape[:2]
+        pairs, (rows, heads) = [], read.keys.shape[:2]
         for first, end in read.chunks:
-            kept = torch.arange(min(count, end - first), device=read.keys.device).expand(rows, heads, -1)
-            last = first + kept.shape[-1]
-            places.append((read.keys[:, :, first:last].clone(), read.values[:, :, first:last].clone(), kept))
-        return places
+            count = min(self.most_by_layer[read.layer], end - first)
+            places = torch.arange(count, device=read.keys.device).expand(rows, heads, -1)
+            kept = slice(first, first + count)
+            pairs.append((read.keys[:, :, kept].clone(), read.values[:, :, kept].clone(), places))
+        return pairs
 
 
-def policy_of(host: Any, slots: int, block: int, stand_in: bool) -> ContextPolicy:
-    """A rule that compacts, or one that keeps as many pairs at no cost."""
-    selector: Any = Compact(slots, block=block).bind(Setting(host)).compressor
-    if stand_in:
-        selector = FirstPairs(selector.most_by_layer, block)
-    return ContextPolicy(
-        window=WINDOW, chunker=SameTokenizerChunker(CHUNK), prefix=lambda ids: PREFIX, compressor=selector
-    )
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments."""
+    parser.add_argument("--host", default="qwen2.5-coder-1.5b", help="known name, folder or hub name")
+    parser.add_argument("--lengths", nargs="+", type=int, default=[8192, 32768, 131072], help="tokens of a prompt")
+    parser.add_argument("--read", type=int, default=8192, help="tokens that leave while a prompt is read")
+    parser.add_argument("--history", type=int, default=16384, help="tokens behind a chunk that leaves while decoding")
+    parser.add_argument("--decode", type=int, default=32768, help="tokens of the prompt before decoding")
+    parser.add_argument("--steps", type=int, default=64, help="tokens that are decoded")
+    parser.add_argument("--turns", type=int, default=5, help="of which the median is taken; of long prompts fewer, 2")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--result", help="generation-gpu, or generation-cpu without a GPU, by default")
 
 
-def read_pairs(host: Any, policy: ContextPolicy, ids: torch.Tensor, known: int = 0) -> Callable[[], int]:
-    """Reading the chunks of a row `[T]`, the first `known` tokens of which are compacted; gives how many it read."""
-    cache: Any = CompressedDynamicCache(config=host.config.get_text_config(decoder=True))
-    row = Row(0, prompt=len(ids))
-    cache.start([row], ids[None], policy.key)
-    if known:
-        (row,) = pairs_by_reading(host, policy, cache, [policy.extend(row, ids[:known])], [ids[:known]])
-    held = [(layer.keys, layer.values) for layer in cache.layers] if known else []
-    places = cache.places
-    wanted = policy.extend(row, ids)
-    new = sum(chunk.entries is None for chunk in wanted.chunks)
+def in_turns(
+    works: Mapping[str, Callable[[], Callable[[], object]]], turns: int, progress: Progress
+) -> tuple[dict[str, list[float]], dict[str, float]]:
+    """Seconds of every turn and peaks in GiB, by what was timed.
 
-    def work() -> int:
-        cache.places = places
-        cache.layers = DynamicCache(config=host.config.get_text_config(decoder=True)).layers
-        for number, (keys, values) in enumerate(held):
-            cache.layers[number].update(keys, values)
-        pairs_by_reading(host, policy, cache, [wanted], [ids])
-        return new
-
-    return work
-
-
-@torch.inference_mode()
-def read_whole(host: Any, ids: torch.Tensor, piece: int = PIECE, cache: Any = None) -> Any:
-    """The host's own prefill of a row `[T]` in pieces; gives its cache."""
-    cache = cache if cache is not None else DynamicCache(config=host.config.get_text_config(decoder=True))
-    for part in ids.split(piece):
-        host(part[None], past_key_values=cache, use_cache=True, logits_to_keep=1)
-    return cache
-
-
-def in_turns(works: dict[str, Callable[[], Any]], turns: int) -> dict[str, float]:
-    """Median seconds of each, after one turn that warms up."""
+    Args:
+        works: each makes ready, untimed, what is then timed.
+        turns: after one that warms up and whose peak is taken.
+        progress: is told of each run.
+    """
     times: dict[str, list[float]] = {name: [] for name in works}
+    peaks = {}
     for turn in range(turns + 1):
-        for name, work in works.items():
-            spent = seconds(work)
+        for name, ready in works.items():
+            work = ready()
             if turn:
-                times[name].append(spent)
-    return {name: statistics.median(some) for name, some in times.items()}
+                times[name].append(seconds(work))
+            else:
+                peaks[name] = peak_gib(work)
+            progress.advance()
+    return times, peaks
 
 
-@torch.inference_mode()
-def compaction_cost(host: Any, ids: torch.Tensor, slots: int, block: int, turns: int) -> dict[str, float]:
-    """Milliseconds a chunk and ratios, in a prompt and while decoding; `ids` `[T]` are the prompt."""
-    whole = read_pairs(host, policy_of(host, slots, block, False), ids)
-    chunks = whole()
-    known = len(ids) - CHUNK
-    past = read_whole(host, ids[: len(ids) // 8])  # as many slots as the pairs of 64 a chunk are
-
-    def one_chunk() -> None:
-        read_whole(host, ids[-CHUNK:], CHUNK, past)
-        past.crop(-CHUNK)
-
-    times = in_turns(
-        {
-            "chosen": whole,
-            "first": read_pairs(host, policy_of(host, slots, block, True), ids),
-            "own": lambda: read_whole(host, ids[: PREFIX + chunks * CHUNK], block),
-            "one.chosen": read_pairs(host, policy_of(host, slots, block, False), ids, known),
-            "one.first": read_pairs(host, policy_of(host, slots, block, True), ids, known),
-            "one.own": one_chunk,
-        },
-        turns,
-    )
-    ms = {name: 1000 * value / (1 if name.startswith("one") else chunks) for name, value in times.items()}
-    return {
-        "compact.ms": ms["chosen"] - ms["first"],
-        "compact.read_ms": ms["first"],
-        "compact.own_read_ms": ms["own"],
-        "compact.cost_ratio": (ms["chosen"] - ms["first"]) / ms["own"],
-        "compact.whole_ratio": ms["chosen"] / ms["own"],
-        "compact.decode_ms": ms["one.chosen"] - ms["one.first"],
-        "compact.decode_own_read_ms": ms["one.own"],
-        "compact.decode_cost_ratio": (ms["one.chosen"] - ms["one.first"]) / ms["one.own"],
-    }
-
-
-def first_token(host: Any, ids: torch.Tensor, modes: list[Any]) -> CompressedHistory:
-    """`generate` of one token after a prompt `[T]`; gives the history, detached."""
-    history = CompressedHistory(host, modes=modes, window=WINDOW, keep_first=PREFIX)
-    try:
-        host.generate(ids[None], attention_mask=torch.ones_like(ids[None]), max_new_tokens=1, do_sample=False,
-                      logits_processor=[history], pad_token_id=0)  # fmt: skip
-    finally:
-        history.detach()
-    return history
-
-
-def peak_of(host: Any, work: Callable[[], Any]) -> float:
-    """GiB that the allocator held at most over what stood there before; 0 without a GPU."""
-    if host.device.type != "cuda":
+def peak_gib(work: Callable[[], object]) -> float:
+    """GiB that the allocator held at most over what stood there before; not a number without a GPU."""
+    if not torch.cuda.is_available():
         work()
-        return 0.0
+        return math.nan
+    gc.collect()
     torch.cuda.empty_cache()
+    torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     work()
@@ -174,87 +124,179 @@ def peak_of(host: Any, work: Callable[[], Any]) -> float:
     return (torch.cuda.max_memory_allocated() - before) / GIB
 
 
-@torch.inference_mode()
-def savings(host: Any, ids: torch.Tensor, turns: int) -> dict[str, float]:
-    """First token, memory and slots after a prompt `[T]`, by what is in the result's keys."""
-    works: dict[str, Callable[[], Any]] = {"full": lambda: read_whole(host, ids)}
-    works |= {name: lambda modes=modes: first_token(host, ids, modes) for name, modes in WAYS.items()}
-    times = in_turns(works, turns)
-    peaks = {name: peak_of(host, work) for name, work in works.items()}
-    row = first_token(host, ids, WAYS["compact"]).report(measure=False).rows[0]
-    config = host.config.get_text_config(decoder=True)
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    slot = 2 * config.num_hidden_layers * config.num_key_value_heads * size * host.dtype.itemsize
-    found = {f"{name}.seconds": value for name, value in times.items()}
-    return found | {
-        "ttft_speedup": times["full"] / times["retrieve2"],
-        "compact_ttft_speedup": times["full"] / times["compact"],
-        "mix_ttft_speedup": times["full"] / times["compact_retrieve2"],
-        "kv_ratio": len(ids) / row.slots,
-        "peak_gib": peaks["retrieve2"],
-        "compact_peak_gib": peaks["compact"],
-        "mix_peak_gib": peaks["compact_retrieve2"],
-        "full_peak_gib": peaks["full"],
-        "compact_bound_gib": slot * (row.entries + 2 * PIECE + row.prefix + row.raw) / GIB,
-        "activations_gib": peak_of(host, lambda: host.base_model(ids[None, :PIECE], use_cache=False)),
-    }
+def reading(host: Any, policy: ContextPolicy, ids: torch.Tensor, known: int = 0) -> Callable[[], Callable[[], Any]]:
+    """Makes ready to read the chunks of a row `[T]` that its first `known` tokens do not call for yet.
+
+    What is timed gives the row with their entries.
+    """
+    cache = CompressedDynamicCache(config=host.config.get_text_config(decoder=True))
+    cache.start([Row(0, prompt=len(ids))], ids[None], policy.key)
+    if known:
+        row = policy.extend(cache.rows[0], ids[:known])
+        cache.rows = tuple(pairs_by_reading(host, policy, cache, [row], [ids[:known]]))
+    wanted = policy.extend(cache.rows[0], ids)
+
+    def ready() -> Callable[[], Row]:
+        fresh = copy.deepcopy(cache)
+        return lambda: pairs_by_reading(host, policy, fresh, [wanted], [ids])[0]
+
+    return ready
 
 
-def decoding(host: Any, ids: torch.Tensor, steps: int) -> dict[str, float]:
-    """Milliseconds a token after a prompt `[T]`, by way: all but the first of `steps` tokens."""
-    found = {}
-    for name, modes in {"full": None, **WAYS}.items():
-        history = CompressedHistory(host, modes=modes, window=WINDOW, keep_first=PREFIX) if modes else None
-        times = []
-        for new in (1, steps + 1):
-            options: dict[str, Any] = {"logits_processor": [history]} if history is not None else {}
-            if history is None:
-                options["past_key_values"] = read_whole(host, ids[:-1])
-            work = lambda new=new, options=options: host.generate(  # noqa: E731
-                ids[None], attention_mask=torch.ones_like(ids[None]), max_new_tokens=new, min_new_tokens=new,
-                do_sample=False, pad_token_id=0, **options,
-            )  # fmt: skip
-            times.append(seconds(work))
-        found[f"decode_ms.{name}"] = 1000 * (times[1] - times[0]) / steps
-        if history is not None:
-            history.detach()
+@torch.no_grad()
+def read_plain(host: Any, ids: torch.Tensor, piece: int = PIECE) -> DynamicCache:
+    """The host's own prefill of a row `[T]` in pieces; gives its cache."""
+    cache = DynamicCache(config=host.config.get_text_config(decoder=True))
+    for part in ids.split(piece):
+        host(part[None], past_key_values=cache, use_cache=True, logits_to_keep=1)
+    return cache
+
+
+def cost(host: Any, policy: ContextPolicy, ids: torch.Tensor, args: Any, progress: Progress) -> dict[str, float]:
+    """Milliseconds of compaction a chunk beside its read, in a prompt and while decoding.
+
+    Args:
+        host: the plain host.
+        policy: of a history that compacts.
+        ids: `[T]`.
+        args: `read`, `history`, `turns`.
+        progress: is told.
+    """
+    selector: Any = policy.compressor
+    ways = {"chosen": policy, "first": replace(policy, compressor=FirstPairs(selector.most_by_layer, selector.block))}
+    prompt, known = ids[: PREFIX + args.read + WINDOW], PREFIX + args.history + WINDOW
+    works = {name: reading(host, way, prompt) for name, way in ways.items()}
+    works["plain"] = lambda: lambda: read_plain(host, prompt[: PREFIX + args.read], selector.block)
+    works |= {f"decode.{name}": reading(host, way, ids[: known + CHUNK], known) for name, way in ways.items()}
+    progress.start("compaction", len(works) * (args.turns + 1), "runs")
+    times, _ = in_turns(works, args.turns, progress)
+    progress.finish()
+    found = {"compact.plain_ms": 1000 * statistics.median(times["plain"]) / (args.read // CHUNK)}
+    for key, chunks in (("", args.read // CHUNK), ("decode.", 1)):
+        own, name = statistics.median(times[f"{key}first"]), key.replace(".", "_")
+        more = statistics.median(a - b for a, b in zip(times[f"{key}chosen"], times[f"{key}first"], strict=True))
+        found |= {
+            f"compact.{name}ms": 1000 * more / chunks,
+            f"compact.{name}read_ms": 1000 * own / chunks,
+            f"compact.{name}cost_ratio": more / own,
+        }
     return found
 
 
-def configure(parser: argparse.ArgumentParser) -> None:
-    """Adds the arguments."""
-    parser.add_argument("--host", default="qwen2.5-coder-1.5b", help="known name, folder or hub name")
-    parser.add_argument("--lengths", nargs="+", type=int, default=[8192, 32768, 131072], help="tokens of a prompt")
-    parser.add_argument("--read", type=int, default=16384, help="tokens of the prompt on which compaction is timed")
-    parser.add_argument("--steps", type=int, default=64, help="tokens that are decoded")
-    parser.add_argument("--turns", type=int, default=5)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--result", help="generation-gpu, or generation-cpu without a GPU, by default")
+def generated(host: Any, history: Any, ids: torch.Tensor, new: int, **options: Any) -> None:
+    """Greedy generation of so many tokens after a prompt `[T]`."""
+    host.generate(ids[None], attention_mask=torch.ones_like(ids[None]), max_new_tokens=new, do_sample=False,
+                  pad_token_id=0, logits_processor=[history] if history is not None else [], **options)  # fmt: skip
+
+
+def bound_gib(host: Any, history: CompressedHistory) -> float:
+    """GiB of a row's pairs, two blocks and its raw part after the latest call, by their shapes."""
+    config, report = host.config.get_text_config(decoder=True), history.report(measure=False)
+    selector = history.policy.compressor
+    assert isinstance(selector, PairSelector)
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    raw = 2 * selector.block + report.rows[0].prefix + report.rows[0].raw
+    pairs = sum(selector.most_by_layer) * len(report.chunks) + config.num_hidden_layers * raw
+    return 2 * heads * size * host.dtype.itemsize * pairs / GIB
+
+
+def savings(
+    host: Any, histories: Mapping[str, CompressedHistory], ids: torch.Tensor, turns: int, progress: Progress
+) -> dict[str, float]:
+    """First token, memory and slots after a prompt `[T]`, by what is in the result's keys."""
+
+    def first_token(history: CompressedHistory) -> Callable[[], Callable[[], None]]:
+        return lambda: lambda: generated(host, history, ids, 1)
+
+    works: dict[str, Callable[[], Callable[[], object]]] = {
+        FULL: lambda: lambda: read_plain(host, ids),
+        "full_once_": lambda: lambda: read_plain(host, ids, len(ids)),
+        **{way: first_token(history) for way, history in histories.items()},
+    }
+    progress.start(f"first token of {len(ids):,}", len(works) * (turns + 1), "runs")
+    times, peaks = in_turns(works, turns, progress)
+    progress.finish()
+    found = {f"{way}ttft_seconds": statistics.median(some) for way, some in times.items()}
+    found |= {f"{way}peak_gib": peak for way, peak in peaks.items()}
+    for way, history in histories.items():
+        found[f"{way}ttft_speedup"] = found[f"{FULL}ttft_seconds"] / found[f"{way}ttft_seconds"]
+        found[f"{way}kv_ratio"] = len(ids) / history.report(measure=False).rows[0].slots
+    found["compact_bound_gib"] = bound_gib(host, histories["compact_"])
+    with torch.no_grad():
+        found["activations_gib"] = peak_gib(lambda: host.base_model(ids[None, :PIECE], use_cache=False))
+    return found
+
+
+class Stamps(BaseStreamer):
+    """Notes when each token comes; the first is of the prompt."""
+
+    def __init__(self):
+        self.times: list[float] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        """Notes the time."""
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        """Nothing."""
+
+
+def decoding(
+    host: Any, histories: Mapping[str, CompressedHistory], ids: torch.Tensor, steps: int, progress: Progress
+) -> dict[str, float]:
+    """Milliseconds a token after a prompt `[T]`, the median and the most of so many steps; each way warms up once."""
+    found, ways = {}, {FULL: None, **histories}
+    progress.start(f"decoding after {len(ids):,}", 2 * len(ways), "runs")
+    for way, history in ways.items():
+        stamps = Stamps()
+        for _ in range(2):
+            stamps = Stamps()
+            past = {"past_key_values": read_plain(host, ids[:-1])} if history is None else {}
+            generated(host, history, ids, steps + 1, streamer=stamps, **past)
+            progress.advance()
+        spent = [1000 * (after - before) for before, after in zip(stamps.times[1:], stamps.times[2:], strict=False)]
+        found |= {f"{way}decode_ms": statistics.median(spent), f"{way}decode_longest_ms": max(spent)}
+    progress.finish()
+    return found | {f"{way}decode_speedup": found[f"{FULL}decode_ms"] / found[f"{way}decode_ms"] for way in histories}
 
 
 def run(args: argparse.Namespace) -> None:
-    """Measures part by part; the result is written after each."""
+    """Measures part by part; each is printed and the result written as soon as it is known."""
     cuda = torch.cuda.is_available()
     host, _ = load_host(args.host, "cuda" if cuda else "cpu", torch.bfloat16)
+    host.generation_config.eos_token_id = None  # pyright: ignore[reportOptionalMemberAccess]
     config: Any = host.config.get_text_config(decoder=True)
-    trained = config.max_position_embeddings
-    # lengths beyond the trained positions are timed all the same
-    config.max_position_embeddings = max(trained, *args.lengths, args.read) + args.steps + 2
+    trained, longest = config.max_position_embeddings, max(*args.lengths, args.decode, args.read, args.history)
+    config.max_position_embeddings = max(trained, longest + 2 * (CHUNK + WINDOW) + args.steps)
     generator = torch.Generator().manual_seed(args.seed)
-    ids = torch.randint(5, min(config.vocab_size, 50_000), (max(*args.lengths, args.read),), generator=generator)
-    ids, key = ids.to(host.device), host_key(args.host)
+    ids = torch.randint(5, min(config.vocab_size, 50_000), (longest + 2 * (CHUNK + WINDOW),), generator=generator)
+    ids = ids.to(host.device)
+    histories = {way: CompressedHistory(host, modes=modes, window=WINDOW, keep_first=PREFIX)
+                 for way, modes in WAYS.items()}  # fmt: skip
     metrics: dict[str, float] = {}
+    settings = {name: getattr(args, name) for name in ("lengths", "read", "history", "decode", "steps", "turns")}
+    settings |= {"slots": SLOTS, "trained_positions": trained, "attention": host.config._attn_implementation}
+    written = args.result or f"generation-{'gpu' if cuda else 'cpu'}"
 
-    def tell(found: dict[str, float], prefix: str = "") -> None:
-        metrics.update({f"{prefix}{name}": value for name, value in found.items()})
-        print(prefix, {name: round(value, 4) for name, value in found.items()}, flush=True)
-        settings = {"lengths": args.lengths, "read": args.read, "turns": args.turns, "steps": args.steps,
-                    "slots": SLOTS, "trained_positions": trained}  # fmt: skip
-        name = args.result or f"generation-{'gpu' if cuda else 'cpu'}"
-        write_result(name, metrics, seed=args.seed, config=settings, notes=f"{host_note(args.host)} {NOTES}")
+    def tell(found: dict[str, float], length: int = 0) -> None:
+        key = f"{host_key(args.host)}.{f'{length // 1024}k' if length >= 1024 else length}.b1." if length else ""
+        for name, value in found.items():
+            if not math.isfinite(value):
+                continue
+            metrics[f"{key}{name}"] = value
+            print(f"{key}{name} {value:.4g}", flush=True)
+        notes = f"{host_note(args.host)} {NOTES}"
+        print(write_result(written, metrics, seed=args.seed, config=settings, notes=notes), flush=True)
 
-    tell(compaction_cost(host, ids[: args.read], SLOTS, PIECE, args.turns))
-    for length in args.lengths:
-        tell(savings(host, ids[:length], args.turns if length < 100_000 else 2), f"{key}.{length // 1024}k.b1.")
-    middle = sorted(args.lengths)[len(args.lengths) // 2]
-    tell(decoding(host, ids[:middle], args.steps), f"{key}.{middle // 1024}k.b1.")
+    with Progress() as progress:
+        tell(cost(host, histories["compact_"].policy, ids, args, progress))
+        for length, decodes in sorted([(length, False) for length in args.lengths] + [(args.decode, True)]):
+            prompt = ids[:length]
+            if decodes:
+                tell(decoding(host, histories, prompt, args.steps, progress), length)
+            else:
+                turns = max(min(2, args.turns), min(args.turns, args.turns * 32768 // length))
+                tell(savings(host, histories, prompt, turns, progress), length)
+    for history in histories.values():
+        history.detach()

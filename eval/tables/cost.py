@@ -8,6 +8,43 @@ from eval.tables.cells import MISSING, Metrics, number, percent, ratio, table
 
 COMPRESSING = ("encode", "reconstruction_nll")  # the second with decoder and loss
 SHAPES = {"wide": "6 + 6 layers, 512 wide", "mini": "the shipped one: 2 + 3 layers twice, 448 wide"}
+WAYS = {
+    "full_": "full history, in pieces of 2,048",
+    "full_once_": "full history, in one piece",
+    "": "`Retrieve(2)`",
+    "compact_": "`Compact(64)`",
+    "mix_": "`Compact(64), Retrieve(2)`",
+}
+
+
+def generation_table(metrics: Metrics) -> list[str]:
+    """First token, memory and decoding by prompt and way of reading it, and what compaction adds to a read."""
+    rows, bounds = [], []
+    found = [match for key in metrics if (match := re.match(r"(.+\.(\d+)(k?)\.b1\.)full_(?:ttft|decode)", key))]
+    keys = {match[1]: (int(match[2]) * (1024 if match[3] else 1), match[2] + match[3]) for match in found}
+    for key, (_, length) in sorted(keys.items(), key=lambda item: item[1]):
+        for way, label in WAYS.items():
+            cells = [("ttft_seconds", 2), ("peak_gib", 2), ("kv_ratio", 1), ("decode_ms", 1)]
+            if f"{key}{way}ttft_seconds" in metrics or f"{key}{way}decode_ms" in metrics:
+                shown = [number(metrics.get(f"{key}{way}{name}"), digits) for name, digits in cells]
+                rows.append([length, label, shown[0], ratio(metrics.get(f"{key}{way}ttft_speedup")), *shown[1:]])
+        if (bound := metrics.get(f"{key}compact_bound_gib")) is not None:
+            bounds.append(f"{number(bound, 2)} at {length}")
+    lines = table(
+        ["prompt", "what the host reads", "first token, s", "faster than full in pieces", "peak over the weights, GiB",
+         "tokens a slot", "decoding, ms a token"], rows
+    )  # fmt: skip
+    if "compact.ms" in metrics:
+        lines += ["", f"Compaction of a chunk: {_beside(metrics, 'compact.')} in a prompt, "
+                      f"{_beside(metrics, 'compact.decode_')} while decoding, the window read with it."]  # fmt: skip
+    if bounds:
+        lines += ["", f"Pairs, two blocks and the raw part of `Compact(64)`, GiB: {', '.join(bounds)}."]
+    return lines
+
+
+def _beside(metrics: Metrics, key: str) -> str:
+    own, more, over = (metrics.get(f"{key}{name}") for name in ("read_ms", "ms", "cost_ratio"))
+    return f"{number(more, 1)} ms beside {number(own, 1)} ms of the host's own read ({percent(over, 0)})"
 
 
 def training_table(metrics: Metrics) -> list[str]:

@@ -1,56 +1,129 @@
-"""The benchmark of compaction on a tiny host: what is timed is what is said, and every figure is there."""
-
-import argparse
 import json
+import math
+from dataclasses import replace
 
 import pytest
 import torch
 
+from eval import run
 from eval.cost import compaction
-from hf_crouter.types import Row
-from tests.tiny import tiny_host
+from eval.cost.compaction import FirstPairs, in_turns, reading
+from hf_crouter import Compact, CompressedHistory
+from hf_crouter.types import LayerRead
+from hf_crouter.utils.progress import Progress
+
+from ...tiny import tiny_host
+
+SMALL = ["--lengths", "2048", "3072", "--read", "1024", "--history", "1024", "--decode", "2048", "--steps", "6",
+         "--turns", "1"]  # fmt: skip
 
 
 @pytest.fixture
 def host():
-    return tiny_host(positions=8192)
+    return tiny_host(positions=2048, vocab_size=50_000)
 
 
 def ids(count):
     return torch.randint(5, 90, (count,), generator=torch.Generator().manual_seed(0))
 
 
-def test_the_stand_in_keeps_as_many_pairs_and_others(host):
-    caches = []
-    for stand_in in (False, True):
-        policy = compaction.policy_of(host, 16, 1024, stand_in)
-        cache = compaction.CompressedDynamicCache(config=host.config)
-        text = ids(2600)
-        cache.start([Row(0, prompt=2600)], text[None], policy.key)
-        compaction.pairs_by_reading(host, policy, cache, [policy.extend(Row(0, prompt=2600), text)], [text])
-        caches.append(cache)
-    chosen, first = (cache.layers[1].keys for cache in caches)
-    assert chosen.shape == first.shape == (1, 2, 64, 8) and not torch.allclose(chosen, first)
+def layer_read(slots, chunks):
+    keys, values, queries = torch.randn(3, 1, 2, slots, 8)
+    return LayerRead(1, keys, values, queries, 0.3, None, None, (chunks[0][0], chunks[-1][1]), chunks)
 
 
-def test_reading_again_reads_the_same(host):
-    policy = compaction.policy_of(host, 16, 1024, False)
-    assert compaction.read_pairs(host, policy, ids(2600))() == 4
-    one = compaction.read_pairs(host, policy, ids(2600), 2600 - 512)
-    assert one() == one() == 1
+def test_the_stand_in_keeps_as_many_pairs_and_asks_nothing():
+    stand_in = FirstPairs((8, 5), 64)
+    read = layer_read(60, ((10, 30), (30, 33)))
+    assert stand_in.observe(read) is None
+    pairs = stand_in.compress(read, None)
+    for (keys, values, places), first, count in zip(pairs, (10, 30), (5, 3), strict=True):
+        assert torch.equal(keys, read.keys[:, :, first : first + count])
+        assert torch.equal(values, read.values[:, :, first : first + count])
+        assert places.tolist() == [[list(range(count))] * 2]
 
 
-def test_all_figures(monkeypatch, tmp_path, host):
-    monkeypatch.setattr(compaction, "load_host", lambda name, device, dtype: (host, None))
+def test_what_is_timed_reads_the_chunks_that_were_not_known(host):
+    history = CompressedHistory(host, modes=[Compact(16)], window=512, keep_first=4)
+    text, policy = ids(4 + 3 * 512 + 512), history.policy
+    whole, one = reading(host, policy, text), reading(host, policy, text, len(text) - 512)
+    rows = [whole()(), one()(), one()()]
+    for row in rows:
+        assert [chunk.end for chunk in row.chunks] == [516, 1028, 1540]
+        assert all(chunk.entries is not None and len(chunk.entries) == 16 for chunk in row.chunks)
+    # what was known stays: of the second only the last chunk was read, each time
+    assert [a.entries is b.entries for a, b in zip(rows[1].chunks, rows[2].chunks, strict=True)] == [True, True, False]
+
+
+def test_every_turn_reads_over_the_same_past(host):
+    slots = []
+
+    class Noted(FirstPairs):
+        def compress(self, read, observed):
+            slots.append(read.keys.shape[2])
+            return super().compress(read, observed)
+
+    history = CompressedHistory(host, modes=[Compact(16)], window=512, keep_first=4)
+    one = reading(host, replace(history.policy, compressor=Noted((16, 16), 2048)), ids(4 + 3 * 512 + 512), 1540)
+    slots.clear()
+    one()(), one()(), one()()
+    assert slots == [4 + 2 * 16 + 512 + 512] * 6  # prefix, pairs, chunk and window in two layers, three times
+
+
+def test_the_ways_take_turns_and_the_first_is_not_timed():
+    calls = []
+
+    def way(name):
+        def ready():
+            calls.append(f"ready {name}")
+            return lambda: calls.append(name)
+
+        return ready
+
+    times, _ = in_turns({"a": way("a"), "b": way("b")}, 2, Progress(enabled=False))
+    assert calls == ["ready a", "a", "ready b", "b"] * 3 and {len(some) for some in times.values()} == {2}
+
+
+def test_every_figure_is_written(host, monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("CROUTER_RESULTS", str(tmp_path))
-    parser = argparse.ArgumentParser()
-    compaction.configure(parser)
-    words = ["--host", "tiny", "--lengths", "2048", "3072", "--read", "2600", "--steps", "3", "--turns", "1"]
-    compaction.run(parser.parse_args(words))
+    monkeypatch.setattr(compaction, "load_host", lambda name, device, dtype: (host, None))
+    assert run.main(["compaction", "--host", "some/Tiny-Instruct", *SMALL]) == 0
+    result = json.loads((tmp_path / "generation-cpu.json").read_text())
+    metrics, shown = result["metrics"], capsys.readouterr().out
+    for key in ("compact.read_ms", "compact.plain_ms", "compact.decode_read_ms"):
+        assert metrics[key] > 0
+    assert metrics["compact.cost_ratio"] == pytest.approx(metrics["compact.ms"] / metrics["compact.read_ms"], rel=1e-3)
+    assert "compact.decode_cost_ratio" in metrics
+    for length in ("2k", "3k"):
+        for way in ("", "compact_", "mix_"):
+            speedup, seconds = (metrics[f"tiny.{length}.b1.{way}ttft_{kind}"] for kind in ("speedup", "seconds"))
+            assert speedup == pytest.approx(metrics[f"tiny.{length}.b1.full_ttft_seconds"] / seconds, rel=1e-3)
+    for way in ("full_", "", "compact_", "mix_"):
+        assert 0 < metrics[f"tiny.2k.b1.{way}decode_ms"] <= metrics[f"tiny.2k.b1.{way}decode_longest_ms"]
+    assert result["config"]["trained_positions"] == 2048  # 3k lie beyond and were timed all the same
+    assert all(key in shown for key in metrics) and all(math.isfinite(value) for value in metrics.values())
+
+
+def test_slots_and_bound_follow_from_the_shapes(host, monkeypatch, tmp_path):
+    monkeypatch.setenv("CROUTER_RESULTS", str(tmp_path))
+    monkeypatch.setattr(compaction, "load_host", lambda name, device, dtype: (host, None))
+    run.main(["compaction", "--host", "tiny", *SMALL])
     metrics = json.loads((tmp_path / "generation-cpu.json").read_text())["metrics"]
-    assert {"compact.cost_ratio", "compact.decode_cost_ratio", "tiny.2k.b1.ttft_speedup"} <= set(metrics)
-    assert {"tiny.3k.b1.compact_ttft_speedup", "tiny.3k.b1.kv_ratio", "tiny.3k.b1.decode_ms.full"} <= set(metrics)
-    assert metrics["tiny.3k.b1.kv_ratio"] == pytest.approx(3072 / (4 + 4 * 64 + 3072 - 4 - 4 * 512), rel=0.01)
+    raw = 3072 - 4 * 512  # prefix and window
+    assert metrics["tiny.3k.b1.compact_kv_ratio"] == pytest.approx(3072 / (4 * 64 + raw), rel=1e-4)
+    assert metrics["tiny.3k.b1.mix_kv_ratio"] == pytest.approx(3072 / (4 * 64 + raw + 1024), rel=1e-4)
     slot = 2 * 2 * 2 * 8 * 4  # keys and values, layers, heads, size, bytes
-    bound = slot * (4 * 64 + 2 * 2048 + 3072 - 4 * 512) / 2**30
-    assert metrics["tiny.3k.b1.compact_bound_gib"] == pytest.approx(bound, rel=0.01)
+    assert metrics["tiny.3k.b1.compact_bound_gib"] == pytest.approx(slot * (4 * 64 + 4096 + raw) / 2**30, abs=1e-6)
+    assert not any(key.endswith("peak_gib") for key in metrics)  # of a CPU's memory nothing is known
+
+
+def test_what_is_known_is_written_when_a_later_part_fails(host, monkeypatch, tmp_path):
+    def fails(*_):
+        raise MemoryError
+
+    monkeypatch.setenv("CROUTER_RESULTS", str(tmp_path))
+    monkeypatch.setattr(compaction, "load_host", lambda name, device, dtype: (host, None))
+    monkeypatch.setattr(compaction, "savings", fails)
+    with pytest.raises(MemoryError):
+        run.main(["compaction", "--host", "tiny", *SMALL, "--result", "mine"])
+    assert "compact.cost_ratio" in json.loads((tmp_path / "mine.json").read_text())["metrics"]

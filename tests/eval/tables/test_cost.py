@@ -1,3 +1,4 @@
+from eval.tables.cost import generation_table
 from eval.tables.readme import render
 
 from .results import rows_of, write
@@ -21,3 +22,21 @@ def test_compress_cpu(tmp_path):
     assert [line.split(" | ")[0] for line in lines[2:5]] == ["| 512", "| 2k", "| 32k"]
     assert lines[3] == "| 2k | 1.23 | 1.23 | 1.23 | 3.46x | – |"
     assert lines[6] == "Cheaper than prefill: encode from 1,234 tokens, encode with NLL at no length."
+
+
+def test_generation():
+    metrics = {"qwen1.5b.128k.b1.full_ttft_seconds": 20.0, "qwen1.5b.8k.b1.full_ttft_seconds": 0.5}
+    metrics |= {
+        "qwen1.5b.8k.b1.ttft_seconds": 0.125,
+        "qwen1.5b.8k.b1.ttft_speedup": 4.0,
+        "qwen1.5b.8k.b1.kv_ratio": 4.02,
+    }
+    metrics |= {"qwen1.5b.32k.b1.full_decode_ms": 21.04, "qwen1.5b.8k.b1.compact_bound_gib": 0.158}
+    rows = rows_of("\n".join(generation_table(metrics)))
+    assert [row[0] for row in rows] == ["8k", "8k", "32k", "128k"]
+    assert rows[1] == ["8k", "`Retrieve(2)`", "0.12", "4.00x", "–", "4.0", "–"] and rows[2][-1] == "21.0"
+    metrics |= {"compact.ms": 3.14, "compact.read_ms": 12.5, "compact.cost_ratio": 0.2512}
+    lines = generation_table(metrics)
+    assert "3.1 ms beside 12.5 ms of the host's own read (25%) in a prompt" in lines[-3]
+    assert lines[-1].endswith("GiB: 0.16 at 8k.")
+    assert "not measured yet" in generation_table({})[2]
