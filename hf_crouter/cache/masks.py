@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from transformers import StaticCache
 
-from ..hosts.attention import EAGER, attention_met
+from ..hosts.attention import EAGER, attention_met, sliding_layers
 from ..hosts.devices import input_device
 from ..types import Row
 from .kv_cache import CompressedCache
@@ -25,15 +25,6 @@ from .layout import PAD
 from .positions import key_positions, slot_positions
 
 STEP = 64  # most queries of a forward whose masks are kept
-
-
-def sliding_layers(host: Any) -> tuple[bool, ...]:
-    """Which layers of a host attend to a sliding window alone; one a layer."""
-    config = host.config.get_text_config(decoder=True)
-    kinds = getattr(config, "layer_types", None)
-    if kinds is None:
-        return (getattr(config, "sliding_window", None) is not None,) * config.num_hidden_layers
-    return tuple(kind == "sliding_attention" for kind in kinds)
 
 
 class LayerMasks:

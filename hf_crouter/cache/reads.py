@@ -27,14 +27,14 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from ..errors import InputError
-from ..hosts.attention import Attention, attention_met
+from ..hosts.attention import Attention, attention_met, sliding_layers
 from ..hosts.devices import input_device
 from ..hosts.rotation import KeyRotation
 from ..types import Entries, LayerRead, PairCompressor, Pairs, Row
 from .capacity import check_read, read_block
 from .kv_cache import CompressedCache, Layer
 from .layout import row_experts
-from .masks import piece_masks, sliding_layers
+from .masks import piece_masks
 from .pairs import MadePairs
 from .policy import ContextPolicy, ids_key
 from .positions import spread

@@ -10,7 +10,7 @@ import re
 from ..modes import MODES, modes_from_options
 from ..types import Mode
 
-SIMPLE = (int, float, bool)  # settings by the kind of their default; others are for Python
+SIMPLE = (int, float, bool, str)  # settings by the kind of their default; others are for Python
 
 
 def add_modes(parser: argparse.ArgumentParser) -> None:

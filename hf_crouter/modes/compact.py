@@ -6,11 +6,11 @@ import os
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ..cache.masks import sliding_layers
 from ..compressors.compact import PairSelector
 from ..compressors.layer_budgets import LayerBudgets, find_layer_budgets
 from ..errors import InputError
 from ..fitting import HostInUse
+from ..hosts.attention import sliding_layers
 from ..hosts.families import check_compact
 from ..types import Contribution, Fitted, Parts, Setting
 

@@ -16,13 +16,13 @@ import numpy as np
 import torch
 
 from ..cache.kv_cache import CompressedDynamicCache
-from ..cache.masks import sliding_layers
 from ..cache.policy import ContextPolicy
 from ..chunking import SameTokenizerChunker, tokenizer_fingerprint
 from ..compressors.compact import PairSelector
 from ..compressors.layer_budgets import LayerBudgets
 from ..data.tokens import TokenArray
 from ..errors import InputError
+from ..hosts.attention import sliding_layers
 from ..hosts.devices import input_device
 from ..hosts.fingerprint import host_architecture, host_fingerprint
 from ..hosts.pair_probe import check_pairs
