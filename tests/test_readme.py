@@ -273,7 +273,7 @@ def test_the_changelog_says_what_options_are_called_now():
     for name, option in new:
         if hasattr(hf_crouter, name):
             assert option in inspect.signature(getattr(hf_crouter, name)).parameters, f"{name}({option}=)"
-    for cls in OWN_MODES:
+    for cls in (cls for cls in OWN_MODES if cls.__name__ != "Compact"):  # which had no option before
         renamed = {(cls.__name__, option) for option in inspect.signature(cls).parameters}
         assert renamed <= new, f"the changelog does not name {renamed - new}"
 
