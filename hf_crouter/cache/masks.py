@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention.bias import causal_lower_right
 from transformers import StaticCache
 
 from ..hosts.attention import EAGER, attention_met, sliding_layers
@@ -22,6 +23,7 @@ from ..hosts.devices import input_device
 from ..types import Row
 from .kv_cache import CompressedCache
 from .layout import PAD
+from .pairs import PairPlaces
 from .positions import key_positions, slot_positions
 
 STEP = 64  # most queries of a forward whose masks are kept
@@ -32,10 +34,10 @@ class LayerMasks:
 
     Args:
         host: the plain host.
-        seen: whether a query sees the pairs of a chunk, `[B, T, C]`, bool; None: of every chunk.
-        owners: of each layer the chunk of every column of pairs, `[B, columns]`, -1 an empty one; None: no columns.
+        seen: whether a query sees the pairs of a chunk, `[B, T, C]`, bool.
+        places: which chunk's pair stands in each column.
         raw: whether a query sees a raw slot, `[B, T, S]`, bool.
-        near: the same in a sliding layer.
+        near: the same in a sliding layer; None without such layers.
         device: of the host's inputs.
         fixed: whether layers hold empty slots behind the raw ones (static caches).
     """
@@ -43,19 +45,20 @@ class LayerMasks:
     def __init__(
         self,
         host: Any,
-        seen: torch.Tensor | None,
-        owners: tuple[torch.Tensor | None, ...],
+        seen: torch.Tensor,
+        places: PairPlaces,
         raw: torch.Tensor,
-        near: torch.Tensor,
+        near: torch.Tensor | None,
         device: torch.device,
         fixed: bool = False,
     ):
-        self.slides, self.owners, self.fixed, self.window = sliding_layers(host), owners, fixed, _window(host)
-        self.seen, self.raw, self.near = seen, raw.to(device), near.to(device)
-        self.floats = host.dtype if _implementation(host) == EAGER else None
+        self.slides, self.places, self.fixed, self.window = sliding_layers(host), places, fixed, _window(host)
         step = raw.shape[1] == 1 and not fixed
-        self.open = step and bool(raw.all()) and (seen is None or bool(seen.all()))
+        self.open = step and bool(raw.all()) and bool(seen.all())
+        self.seen, self.raw, self.near = seen.to(device), raw.to(device), near.to(device) if near is not None else None
+        self.floats = host.dtype if _implementation(host) == EAGER else None
         self.known: dict[tuple[int, int], torch.Tensor | None] = {}
+        self.every: torch.Tensor | None = None  # which pairs are seen, of all layers
 
     @property
     def queries(self) -> int:
@@ -69,33 +72,43 @@ class LayerMasks:
 
     def of(self, layer: int, keys: int) -> torch.Tensor | None:
         """The mask of a layer with so many keys, `[B, 1, T, keys]`; None where every query sees every key."""
-        owner = self.owners[layer] if layer < len(self.owners) else None
+        owner = self.places.owners[layer] if layer < self.places.layers else None
         slides = layer < len(self.slides) and self.slides[layer]
         key = (-1 if slides else id(owner)), keys
         if key not in self.known:
-            if self.raw.shape[1] > STEP:
+            if self.queries > STEP:
                 self.known.clear()  # large ones are not kept
-            self.known[key] = self._made(owner, keys, slides)
+            self.known[key] = self._made(owner, layer, keys, slides)
         return self.known[key]
 
-    def _made(self, owner: torch.Tensor | None, keys: int, slides: bool) -> torch.Tensor | None:
-        if slides:
+    def _made(self, owner: torch.Tensor | None, layer: int, keys: int, slides: bool) -> torch.Tensor | None:
+        if slides and self.near is not None:
             mask = self.near[..., self._first_near(keys) :][..., :keys]
-        elif self.open and (owner is None or bool((owner >= 0).all())):
+        elif self.open and (owner is None or self.places.is_whole(layer)):
             return None
         elif owner is None or not owner.shape[1]:
             mask = self.raw
         else:
-            count, (rows, queries) = owner.shape[1], self.raw.shape[:2]
-            pairs = (owner >= 0)[:, None].expand(-1, queries, -1).to(self.raw.device)
-            if self.seen is not None:
-                places = owner.clamp(min=0)[:, None].expand(-1, queries, -1)
-                pairs = pairs & self.seen.gather(2, places).to(self.raw.device)
-            mask = torch.cat([pairs.expand(rows, queries, count), self.raw], 2)
+            mask = torch.cat([self._pairs(layer, owner.shape[1]), self.raw], 2)
         mask = F.pad(mask, (0, keys - mask.shape[2]))[:, None]
         if self.floats is not None:
             mask = torch.zeros_like(mask, dtype=self.floats).masked_fill(~mask, torch.finfo(self.floats).min)
         return mask
+
+    def _pairs(self, layer: int, count: int) -> torch.Tensor:
+        """Whether a query sees each of a layer's pairs, `[B, T, count]`."""
+        columns, numbers = self.places.stacked(self.seen.device)
+        number = numbers[layer]
+        if self.queries > STEP:
+            return self._of_columns(columns[number : number + 1, :, :count])[0]
+        if self.every is None:
+            self.every = self._of_columns(columns)
+        return self.every[number, ..., :count]
+
+    def _of_columns(self, columns: torch.Tensor) -> torch.Tensor:
+        """Whether a query sees the pair in each of the columns `[U, B, W]`: `[U, B, T, W]`."""
+        places = columns.clamp(min=0)[:, :, None].expand(-1, -1, self.queries, -1)
+        return self.seen.expand(len(columns), -1, -1, -1).gather(3, places) & (columns >= 0)[:, :, None]
 
     def _first_near(self, keys: int) -> int:
         """First raw slot that a sliding layer with so many keys still has."""
@@ -124,50 +137,77 @@ def cache_masks(
         columns: of the forward.
         device: of the host's inputs.
     """
-    layout, places = cache.layout, cache.places
+    places = cache.places
     assert places is not None
+    work = device if columns > STEP else cache.layout.device  # a step's are small
+    layout, positions = cache.layout.to(work), positions.to(work)
     first = layout.shape[1] - columns
-    at, own = layout[:, first:], positions[:, first:]
-    order = torch.arange(layout.shape[1])
+    at, own = cache.layout[:, first:], positions[:, first:]
+    order = torch.arange(layout.shape[1], device=work)
     same = order[None] == order[first:, None]
     raw = (layout != PAD)[:, None] & (order[None] <= order[first:, None])[None]
-    near = raw & (own[:, :, None] - positions[:, None] < _window(host))
-    raw, near = raw | same, near | same  # so that padding sees something
-    return LayerMasks(
-        host, _seen(cache.rows, at), places.owners, raw, near, device, fixed=isinstance(cache, StaticCache)
-    )
+    near = None
+    if any(sliding_layers(host)):
+        near = (raw & (own[:, :, None] - positions[:, None] < _window(host))) | same
+    raw = raw | same  # so that padding sees something
+    return LayerMasks(host, _seen(cache.rows, at), places, raw, near, device, fixed=isinstance(cache, StaticCache))
 
 
 def _seen(rows: tuple[Row, ...], at: torch.Tensor) -> torch.Tensor:
     """Whether these tokens `[B, T]` of rows see each chunk's pairs, `[B, T, C]`; of no chunk that stands raw."""
-    chunks = max(1, *(len(row.chunks) for row in rows))
-    ends = torch.full((len(rows), chunks), torch.iinfo(torch.long).max)
-    for number, row in enumerate(rows):
-        for n, chunk in enumerate(row.chunks):
-            if n not in row.retrieved:
-                ends[number, n] = row.prefix or 0 if row.compact else chunk.end
-    return ends[:, None] <= at[:, :, None]
+    chunks, never = max(1, *(len(row.chunks) for row in rows)), torch.iinfo(torch.long).max
+    ends = []
+    for row in rows:
+        raw = set(row.retrieved)
+        own = [never if n in raw else (row.prefix or 0) if row.compact else chunk.end
+               for n, chunk in enumerate(row.chunks)]  # fmt: skip
+        ends.append(own + [never] * (chunks - len(own)))
+    return torch.tensor(ends)[:, None] <= at[:, :, None]
 
 
-def piece_masks(
-    host: Any, kept: list[int], before: torch.Tensor, piece: torch.Tensor, rows: int, device: torch.device
-) -> LayerMasks:
-    """Masks of a read of one piece over pairs and raw tokens, all of which it sees.
+class PieceMasks:
+    """Masks of a read of one piece over pairs and raw tokens, all of which it sees, as it sees itself: causally.
 
     Args:
         host: the plain host.
-        kept: pairs of each layer.
         before: positions of the raw tokens, `[S]`.
-        piece: of its own, `[T]`.
-        rows: B.
+        piece: of its own, `[T]`, behind them.
         device: of the host's inputs.
     """
-    at = torch.cat([before, piece])
-    raw = at[None] <= piece[:, None]
-    near = raw & (piece[:, None] - at[None] < _window(host))
-    known = {count: torch.zeros(1, count, dtype=torch.long) for count in kept}
-    owners = tuple(known[count] for count in kept)
-    return LayerMasks(host, None, owners, raw[None].expand(rows, -1, -1), near[None].expand(rows, -1, -1), device)
+
+    def __init__(self, host: Any, before: torch.Tensor, piece: torch.Tensor, device: torch.device):
+        self.slides, self.queries, self.device = sliding_layers(host), len(piece), device
+        self.floats = host.dtype if _implementation(host) == EAGER else None
+        self.implied = _implementation(host) == "sdpa" and device.type == "cuda"
+        self.near: torch.Tensor | None = None
+        if any(self.slides):
+            at, own = torch.cat([before, piece]).to(device), piece.to(device)[:, None]
+            self.near = (at <= own) & (own - at < _window(host))
+        self.known: tuple[tuple[bool, int], torch.Tensor] | None = None
+
+    @property
+    def stand_in(self) -> torch.Tensor:
+        """What the host is given for a mask: it takes one of four axes as it is and makes none."""
+        return torch.ones(1, 1, self.queries, 1, dtype=torch.bool, device=self.device)
+
+    def of(self, layer: int, keys: int) -> torch.Tensor:
+        """The mask of a layer with so many keys, `[1, 1, T, keys]`, or what has SDPA's kernels mask it themselves."""
+        key = self.slides[layer], keys
+        if self.known is None or self.known[0] != key:  # large: layers that follow each other mostly share it
+            self.known = key, self._made(self.slides[layer], keys)
+        return self.known[1]
+
+    def _made(self, slides: bool, keys: int) -> torch.Tensor:
+        if slides and self.near is not None:
+            mask = self.near[:, self.near.shape[1] - keys :]
+        elif self.implied:
+            return causal_lower_right(self.queries, keys)
+        else:
+            mask = torch.ones(self.queries, keys, dtype=torch.bool, device=self.device).tril(keys - self.queries)
+        mask = mask[None, None]
+        if self.floats is not None:
+            mask = torch.zeros_like(mask, dtype=self.floats).masked_fill(~mask, torch.finfo(self.floats).min)
+        return mask
 
 
 def mask_and_positions(

@@ -6,11 +6,14 @@ pairs in columns 0 to `count(b, l)`, and what is left up to `width(l)` is empty.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import torch
+import torch.nn.functional as F
 
+T = TypeVar("T")
 Layer = tuple[torch.Tensor, torch.Tensor]
 Counts = Mapping[tuple[int, int], tuple[int | None, ...]]
 """Pairs of each layer, by row and chunk; None in a layer that keeps nothing old."""
@@ -55,6 +58,7 @@ class PairPlaces:
     def __post_init__(self):
         widths = [owner.shape[1] for owner in self.owners if owner is not None]
         object.__setattr__(self, "_mean", -(-sum(widths) // max(1, len(widths))))
+        object.__setattr__(self, "_known", {})  # asked at every step
 
     @classmethod
     def empty(cls, rows: int, layers: int) -> PairPlaces:
@@ -79,6 +83,29 @@ class PairPlaces:
         """Columns of a row that are not empty."""
         owner = self.owners[layer]
         return int((owner[row] >= 0).sum()) if owner is not None else 0
+
+    def is_whole(self, layer: int) -> bool:
+        """Whether no column of a layer is empty in any row."""
+        owner = self.owners[layer]
+        return owner is None or self._once(("whole", layer), lambda: bool((owner >= 0).all()))
+
+    def stacked(self, device: torch.device) -> tuple[torch.Tensor, tuple[int, ...]]:
+        """Owners that differ, `[U, B, columns]` on a device, -1 behind fewer; and which of them each layer has."""
+
+        def stack() -> tuple[torch.Tensor, tuple[int, ...]]:
+            some = {id(owner): owner for owner in self.owners if owner is not None}
+            most = max(owner.shape[1] for owner in some.values())
+            wide = [F.pad(owner, (0, most - owner.shape[1]), value=-1) for owner in some.values()]
+            order = {key: number for number, key in enumerate(some)}
+            return torch.stack(wide).to(device), tuple(order.get(id(owner), -1) for owner in self.owners)
+
+        return self._once(("stacked", device), stack)
+
+    def _once(self, key: object, make: Callable[[], T]) -> T:
+        known: dict[object, Any] = self._known  # pyright: ignore[reportAttributeAccessIssue]
+        if key not in known:
+            known[key] = make()
+        return known[key]
 
     def extended(self, counts: Counts, room: Sequence[int] = ()) -> PairPlaces:
         """With the pairs of more chunks.
@@ -135,11 +162,10 @@ class PairPlaces:
             whole = like.new_empty(size) if bool((owner >= 0).all()) else like.new_zeros(size)
             if old is not None:
                 whole[:, :, : old[kind].shape[2]] = old[kind]
-            ends = {row: before.count(row, layer) for row, _ in made}
-            for (row, _), pair in made.items():
-                end = ends[row] + pair[kind].shape[1]
-                whole[row, :, ends[row] : end] = pair[kind].to(like.device, like.dtype)
-                ends[row] = end
+            for row in {row: None for row, _ in made}:
+                new = torch.cat([pair[kind] for (own, _), pair in made.items() if own == row], 1)
+                start = before.count(row, layer)
+                whole[row, :, start : start + new.shape[1]] = new.to(like.device, like.dtype)
             joined.append(whole)
         return joined[0], joined[1]
 

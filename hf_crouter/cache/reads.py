@@ -34,7 +34,7 @@ from ..types import Entries, LayerRead, PairCompressor, Pairs, Row
 from .capacity import check_read, read_block
 from .kv_cache import CompressedCache, Layer
 from .layout import row_experts
-from .masks import piece_masks
+from .masks import PieceMasks
 from .pairs import MadePairs
 from .policy import ContextPolicy, ids_key
 from .positions import spread
@@ -73,7 +73,8 @@ class _Pieces(DynamicLayer):
         pieces = self.pieces
         if self.turned is not None:
             pieces[-2] = self.turned(pieces[-2][0]), pieces[-2][1]
-        joined = [torch.cat([piece[k].to(key_states.device) for piece in pieces], 2) for k in (0, 1)]
+        device = key_states.device
+        joined = [torch.cat([p[k] if p[k].device == device else p[k].to(device) for p in pieces], 2) for k in (0, 1)]
         return joined[0], joined[1]
 
     def get_seq_length(self) -> int:
@@ -344,8 +345,7 @@ def _read(
     past.layers = reading.layers
     ids = torch.stack([some.ids[first:end] for some in reading.rows])
     raw = torch.cat([torch.arange(reading.prefix), torch.arange(at, at + size)])
-    kept = [0 if slides[n] else layer.get_seq_length() - len(raw) for n, layer in enumerate(reading.layers)]
-    masks = piece_masks(host, kept, raw, positions, len(reading.rows), device)
+    masks = PieceMasks(host, raw, positions, device)
     served = torch.stack([row_experts(some.row, torch.arange(first, end)) for some in reading.rows])
     with policy.serving(served), attention_met(host, masks.of, seen):
         host.base_model(

@@ -9,6 +9,9 @@ the layer's output. `eval/LOG.md` has what was tried beside it.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import groupby
+
 import torch
 
 from ..types import LayerRead, Pairs
@@ -32,26 +35,43 @@ class PairSelector:
         self.most: int = -(-sum(kept) // max(1, len(kept)))
         self.key: object = ("compact", most_by_layer, block, far, queries)
 
-    def observe(self, read: LayerRead) -> torch.Tensor:
-        """Squared shares that a block's own far queries give its slots, summed, `[B, heads, block]`, float32."""
-        return squared_shares(read, self.queries, self.far)
+    def observe(self, read: LayerRead) -> torch.Tensor | None:
+        """Squared shares that a block's own far queries give its slots, summed, `[B, heads, block]`, float32.
 
-    def compress(self, read: LayerRead, observed: torch.Tensor) -> list[Pairs]:
+        None where every pair stays.
+        """
+        return None if self._keeps_all(read) else squared_shares(read, self.queries, self.far)
+
+    def compress(self, read: LayerRead, observed: torch.Tensor | None) -> list[Pairs]:
         """See `PairCompressor.compress`."""
         first, end = read.block
+        if observed is None:
+            order = torch.arange(end - first, dtype=torch.int32, device=read.keys.device)
+            order = order.expand(*read.keys.shape[:2], -1)
+            return [(read.keys[:, :, a:b].clone(), read.values[:, :, a:b].clone(), order[..., : b - a])
+                    for a, b in read.chunks]  # fmt: skip
         worth = squared_shares(read, self.queries) + observed
         worth = worth * read.values[:, :, first:end].float().square().sum(-1)
-        return [self._kept(read, worth[..., a - first : b - first], a, b) for a, b in read.chunks]
+        pairs: list[Pairs] = []
+        for size, chunks in groupby(read.chunks, lambda chunk: chunk[1] - chunk[0]):
+            some = list(chunks)
+            pairs += self._kept(read, worth[..., some[0][0] - first : some[-1][1] - first], some[0][0], size)
+        return pairs
 
-    def _kept(self, read: LayerRead, worth: torch.Tensor, first: int, end: int) -> Pairs:
-        count = min(self.most_by_layer[read.layer], end - first)
-        places = worth.topk(count, -1).indices.sort(-1).values
+    def _keeps_all(self, read: LayerRead) -> bool:
+        return self.most_by_layer[read.layer] >= max(end - first for first, end in read.chunks)
+
+    def _kept(self, read: LayerRead, worth: torch.Tensor, first: int, size: int) -> Iterator[Pairs]:
+        """Pairs of equally long chunks, one behind the other, of the slots from `first` on."""
+        count, end = min(self.most_by_layer[read.layer], size), first + worth.shape[-1]
+        each = worth.unflatten(-1, (-1, size))
+        places = each.topk(count, -1).indices.sort(-1).values
+        starts = torch.arange(0, worth.shape[-1], size, device=places.device)
+        pick = (places + starts[:, None]).flatten(2)[..., None]
         keys, values = read.keys[:, :, first:end], read.values[:, :, first:end]
-        return (
-            keys.gather(2, places[..., None].expand(-1, -1, -1, keys.shape[-1])),
-            values.gather(2, places[..., None].expand(-1, -1, -1, values.shape[-1])),
-            places,
-        )
+        keys = keys.gather(2, pick.expand(-1, -1, -1, keys.shape[-1])).split(count, 2)
+        values = values.gather(2, pick.expand(-1, -1, -1, values.shape[-1])).split(count, 2)
+        return zip(keys, values, places.int().unbind(2), strict=True)
 
 
 def squared_shares(read: LayerRead, most: int, far: int = 0) -> torch.Tensor:
@@ -65,32 +85,31 @@ def squared_shares(read: LayerRead, most: int, far: int = 0) -> torch.Tensor:
     Returns:
         `[B, heads, block]`, float32.
     """
-    keys, (first, end) = read.keys, read.block
-    rows, heads, slots, _ = keys.shape
-    asked = read.queries.shape[2]
-    step = -(-asked // most)
-    at = torch.arange(slots - asked, slots, step, device=keys.device)
-    if far:
-        at = at[at >= first + far]
-    total = torch.zeros(rows, heads, end - first, device=keys.device)
+    (first, end), (rows, heads, slots, _) = read.block, read.keys.shape
+    asked, device = read.queries.shape[2], read.keys.device
+    start, step = slots - asked, -(-asked // most)  # slot of the first query, and from one that counts to the next
+    skip = max(0, -(-(first + far - start) // step)) * step if far else 0
+    wide = torch.promote_types(read.keys.dtype, torch.float32)
+    total = torch.zeros(rows, heads, end - first, device=device, dtype=wide)
+    if skip >= asked:
+        return total.float()
     groups = read.queries.shape[1] // heads
-    sinks = None
-    if read.sinks is not None:
-        sinks = read.sinks.float().view(1, heads, groups, 1, 1).expand(rows, -1, -1, -1, -1)
-    order = torch.arange(slots, device=keys.device)
-    tile = max(1, TILE // (rows * heads * groups * slots))
-    for start in range(0, len(at), tile):
-        some = at[start : start + tile]
-        queries = read.queries[:, :, some - (slots - asked)].unflatten(1, (heads, groups))
-        products = torch.matmul(queries, keys[:, :, None].transpose(-1, -2)).float() * read.scaling
+    queries = read.queries[:, :, skip::step].unflatten(1, (heads, groups)).transpose(2, 3).flatten(2, 3)
+    queries, keys = queries.to(wide) * read.scaling, read.keys.to(wide).transpose(-1, -2)
+    at = torch.arange(start + skip, slots, step, device=device).repeat_interleave(groups)[:, None]
+    order = torch.arange(slots, device=device)
+    tile = max(1, TILE // (rows * heads * groups * slots)) * groups
+    for some, own in zip(at.split(tile), queries.split(tile, 2), strict=True):
+        products = torch.matmul(own, keys)
         if read.softcap is not None:
             products = read.softcap * (products / read.softcap).tanh()
-        products.masked_fill_(order > some[:, None], float("-inf"))
+        products[..., start:].masked_fill_(order[start:] > some, float("-inf"))
         whole = products.logsumexp(-1, keepdim=True)
-        if sinks is not None:
-            whole = torch.logaddexp(whole, sinks.expand_as(whole))
-        shares = (products[..., first:end] - whole).exp_()
+        if read.sinks is not None:
+            sinks = read.sinks.to(wide).view(1, heads, 1, groups).expand(-1, -1, len(some) // groups, -1)
+            whole = torch.logaddexp(whole, sinks.flatten(2)[..., None])
+        squares = (products[..., first:end] - whole).mul_(2).exp_()
         if far:
-            shares.masked_fill_(some[:, None] - order[first:end] < far, 0.0)
-        total += shares.square_().sum((2, 3))
-    return total * step
+            squares.masked_fill_(order[first:end] > some - far, 0.0)
+        total += squares.sum(2)
+    return (total * step).float()

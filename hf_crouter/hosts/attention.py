@@ -19,6 +19,7 @@ from threading import Lock
 from typing import Any
 
 import torch
+from torch.nn.attention.bias import CausalBias
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..errors import InputError
@@ -164,7 +165,9 @@ def _meeting(plain: Callable | None, eager: bool) -> Callable:
             return function(module, query, key, value, attention_mask, *args, **kwargs)
         if block.mask_of is not None:
             attention_mask = block.mask_of(module.layer_idx, key.shape[2])
-            if attention_mask is not None:
+            if isinstance(attention_mask, CausalBias):
+                pass  # is nowhere
+            elif attention_mask is not None:
                 attention_mask = attention_mask.to(query.device)  # of a host spread over several
             elif eager:  # some families' own expect one
                 attention_mask = query.new_zeros(1, 1, query.shape[2], key.shape[2])

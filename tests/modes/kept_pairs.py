@@ -47,7 +47,7 @@ class MostAttended:
         self.asked += len(read.chunks) * len(read.keys) * (read.layer == 1)
         rows, heads, slots = read.keys.shape[:3]
         asked = read.queries.shape[2]
-        visible = torch.ones(asked, slots, dtype=torch.bool).tril(slots - asked)
+        visible = torch.ones(asked, slots, dtype=torch.bool, device=read.keys.device).tril(slots - asked)
         scores = torch.einsum("bhgfd,bhsd->bhgfs", read.queries.unflatten(1, (heads, -1)), read.keys) * read.scaling
         shares = scores.masked_fill(~visible, float("-inf")).softmax(-1).sum((2, 3))
         pairs = []
