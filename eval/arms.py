@@ -21,7 +21,7 @@ class Arm:
     """What a host reads of its past.
 
     Attributes:
-        modes: of `CompressedHistory`, or "auto", its defaults; None: the plain host on the whole text.
+        modes: of `CompressedHistory`; None: the plain host on the whole text.
         longer: by how many tokens the raw window is longer: a number, or so many for each chunk of the past.
         each: whether `longer` is for each chunk.
         crouter: whether a crouter is passed: chunks are cut by its tokens.
@@ -30,7 +30,7 @@ class Arm:
             their place.
     """
 
-    modes: tuple[Mode, ...] | Literal["auto"] | None = ()
+    modes: tuple[Mode, ...] | None = ()
     longer: int = 0
     each: bool = False
     crouter: bool = False
@@ -54,7 +54,6 @@ ARMS = {
     "retrieve2": Arm((Retrieve(2),)),
     "retrieve2_copy": Arm((Retrieve(2), Copy())),
     "retrieve4": Arm((Retrieve(4),)),
-    "best": Arm("auto"),
     "compact8": Arm((Compact(8),)),
     "compact32": Arm((Compact(32),)),
     "compact128": Arm((Compact(128),)),
@@ -167,12 +166,11 @@ class Reader:
         wanted: Any = arm.modes if modes is None else list(modes)
         if wanted is None:
             return None
-        with_crouter = arm.crouter or (wanted == "auto" and self.projector is not None)
         return CompressedHistory(
             self.host,
             # beside the host's own projector the crouter's folder holds its gate
-            self.crouter if with_crouter or self._same_tokens() else None,
-            modes=wanted if wanted == "auto" else [self._made(mode) for mode in wanted],
+            self.crouter if arm.crouter or self._same_tokens() else None,
+            modes=[self._made(mode) for mode in wanted],
             window=self.window + arm.extra(chunks),
             keep_first=self.keep_first,
             tokenizer=self.tokenizer,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,15 @@ def about_of(path: Path) -> dict[str, Any]:
     """What `save_arrays` noted."""
     with safe_open(path, "np") as file:
         return json.loads((file.metadata() or {}).get("about", "{}"))
+
+
+def made_by(paths: Sequence[Path]) -> dict[str, Any]:
+    """Versions of the first that notes them, and every device and commit that the figures were collected on."""
+    notes = [note for note in map(about_of, paths) if "commit" in note]
+    if not notes:
+        return {}
+    several = {key: ", ".join(dict.fromkeys(note[key] for note in notes)) for key in ("device", "commit")}
+    return {**notes[0], **several}
 
 
 def shard_of(text: str) -> tuple[int, int]:

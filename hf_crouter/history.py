@@ -44,9 +44,10 @@ class CompressedHistory(HistoryProcessor):
         crouter: chunk autoencoder; needed by `SoftPrompts`, `Experts` and `Copy(source="rebuilt")`, and for the
             reconstruction NLL in the report.
         modes: how the past is read: a list of modes such as `[SoftPrompts(), Copy(), Retrieve(2)]`, or of their names.
-            "auto": what works at once with what is there, `Retrieve(2)`, with a crouter that has a projector of this
-            host or a twin of it `SoftPrompts()` and one that has such a gate `Copy()` too. "fast": `Retrieve(2)`. An
-            empty list drops what leaves the window.
+            "auto": what works at once with what is there: `Compact(32)` and `Retrieve(2)`, and `Copy()` with a crouter
+            that has a gate for this host or a twin of it. Hosts whose key-value pairs cannot be compacted are read by
+            `Retrieve(2)`, and by `SoftPrompts()` where the crouter has a projector. "fast": `Retrieve(2)`. An empty
+            list drops what leaves the window.
         window: fewest raw tokens kept at the end.
         keep_first: raw tokens kept at the start; "auto": the chat template's system turn, or else 4 (attention sinks).
         tokenizer: of the host; looked for beside the host (never on the network) where it is needed.

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from eval.arms import SCORED, Reader
-from eval.arrays import about_of, save_arrays, shard_of
+from eval.arrays import about_of, made_by, save_arrays, shard_of
 from eval.documents import EVALUATION
 from eval.hgr.measure import exists, partners, read
 from eval.hgr.report import measured, metrics, table
@@ -37,8 +37,8 @@ NOTES = (
     "Intervals: paired bootstrap clustered by package, or by record of prose; diff.<arm>.<other>: hgr, "
     "linesdiff.<arm>.<other>: lines, minus that of the other. Arms: what the name says, by CompressedHistory.score. "
     "copy: the gate that comes with the package for this host, else the generic one, which does not see the host; "
-    "copy_fitted: a gate fitted on other packages' documents, read by this host. best: what CompressedHistory takes "
-    "by default. longer_same_slots: a raw window longer by 8 tokens a chunk, _at128 by 128, _retrieve2 by 1,024; with "
+    "copy_fitted: a gate fitted on other packages' documents, read by this host. "
+    "longer_same_slots: a raw window longer by 8 tokens a chunk, _at128 by 128, _retrieve2 by 1,024; with "
     "copying, chunks behind that window are the archive. soft: soft prompts; shuffled: those of another text, of the "
     "same package where there is one. retrieve2_oracle: the pair of chunks of least loss on the scored tokens. "
     "<method>.at<t>: t entries a chunk and head, prefix and window beside them, by kvpress 0.5.5, from one read of "
@@ -113,7 +113,7 @@ def run_collect(args: argparse.Namespace) -> None:
 def run_report(args: argparse.Namespace) -> None:
     """The stage on the CPU."""
     found: dict[str, float] = {}
-    made: dict[str, Any] = {}
+    collected: list[Path] = []
     for name in args.sets:
         paths = sorted(args.save.glob(f"{name}.*.*of*.safetensors"))
         if not paths:
@@ -121,7 +121,7 @@ def run_report(args: argparse.Namespace) -> None:
             continue
         rows = Rows.load(args.data, name)
         arrays = measured(paths, len(rows.ids))
-        made = made or about_of(paths[0])
+        collected += paths
         for path in paths:  # of the peers' caches
             sizes = about_of(path).get("bytes_a_token", {})
             found |= {f"bytes_a_token.{cache}": size for cache, size in sizes.items()}
@@ -137,7 +137,7 @@ def run_report(args: argparse.Namespace) -> None:
             seed=args.seed,
             config=config,
             notes=f"{host_note(args.host)} {NOTES}",
-            made=made,
+            made=made_by(collected),
         )
     )
 

@@ -42,7 +42,7 @@ class Said(NamedTuple):
 def exists(name: str, count: int) -> bool:
     """Whether an arm is less than reading everything, with so many chunks in the past."""
     arm = ARMS[name]
-    modes = [Retrieve()] if arm.modes == "auto" else arm.modes or ()
+    modes = arm.modes or ()
     retrieved = sum(mode.chunks for mode in modes if isinstance(mode, Retrieve))
     kept = sum(mode.slots for mode in modes if isinstance(mode, Compact))
     if arm.special == "oracle":

@@ -20,7 +20,7 @@ LEAST_WORTH = 0.01  # nats/token that full history must be worth in a domain for
 DIFFERENCES = (  # an arm and the other one, where both were read
     ("copy", "window"), ("copy_fitted", "window"), ("copy_fitted", "copy"), ("retrieve2_copy", "retrieve2"),
     ("retrieve2_copy_fitted", "retrieve2"), ("retrieve4_copy", "retrieve4"), ("retrieve4_copy_fitted", "retrieve4"),
-    ("full_copy", "full"), ("best", "full"), ("best", "longer_same_slots_retrieve2"),
+    ("full_copy", "full"), ("soft_retrieve2_copy", "full"), ("soft_retrieve2_copy", "longer_same_slots_retrieve2"),
     ("retrieve2", "longer_same_slots_retrieve2"), ("retrieve4", "longer_same_slots_retrieve4"),
     ("retrieve2", "retrieve2_last"), ("retrieve2", "retrieve2_random"), ("retrieve2", "retrieve2_bm25"),
     ("retrieve2_copy", "longer_same_slots_retrieve2_copy"), ("soft", "shuffled"), ("soft", "mean_pool"),

@@ -29,7 +29,7 @@ from hf_crouter.utils.io import write_json
 from hf_crouter.utils.progress import Progress
 
 ARMS = ("window", "full", "retrieve2", "retrieve4", "compact64", "compact32_retrieve2", "compact64_retrieve2",
-        "compact32", "copy", "best", "retrieve2_copy", "retrieve4_copy", "retrieve8")  # fmt: skip
+        "compact32", "copy", "retrieve2_copy", "retrieve4_copy", "retrieve8")  # fmt: skip
 MADE_BY = "made.json"  # where the answers were collected
 NOTES = (
     "accuracy: share of greedy answers of at most 16 tokens in which one of the known answers stands, whole words, "

@@ -30,23 +30,23 @@ TASKS = ("niah_single_1", "niah_multikey_2", "niah_multikey_3", "ruler_vt", "rul
 LENGTHS = {"4k": 4096, "8k": 8192, "16k": 16384}
 ARMS: dict[str, dict[str, Any]] = {
     "full": {},
-    "best": {},
     "window": {"modes": "none"},
     "retrieve4": {"retrieve": 4},
     "compact128": {"compact": 128},
     "compact64_retrieve2": {"compact": 64, "retrieve": 2},
     "compact64": {"compact": 64},
     "compact32_retrieve2": {"compact": 32, "retrieve": 2},
+    "retrieve2": {"retrieve": 2},
     "retrieve2_copy": {"retrieve": 2, "copy": True},
     "soft_retrieve2_copy": {"soft_prompts": True, "retrieve": 2, "copy": True},
 }
-"""Modes of `CompressedHFLM`, as lm-eval's `--model_args` say them; `full` is the plain host, `best` the defaults."""
+"""Modes of `CompressedHFLM`, as lm-eval's `--model_args` say them; `full` is the plain host."""
 FAILED = 0.2  # accuracy of the full host below which a task is no test of reading: left out of the mean
 ROOM = 128  # tokens of a prompt that RULER does not count: how the answer begins, fwe's whole answer, a chat template
 NOTES = (
     "RULER by lm-evaluation-harness, accuracy 0..1, greedy; .se: standard error over documents. full: the plain host "
-    "on the whole prompt; window: the raw window alone, older chunks dropped; best: what CompressedHistory takes by "
-    "default; other arms: the modes of config.arms, and the options of config.options. mean: over the tasks that the "
+    "on the whole prompt; window: the raw window alone, older chunks dropped; other arms: "
+    "the modes of config.arms, and the options of config.options. mean: over the tasks that the "
     "full host does at 20% or more. slots.*: most KV slots of a prompt and its answer. Documents are RULER's, written "
     "for 128 tokens less than the length, so that no arm has to cut a prompt."
 )
@@ -60,7 +60,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--lengths", nargs="+", choices=list(LENGTHS), default=["8k"], help="tokens a prompt with its answer"
     )
-    parser.add_argument("--arms", nargs="+", default=["full", "best"], choices=list(ARMS))
+    parser.add_argument("--arms", nargs="+", default=["full", "compact32_retrieve2"], choices=list(ARMS))
     parser.add_argument("--limit", type=int, default=25, help="documents a task and length")
     parser.add_argument("--window", type=int, default=512)
     parser.add_argument(

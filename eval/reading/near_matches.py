@@ -24,7 +24,19 @@ from hf_crouter.chunking import tokenizer_fingerprint
 from hf_crouter.crouter.loading import load_crouter
 from hf_crouter.hosts.loading import load_host
 
-ARMS = ("window", "full", "copy", "best", "copy_half", "copy_fitted", "retrieve2_copy", "retrieve2_copy_fitted")
+ARMS = ("window", "full", "copy", "retrieve2", "compact32_retrieve2", "soft_retrieve2_copy", "copy_half", "copy_fitted",
+        "retrieve2_copy", "retrieve2_copy_fitted")  # fmt: skip
+    "window",
+    "full",
+    "copy",
+    "retrieve2",
+    "compact32_retrieve2",
+    "soft_retrieve2_copy",
+    "copy_half",
+    "copy_fitted",
+    "retrieve2_copy",
+    "retrieve2_copy_fitted",
+)
 NOTES = (
     "Share of prompts after which the greedy next tokens are the corrected value (new), or the older record's (old). "
     "Six records as JSON, CSV or keys stand somewhere in the compressed part, among young code; the raw window "

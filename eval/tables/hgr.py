@@ -20,7 +20,7 @@ WAYS = {
     "compact64": "`Compact(64)`",
     "compact128": "`Compact(128)`",
     "compact8_retrieve2": "`Compact(8), Retrieve(2)`",
-    "compact32_retrieve2": "`Compact(32), Retrieve(2)`",
+    "compact32_retrieve2": "`Compact(32), Retrieve(2)`, the default",
     "compact64_retrieve2": "`Compact(64), Retrieve(2)`",
     "retrieve2": "`Retrieve(2)`",
     "retrieve4": "`Retrieve(4)`",
@@ -46,7 +46,7 @@ SMALL_WAYS = {
     "longer_same_slots_retrieve2": "a raw window longer by 1,024 tokens",
     "retrieve2": "`Retrieve(2)`",
     "retrieve2_copy": "`Retrieve(2), Copy()`",
-    "best": "the defaults: all three",
+    "soft_retrieve2_copy": "`SoftPrompts(), Retrieve(2), Copy()`",
     "kvzip.at8": "KVzip, 8 entries a chunk",
     "kvzip.at128": "KVzip, 128 entries a chunk",
     "snapkv.at8": "SnapKV, 8 entries a chunk",
@@ -87,7 +87,7 @@ DIFFERENCES = {  # an arm and the other one
     "kvzip.at8.longer_same_slots": ("KVzip, 8 a chunk", "as many more raw tokens"),
     "kvzip.at128.longer_same_slots_at128": ("KVzip, 128 a chunk", "as many more raw tokens"),
     "snapkv.at128.longer_same_slots_at128": ("SnapKV, 128 a chunk", "as many more raw tokens"),
-    "best.full": ("the defaults", "full history"),
+    "soft_retrieve2_copy.full": ("soft prompts, retrieval of 2 and copying", "full history"),
     **{
         f"compact{n}.{other}.at{n}": (f"compaction to {n}", f"{name}, {n} a chunk")
         for n in (8, 32, 128)
@@ -105,7 +105,8 @@ SIZES = {
     "retrieve2_copy": "retrieval of 2 and copying",
     "compact32": "compaction to 32",
     "compact128": "compaction to 128",
-    "best": "the defaults",
+    "compact32_retrieve2": "compaction to 32 and retrieval of 2, the defaults",
+    "soft_retrieve2_copy": "soft prompts, retrieval of 2 and copying",
     "longer_same_slots_retrieve2": "a window longer by 1,024 tokens",
     "full": "full history",
 }
@@ -216,7 +217,7 @@ def sizes_table(*hosts: Metrics) -> list[str]:
 def prose_table(metrics: Metrics) -> list[str]:
     """What copying recovers by kind of text that is no Python."""
     rows = [
-        [label, *(share(metrics, f"{key}.n8.{arm}.hgr") for arm in ("copy", "copy_rebuilt", "best")),
+        [label, *(share(metrics, f"{key}.n8.{arm}.hgr") for arm in ("copy", "copy_rebuilt", "soft_retrieve2_copy")),
          *(number(metrics.get(f"{key}.n8.{arm}.loss"), 3) for arm in ("window", "full")),
          number(metrics.get(f"{key}.n8.documents"))]
         for key, label in ((f"prose.{name}", label) for name, label in PROSE.items())
@@ -225,6 +226,6 @@ def prose_table(metrics: Metrics) -> list[str]:
     unknown = {key.split(".")[1] for key in metrics if re.match(r"prose\.(?!n\d)\w+\.n8\.", key)} - set(PROSE)
     if unknown:
         raise ValueError(f"no name for the prose of {', '.join(sorted(unknown))}")
-    head = ["text", "copying", "copying from rebuilt latents", "the defaults", "loss, raw window",
-            "loss, full history", "documents"]  # fmt: skip
+    head = ["text", "copying", "copying from rebuilt latents", "with soft prompts and retrieval of 2",
+            "loss, raw window", "loss, full history", "documents"]  # fmt: skip
     return table(head, rows if metrics else [])

@@ -12,8 +12,10 @@ RULER_TASKS = {
     "ruler_cwe": "most common words",
     "ruler_fwe": "most frequent coded words",
 }
-RULER_ARMS = {"full": "full", "best": "defaults", "window": "window", "soft_copy": "soft prompts + copying",
-              "soft_retrieve2_copy": "all three ways"}  # fmt: skip
+RULER_ARMS = {"full": "full", "compact32_retrieve2": "`Compact(32), Retrieve(2)`",
+              "compact64_retrieve2": "`Compact(64), Retrieve(2)`", "compact128": "`Compact(128)`",
+              "retrieve2": "`Retrieve(2)`", "retrieve4": "`Retrieve(4)`", "window": "window",
+              "soft_copy": "soft prompts + copying", "soft_retrieve2_copy": "all three ways"}  # fmt: skip
 RULER_LENGTHS = ("4k", "8k", "16k")
 QUESTION_SETS = {"nq": "Natural Questions", "xquad": "XQuAD"}
 QUESTION_CELLS = (("nq", 8), ("nq", 64), ("nq", 256), ("xquad", 8), ("xquad", 64))
@@ -29,12 +31,12 @@ ANSWERING = {
     "full": "full history",
     "window": "raw window",
     "copy": "`Copy()`, the generic gate",
-    "retrieve2": "`Retrieve(2)`, the default",
+    "retrieve2": "`Retrieve(2)`",
     "retrieve4": "`Retrieve(4)`",
     "retrieve8": "`Retrieve(8)`",
     "compact32": "`Compact(32)`",
     "compact64": "`Compact(64)`",
-    "compact32_retrieve2": "`Compact(32), Retrieve(2)`",
+    "compact32_retrieve2": "`Compact(32), Retrieve(2)`, the default",
     "compact64_retrieve2": "`Compact(64), Retrieve(2)`",
     "retrieve4_copy": "`Retrieve(4), Copy()`",
     "kvzip.at8": "KVzip, 8 entries a chunk",

@@ -73,7 +73,9 @@ def near_table(*hosts: Metrics) -> list[str]:
         "window": "raw window",
         "copy": "copying, as it comes",
         "copy_fitted": "copying, a gate fitted to the host",
-        "best": "the defaults",
+        "retrieve2": "retrieval of 2",
+        "compact32_retrieve2": "compaction to 32 and retrieval of 2, the defaults",
+        "soft_retrieve2_copy": "soft prompts, retrieval of 2 and copying",
         "full": "full history",
     }
     rows = [

@@ -12,6 +12,7 @@ from ..errors import InputError
 from ..fitting import HostInUse
 from ..hosts.attention import sliding_layers
 from ..hosts.families import check_compact
+from ..hosts.pair_probe import check_pairs
 from ..types import Contribution, Fitted, Parts, Setting
 
 
@@ -53,6 +54,15 @@ class Compact:
     def needs_crouter(self) -> bool:
         """Whether it can do nothing without a crouter."""
         return False
+
+    @classmethod
+    def ready(cls, setting: Setting) -> Compact | None:
+        """See `Mode`: with a host whose key-value pairs can be compacted."""
+        try:
+            check_pairs(setting.host)
+        except InputError:
+            return None
+        return cls()
 
     def bind(self, setting: Setting) -> Parts:
         """See `Mode.bind`.

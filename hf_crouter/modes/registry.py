@@ -86,9 +86,14 @@ def resolve_modes(modes: str | Sequence[Mode | str], setting: Setting) -> list[M
 
 
 def _auto(setting: Setting) -> list[Mode]:
-    """Each registered mode that is ready without being told anything."""
-    found = (cls.ready(setting) for cls in MODES.values() if hasattr(cls, "ready"))
-    return [mode for mode in found if mode is not None]
+    """Each registered mode that is ready without being told anything; of a kind the first."""
+    found: list[Mode] = []
+    for cls in MODES.values():
+        mode = cls.ready(setting) if hasattr(cls, "ready") else None
+        given = {what for other in found for what in other.gives}
+        if mode is not None and not given & set(mode.gives) & set(ONE_OF_A_KIND):
+            found.append(mode)
+    return found
 
 
 def bound_modes(modes: Sequence[Mode], setting: Setting) -> BoundModes:

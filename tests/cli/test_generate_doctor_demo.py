@@ -39,7 +39,7 @@ def fails(capsys, argv):
 
 
 def test_generate_streams_text_and_tells_the_chunks(pair, capsys):
-    argv = words("generate", pair, "--prompt", TEXT, "--max-new-tokens", 20, "--window", 16)
+    argv = words("generate", pair, "--prompt", TEXT, "--max-new-tokens", 20, "--window", 16, "--soft-prompts")
     assert main(argv) == 0
     streamed, err = capsys.readouterr()
     assert "host tokens" in err and "at the peak" in err and "20 new tokens" in err
@@ -76,7 +76,7 @@ def test_generate_without_soft_prompts_needs_no_projector(crouter, tiny_host, ca
     argv = words("generate", (crouter, tiny_host), "--prompt", TEXT, "--max-new-tokens", 2, "--window", 16)
     assert "hf-crouter align" in fails(capsys, [*argv, "--soft-prompts"])
     assert main([*argv, "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["modes"] == ["retrieve"]
+    assert json.loads(capsys.readouterr().out)["modes"] == ["compact", "retrieve"]
 
 
 def test_generate_reads_in_the_ways_that_are_asked_for(pair, capsys):

@@ -3,10 +3,11 @@ import dataclasses
 import pytest
 import torch
 
-from hf_crouter import CompressedHistory, Copy, Experts, InputError, Retrieve, SoftPrompts
+from hf_crouter import Compact, CompressedHistory, Copy, Experts, InputError, Retrieve, SoftPrompts
 from hf_crouter.hosts.fingerprint import host_fingerprint
 from hf_crouter.modes import MODES, modes_from_options
 from hf_crouter.ngram.gate import Gate, GateConfig
+from tests.hosts.tiny_families import tiny_family
 from tests.tiny import tiny_crouter, tiny_host, tiny_projector
 
 from .kept_pairs import KeptPairs
@@ -15,21 +16,29 @@ torch.set_num_threads(1)
 
 
 class TestChoices:
-    def test_any_host_retrieves_at_once(self):
-        for choice in ("auto", "fast"):
-            assert CompressedHistory(tiny_host(), modes=choice).modes == (Retrieve(chunks=2),)
-        assert CompressedHistory(tiny_host()).modes == (Retrieve(chunks=2),)
+    def test_any_host_compacts_and_retrieves_at_once(self):
+        assert CompressedHistory(tiny_host(), modes="auto").modes == (Compact(slots=32), Retrieve(chunks=2))
+        assert CompressedHistory(tiny_host()).modes == (Compact(slots=32), Retrieve(chunks=2))
+        assert CompressedHistory(tiny_host(), modes="fast").modes == (Retrieve(chunks=2),)
 
-    def test_auto_takes_what_the_crouter_brings_for_this_host(self, tmp_path):
+    def test_a_host_whose_pairs_cannot_be_compacted_retrieves(self):
+        host = tiny_family("deepseek_v3")
+        assert CompressedHistory(host).modes == (Retrieve(chunks=2),)
+        host.config._attn_implementation = "flash_attention_2"
+        assert CompressedHistory(host).modes == (Retrieve(chunks=2),)
+
+    def test_auto_takes_what_the_crouter_brings_for_this_host(self, tmp_path, monkeypatch):
         host, crouter = tiny_host(), tiny_crouter()
-        assert [type(m) for m in CompressedHistory(host, crouter).modes] == [Retrieve]
+        assert [type(m) for m in CompressedHistory(host, crouter).modes] == [Compact, Retrieve]
         crouter.save_pretrained(tmp_path)
         crouter.config._name_or_path = str(tmp_path)
         tiny_projector(host, crouter).save(tmp_path / "projectors" / "tiny")
-        assert [type(m) for m in CompressedHistory(host, crouter).modes] == [SoftPrompts, Retrieve]
+        assert [type(m) for m in CompressedHistory(host, crouter).modes] == [Compact, Retrieve], "of a kind the first"
         Gate(GateConfig(host_fingerprint=host_fingerprint(host))).save(tmp_path / "gates" / "tiny")
+        assert [type(m) for m in CompressedHistory(host, crouter).modes] == [Compact, Copy, Retrieve]
+        assert [type(m) for m in CompressedHistory(tiny_host(seed=5), crouter).modes] == [Compact, Retrieve]
+        monkeypatch.setattr(Compact, "ready", lambda setting: None)
         assert [type(m) for m in CompressedHistory(host, crouter).modes] == [SoftPrompts, Copy, Retrieve]
-        assert [type(m) for m in CompressedHistory(tiny_host(seed=5), crouter).modes] == [Retrieve]
         assert [type(m) for m in CompressedHistory(host, crouter, modes="fast").modes] == [Retrieve]
 
     def test_an_empty_list_drops_what_leaves_the_window(self):

@@ -29,7 +29,6 @@ HISTORIES = {  # modes as a user writes them, and the slots that they take
     "retrieve2": ([Retrieve(2)], {"retrieved": 2}),
     "retrieve2_copy": ([Retrieve(2), Copy()], {"retrieved": 2}),
     "retrieve4": ([Retrieve(4)], {"retrieved": 4}),
-    "best": ("auto", {"retrieved": 2, "soft": True}),
     "copy_fitted": ([Copy(gate=FITTED)], {}),
     "retrieve2_copy_fitted": ([Retrieve(2), Copy(gate=FITTED)], {"retrieved": 2}),
     "soft": ([SoftPrompts()], {"soft": True}),
@@ -134,7 +133,7 @@ def test_arms_differ_but_for_those_that_are_one(said):
     losses = {name: said(name, 9).log_probabilities for name in ARMS if name not in ("retrieve2_oracle",)}
     equal = {pair for pair in itertools.combinations(losses, 2) if np.allclose(*(losses[n] for n in pair), atol=1e-5)}
     unmeasured = {(f"compact{n}", f"compact{n}_equal") for n in (8, 32, 128)}  # nobody knows this host's layers
-    assert equal == {("copy", "copy_generated"), ("best", "soft_retrieve2_copy"), *unmeasured}
+    assert equal == {("copy", "copy_generated"), *unmeasured}
     hits = [said(name, 9).right.mean() for name in ("copy", "copy_fitted")]
     assert all(0 < share < 1 for share in hits)  # else greedy hits would prove nothing
 
@@ -227,19 +226,19 @@ def test_what_is_not_less_than_everything_is_no_arm():
         return {name for name in ARMS if exists(name, count)}
 
     assert there(1) >= {"window", "full", "copy", "soft", "shuffled", "mean_pool", "full_copy", "longer_same_slots"}
-    for count, name in itertools.product((1, 2), ("retrieve2", "retrieve2_copy", "best", "soft_retrieve2_copy",
+    for count, name in itertools.product((1, 2), ("retrieve2", "retrieve2_copy", "soft_retrieve2_copy",
                                                   "longer_same_slots_retrieve2", "retrieve2_oracle")):  # fmt: skip
         assert name not in there(count)
     assert "retrieve2" in there(3) and "retrieve4" not in there(4) and "retrieve4" in there(5)
     assert there(8) == set(ARMS) - {"retrieve8"} and there(9) == set(ARMS) - {"retrieve2_oracle"}
 
 
-@pytest.mark.parametrize("name", ["copy", "retrieve2_copy", "retrieve4", "best"])
+@pytest.mark.parametrize("name", ["copy", "retrieve2_copy", "retrieve4", "compact32_retrieve2"])
 def test_without_a_crouter_chunks_are_the_products_own(reader, name):
     shape = Shape(chunks=5, window=64, target=24)
     alone, rows = Reader(reader.host, reader.tokenizer, window=64), make_rows(reader.tokenizer, 2, shape)
     modes = {"copy": [Copy(gate=generic_gate())], "retrieve2_copy": [Retrieve(2), Copy(gate=generic_gate())],
-             "retrieve4": [Retrieve(4)], "best": [Retrieve(2)]}[name]  # fmt: skip
+             "retrieve4": [Retrieve(4)], "compact32_retrieve2": [Compact(32), Retrieve(2)]}[name]  # fmt: skip
     history = CompressedHistory(reader.host, modes=modes, window=64, keep_first=4)
     scored = history.score(torch.from_numpy(rows.ids.astype(np.int64)), last=24)
     history.detach()

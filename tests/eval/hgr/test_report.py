@@ -93,18 +93,23 @@ def test_differences_are_paired():
     pair = metrics(better, CODE, seed=5, draws=40)
     assert pair["n2.diff.full_copy.full.lo"] == pytest.approx(0.1) == pytest.approx(pair["n2.diff.full_copy.full.hi"])
     assert pair["n2.linesdiff.full_copy.full.lo"] == pair["n2.linesdiff.full_copy.full.hi"] == 0
-    assert not any("diff.best" in key for key in pair)
+    assert not any("diff.soft_retrieve2_copy" in key for key in pair)
 
 
 def test_an_arm_read_on_fewer_documents_says_so_and_is_compared_on_these():
     part = arm([np.nan, 2.5, np.nan, 4.0], [np.nan, 5, np.nan, 7], [np.nan, 2, np.nan, 4], 7)
     part["slots"][[0, 2]] = np.nan
-    found = metrics({**FIGURES, **joined(best=part)}, CODE, seed=0, draws=40)
-    assert found["n2.best.documents"] == 2 and found["n2.documents"] == 4
-    assert found["n2.best.hgr"] == pytest.approx((0.5 + 1) / (0.5 + 2)) and found["n2.best.slots"] == 7
-    assert found["n2.best.lines"] == pytest.approx(6 / 6) and found["n2.best.greedy"] == pytest.approx(12 / 20)
-    assert found["n2.diff.best.full.mean"] == pytest.approx(((2.5 - 2.5) + (3 - 4)) / (0.5 + 2))
-    assert found["n2.linesdiff.best.full.mean"] == pytest.approx(6 / 6 - 5 / 6)
+    found = metrics({**FIGURES, **joined(soft_retrieve2_copy=part)}, CODE, seed=0, draws=40)
+    assert found["n2.soft_retrieve2_copy.documents"] == 2 and found["n2.documents"] == 4
+    assert (
+        found["n2.soft_retrieve2_copy.hgr"] == pytest.approx((0.5 + 1) / (0.5 + 2))
+        and found["n2.soft_retrieve2_copy.slots"] == 7
+    )
+    assert found["n2.soft_retrieve2_copy.lines"] == pytest.approx(6 / 6) and found[
+        "n2.soft_retrieve2_copy.greedy"
+    ] == pytest.approx(12 / 20)
+    assert found["n2.diff.soft_retrieve2_copy.full.mean"] == pytest.approx(((2.5 - 2.5) + (3 - 4)) / (0.5 + 2))
+    assert found["n2.linesdiff.soft_retrieve2_copy.full.mean"] == pytest.approx(6 / 6 - 5 / 6)
     nowhere = arm([np.nan] * 4)
     assert not any("copy_half" in key for key in metrics({**FIGURES, **joined(copy_half=nowhere)}, CODE, 0, 9))
 

@@ -141,7 +141,7 @@ def test_prompts_are_saved_for_every_reader(tmp_path, tokenizer):
         load(tmp_path / "absent.json")
 
 
-@pytest.mark.parametrize("arm", ["window", "full", "retrieve2", "retrieve2_copy", "best"])
+@pytest.mark.parametrize("arm", ["window", "full", "retrieve2", "retrieve2_copy", "compact32_retrieve2"])
 def test_answers_are_what_score_calls_greedy(data, tokenizer, host, arm):
     made = [build(data, "nq", tokenizer, length, 1, seed=3)[0] for length in (LENGTH, LENGTH - 700)]
     assert len(made[0].ids) > len(made[1].ids) + 100  # so much padding

@@ -55,11 +55,10 @@ def test_greedy_tokens_are_those_that_greedy_scoring_expects(bench, arm):
 def test_arms_differ(bench):
     ids = bench.sets["young"].ids[:2, : SHAPE.split + STEPS].astype(np.int64)
     losses = {arm: losses_of(bench, arm, ids, STEPS) for arm in GENERATING}
-    # neither a gate nor a projector of this host lies beside its crouter, so that retrieval is all there is by default
     # 32 pairs and more are whole chunks here, which no choice, budget or retrieval changes
     whole = {arm for arm in GENERATING if arm.startswith("compact") and not arm.startswith("compact8")}
     copying = {arm for arm in whole if "copy" in arm and "fitted" not in arm}
-    same = [{"copy", "copy_generic"}, {"retrieve2", "best"}, {"compact8", "compact8_equal"}, copying,
+    same = [{"copy", "copy_generic"}, {"compact8", "compact8_equal"}, copying,
             {"full", *(arm for arm in whole if "copy" not in arm)}]  # fmt: skip
     for arm, values in losses.items():
         for other, others in losses.items():

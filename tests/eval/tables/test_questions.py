@@ -6,7 +6,7 @@ from .results import interval, rows_of, write
 
 def test_ruler(tmp_path):
     metrics = {"ruler_vt.4k.full.accuracy": 0.125, "ruler_vt.4k.full.accuracy.se": 0.0312}
-    metrics |= {"ruler_vt.8k.best.accuracy": 1.0, "slots.4k.full": 4012.0}
+    metrics |= {"ruler_vt.8k.compact32_retrieve2.accuracy": 1.0, "slots.4k.full": 4012.0}
     write(tmp_path, "ruler-qwen1.5b", metrics)
     rows = {row[0]: row[1:] for row in rows_of(render("ruler", tmp_path))}
     assert rows["`ruler_vt`: variables traced"] == ["12 ± 3", "100"]  # what was measured, and nothing else
