@@ -1,4 +1,4 @@
-"""The figures of `hf-crouter demo`: one file of the standard library, read seven ways by the real host."""
+"""The figures of `hf-crouter demo`: one file of the standard library, read eight ways by the real host."""
 
 from __future__ import annotations
 

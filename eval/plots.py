@@ -44,7 +44,7 @@ class Way(NamedTuple):
 
 
 WAYS = (
-    Way("Compact", ("compact8", "compact32", "compact64", "compact128"), "#c0261f", "o"),
+    Way("Compact", ("compact8", "compact32", "compact60", "compact64", "compact128"), "#c0261f", "o"),
     Way("Compact and Retrieve(2)", ("compact8_retrieve2", "compact32_retrieve2", "compact64_retrieve2",
                                     "compact128_retrieve2"), "#e0559a", "X", ""),
     Way("Retrieve", ("retrieve2", "retrieve4", "retrieve8"), "#1b6ca8", "o"),

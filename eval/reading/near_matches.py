@@ -24,8 +24,7 @@ from hf_crouter.chunking import tokenizer_fingerprint
 from hf_crouter.crouter.loading import load_crouter
 from hf_crouter.hosts.loading import load_host
 
-ARMS = ("window", "full", "copy", "retrieve2", "compact32_retrieve2", "soft_retrieve2_copy", "copy_half", "copy_fitted",
-        "retrieve2_copy", "retrieve2_copy_fitted")  # fmt: skip
+ARMS = (
     "window",
     "full",
     "copy",

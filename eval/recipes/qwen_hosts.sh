@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# The figures on larger hosts, and the projector, gate and experts behind them, which are not shipped.
+# The figures on larger hosts, and the projector, gate and experts behind them, which do not ship; layer budgets do.
 #   eval/recipes/qwen_hosts.sh STEP WORK [HOST]
-# STEP: data | align | collect | questions | near | ruler | peers | experts | report, in this order; all but data and
-# report want an accelerator. WORK: folder for sets and runs. HOST: qwen2.5-coder-1.5b (the default) or -0.5b. `data` needs
-# TEXTS, the folder of the text domains and questions. `peers` runs in an environment of its own (kvpress 0.5.5,
-# transformers 5.2, hqq). PROCESSES share the accelerator in collect, questions and peers (4 by default).
+# STEP: data | align | budgets | compaction | collect | questions | near | ruler | peers | experts | report, in this order;
+# all but data and report want an accelerator, compaction alone. WORK: folder for sets and runs. HOST: qwen2.5-coder-1.5b
+# (the default) or -0.5b. `data` needs TEXTS, the folder of the text domains and questions. `peers` runs in an environment
+# of its own (kvpress 0.5.5, transformers 5.2, hqq). PROCESSES share the accelerator in collect, questions and peers (4 by
+# default).
 set -euo pipefail
 step=$1 work=$2 host=${3:-qwen2.5-coder-1.5b} processes=${PROCESSES:-4}
 here="$work/$host" sets="$work/sets" crouter="$work/$host/crouter"
@@ -18,6 +19,7 @@ case $step in
 data)  # both hosts share their tokenizer
   python3 -m eval.documents --host "$host" --out "$sets" --sets young repo gate_code gate_repo --corpus "$work/gate"
   python3 -m eval.run questions prepare --data "$TEXTS" --save "$here/questions" --host "$host"
+  python3 -m eval.budget_texts --host "$host" --code "$work/gate" --data "$TEXTS" --out "$work/budget-texts"
   python3 -m eval.routing.pair_texts --data "$TEXTS" --out "$work/pair"
   ;;
 align)  # a projector and a gate, each in a copy of the shipped crouter, so that no arm finds what it should not
@@ -27,6 +29,13 @@ align)  # a projector and a gate, each in a copy of the shipped crouter, so that
     --seconds 150 --batch-size 4 --learning-rate 1e-3 --hidden-size 512 --bf16 --chunks 1 2 4 8 8 16 --output "$here/align"
   python3 -m hf_crouter align --host "$host" --crouter "$crouter-gate" --data "$work/gate" --only gate \
     --gate-documents 240 --chunks 4 8 16 32 --output "$here/align"
+  ;;
+budgets)  # where `Compact` finds them
+  python3 -m hf_crouter budgets --host "$host" --data "$work/budget-texts" --documents 6 --batch-size 6 \
+    --output "hf_crouter/checkpoints/layer-budgets/$host"
+  ;;
+compaction)  # alone on the accelerator
+  python3 -m eval.run compaction --host "$host"
   ;;
 collect)
   in_turn python3 -m eval.run hgr collect --data "$sets" --save "$here/hgr" --host "$host" --sets young repo \
@@ -39,7 +48,8 @@ near)
   python3 -m eval.run near-matches --data "$sets" --host "$host" --crouter none --gate "$crouter-gate/gates/$host"
   ;;
 ruler)
-  python3 -m eval.run ruler --host "$host" --crouter none --lengths 8k --chat
+  python3 -m eval.run ruler --host "$host" --crouter none --lengths 8k --chat \
+    --arms full compact64_retrieve2 compact32_retrieve2 compact128 retrieve2 retrieve4 window
   ;;
 peers)
   in_turn python3 -m eval.peers --data "$sets" --sets young repo --questions "$here/questions" --host "$(folder)" \

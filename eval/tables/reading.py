@@ -102,11 +102,12 @@ def drafts_table(metrics: Metrics) -> list[str]:
 
 
 def demo_table(metrics: Metrics) -> list[str]:
-    """One file, read seven ways: loss, KV slots and KV bytes."""
+    """One file, read eight ways: loss, KV slots and KV bytes."""
     labels = {
         "window": "raw window only",
         "soft": "raw window + soft prompts of the compressed past",
         "copy": "raw window + copying",
+        "compact": "raw window + compacted KV, 32 pairs of each 512 tokens",
         "all": "raw window + soft prompts + copying",
         "experts": "the same under the shipped experts' adapters",
         "more_raw": "raw window + as many more raw tokens",

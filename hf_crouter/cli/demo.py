@@ -6,7 +6,7 @@ import argparse
 import sysconfig
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from ..history import CompressedHistory
 from ..hosts.loading import load_host
 from ..hosts.positions import max_positions
 from ..hosts.unwrap import display_name
-from ..modes import Copy, Experts, Retrieve, SoftPrompts
+from ..modes import Compact, Copy, Experts, Retrieve, SoftPrompts
 from ..types import Mode, Setting
 from .chunks import calibration_of, chunk_records, print_chunks
 from .console import Column, note, print_json, print_table, size
@@ -34,7 +34,8 @@ HOST = "smollm2-135m"
 FILES = ("smtplib.py", "ftplib.py", "platform.py", "os.py")  # 9-12 thousand tokens each, in every Python
 LAST = 512  # tokens whose loss is measured
 CONTINUATION = 48
-NAMES = {"soft": "soft prompts", "copy": "copying", "all": "everything on", "more_raw": "as many more raw tokens"}
+NAMES = {"compact": "compaction", "soft": "soft prompts", "copy": "copying", "all": "soft prompts and copying",
+         "more_raw": "as many more raw tokens"}  # fmt: skip
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -63,9 +64,11 @@ def run(args: argparse.Namespace) -> int:
         return CompressedHistory(host, crouter, modes=modes, window=window, tokenizer=tokenizer,
                                  crouter_tokenizer=crouter_tokenizer)  # fmt: skip
 
+    setting = Setting(host, crouter, tokenizer, crouter_tokenizer)
+    soft, compact = SoftPrompts.ready(setting), Compact.ready(setting)
+    kept = (compact,) if compact is not None else ()
     # without a projector of this host: what works on any, the defaults
-    soft = SoftPrompts.ready(Setting(host, crouter, tokenizer, crouter_tokenizer))
-    modes: tuple[Mode, ...] = (soft, Copy()) if soft is not None else (Retrieve(),)
+    modes: tuple[Mode, ...] = (soft, Copy()) if soft is not None else (*kept, Retrieve())
     everything = scored(lambda: history(*modes), ids, measure=True)
     report = everything.pop("report")
     extra = report.rows[0].entries + report.rows[0].retrieved
@@ -76,7 +79,9 @@ def run(args: argparse.Namespace) -> int:
         **({"soft": {"history": f"+ {report.rows[0].entries} soft prompts", **scored(lambda: history(soft), ids)}}
            if soft is not None else {}),
         "copy": {"history": "+ copying from the archive", **scored(lambda: history(Copy()), ids)},
-        "all": {"history": ways_of(report), **everything},
+        **({"compact": {"history": f"+ {compact.slots} key-value pairs of each chunk",
+                        **scored(lambda: history(compact), ids)}} if compact is not None else {}),
+        "all": {"history": ways_of(report, modes), **everything},
         "more_raw": {"history": f"raw window + {extra} more raw tokens",
                      **scored(lambda: history(window=args.window + extra), ids)},
         "full": {"history": "full history", **scored_full(host, ids)},
@@ -84,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
     routes: list[dict[str, Any]] = []
     if args.host in (None, HOST) and args.crouter is None:  # the shipped experts are theirs
         served = scored(lambda: history(*modes, Experts()), ids)
-        arms["experts"] = {"history": f"{ways_of(report)}, under experts", **served}
+        arms["experts"] = {"history": f"{ways_of(report, modes)}, under experts", **served}
         arms |= {key: arms.pop(key) for key in ("more_raw", "full")}  # in the order of the table
         routed = arms["experts"]["report"].chunks
         routes = [
@@ -133,10 +138,11 @@ def served_by(routes: list[dict[str, Any]]) -> str:
     return ", ".join(f"{name} {count}" for name, count in counts.most_common()) + f" of {len(routes)} chunks"
 
 
-def ways_of(report: HistoryReport) -> str:
+def ways_of(report: HistoryReport, modes: Sequence[Mode]) -> str:
     """What a report shows of the ways to read."""
     row = report.rows[0]
-    found = [f"{row.entries} soft prompts"] if row.entries else []
+    what = "key-value pairs a head" if any(isinstance(mode, Compact) for mode in modes) else "soft prompts"
+    found = [f"{row.entries} {what}"] if row.entries else []
     found += ["copying"] if report.archive_tokens else []
     found += [f"{row.retrieved} retrieved tokens"] if row.retrieved else []
     return "+ " + " + ".join(found or ["nothing"])
@@ -212,7 +218,7 @@ def sentence(found: dict[str, float | None]) -> str:
     """The table's result in one line, from its figures."""
     if found["all"] is None:
         return f"On this file full history gains nothing over the window ({found['full_history']:+.4f} nats/token)."
-    names = NAMES if "soft" in found else {**NAMES, "all": "retrieval"}
+    names = NAMES if "soft" in found else {**NAMES, "all": "the defaults"}
     shares = [f"{name} {100 * (found[key] or 0):.0f}%" for key, name in names.items() if key in found]
     return (
         f"Full history is worth {found['full_history']:.4f} nats/token here. Recovered of it: "

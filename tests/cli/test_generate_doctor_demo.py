@@ -242,9 +242,9 @@ def test_demo_tells_what_it_measured(pair, long_text, capsys):
     argv = words("demo", pair, "--file", long_text, "--window", 32)
     assert main([*argv, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert [arm["key"] for arm in found["arms"]] == ["window", "soft", "copy", "all", "more_raw", "full"]
+    assert [arm["key"] for arm in found["arms"]] == ["window", "soft", "copy", "compact", "all", "more_raw", "full"]
     assert found["routes"] == [], "the shipped experts are not of this host"
-    window, soft, copy, everything, wider, full = found["arms"]
+    window, soft, copy, compact, everything, wider, full = found["arms"]
     assert found["tokens"] == full["kv_slots"] == 1024
     assert window["kv_slots"] == copy["kv_slots"] < soft["kv_slots"] <= everything["kv_slots"] < full["kv_slots"]
     assert soft["kv_bytes"] * full["kv_slots"] == full["kv_bytes"] * soft["kv_slots"]
@@ -276,13 +276,14 @@ def test_demo_reads_by_what_works_on_a_host_without_a_projector(pair, long_text,
     argv = words("demo", (crouter, pair[1]), "--file", long_text, "--window", 32)
     assert main([*argv, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert [arm["key"] for arm in found["arms"]] == ["window", "copy", "all", "more_raw", "full"]
-    window, copy, everything, wider, full = found["arms"]
-    assert window["kv_slots"] == copy["kv_slots"] < everything["kv_slots"] < full["kv_slots"]
-    assert "retrieved tokens" in everything["history"] and wider["kv_slots"] >= everything["kv_slots"]
+    assert [arm["key"] for arm in found["arms"]] == ["window", "copy", "compact", "all", "more_raw", "full"]
+    window, copy, compact, everything, wider, full = found["arms"]
+    # chunks here are shorter than what Compact keeps of one
+    assert window["kv_slots"] == copy["kv_slots"] < everything["kv_slots"] <= compact["kv_slots"] <= full["kv_slots"]
+    assert "key-value pairs a head" in everything["history"]
     assert all(chunk["accuracy"] is not None for chunk in found["chunks"])
-    assert set(found["worth"]) == {"full_history", "copy", "all", "more_raw"}
-    assert "gains nothing" in found["summary"] or "retrieval" in found["summary"]
+    assert set(found["worth"]) == {"full_history", "copy", "compact", "all", "more_raw"}
+    assert "gains nothing" in found["summary"] or "the defaults" in found["summary"]
 
 
 def test_demo_refuses_a_short_text(pair, tmp_path, capsys):
@@ -297,11 +298,11 @@ def test_demo_sentence_comes_from_the_figures():
     found = demo.worth(losses)
     assert found == pytest.approx({"full_history": 1.0, "soft": 0.1, "copy": 0.5, "all": 0.8, "more_raw": -0.05})
     text = demo.sentence(found)
-    assert "soft prompts 10%, copying 50%, everything on 80%; as many more raw tokens -5%" in text
+    assert "soft prompts 10%, copying 50%, soft prompts and copying 80%; as many more raw tokens -5%" in text
     assert "gains nothing" in demo.sentence(demo.worth({**losses, "full": 3.5}))
     del losses["soft"]  # a host without a projector
     text = demo.sentence(demo.worth(losses))
-    assert "soft prompts" not in text and "copying 50%, retrieval 80%; as many more raw tokens -5%" in text
+    assert "soft prompts" not in text and "copying 50%, the defaults 80%; as many more raw tokens -5%" in text
 
 
 def test_demo_reads_the_standard_library():

@@ -84,7 +84,7 @@ def test_lines_join_no_gap_and_full_history_is_level():
     pytest.importorskip("matplotlib")
     axes = picture(result()).axes[2]
     drawn = {container.get_label(): container.lines[0] for container in axes.containers}
-    assert len(drawn["Compact"].get_xdata()) == 4 and drawn["Compact"].get_linestyle() == "-"
+    assert len(drawn["Compact"].get_xdata()) == 5 and drawn["Compact"].get_linestyle() == "-"
     assert drawn["Compact and Retrieve(2)"].get_linestyle() == "None"
     nothing = [float(tick) for tick in axes.get_xticks()][0]
     copying, longer = drawn["Copy, the generic gate"].get_xdata(), drawn["a raw window, longer by as much"].get_xdata()

@@ -87,6 +87,21 @@ def test_what_the_readme_claims_of_the_large_host_is_what_the_intervals_say():
         # soft prompts: nothing of their own
         assert holds_zero(large, f"{name}.diff.soft.shuffled") and holds_zero(large, f"{name}.soft.hgr")
         assert large[f"{name}.full_quantised4_channels.hgr.lo"] > 0.99
+        # compaction: ahead of SnapKV and a longer window; with retrieval far more than retrieval alone
+        assert large[f"{name}.diff.compact8.snapkv.at8.lo"] > 0 < large[f"{name}.diff.compact8.longer_same_slots.lo"]
+        assert large[f"{name}.diff.compact32_retrieve2.retrieve2.lo"] > 0.2
+    young, repo = "young.n8", "repo.n40"
+    assert large[f"{young}.diff.compact128.snapkv.at128.lo"] > 0 > large[f"{young}.diff.compact8.kvzip.at8.hi"]
+    assert large[f"{young}.diff.compact128.longer_same_slots_at128.lo"] > 0
+    assert holds_zero(large, f"{young}.diff.compact128.kvzip.at128")
+    assert -0.02 < large[f"{young}.linesdiff.compact128.kvzip.at128.hi"] < 0
+    assert large[f"{repo}.linesdiff.compact8.longer_same_slots.hi"] < 0
+    # budgets are worth about twice the pairs; the default keeps most of a repository in an eighth of the slots
+    assert abs(large[f"{young}.compact64.hgr"] - large[f"{young}.compact128_equal.hgr"]) < 0.05
+    assert large[f"{repo}.compact32_retrieve2.hgr.lo"] > 0.8
+    assert (large[f"{repo}.compact32_retrieve2.slots"] - large[f"{repo}.window.slots"]) * 8 <= 40 * 512
+    assert holds_zero(large, f"{repo}.linesdiff.compact32_retrieve2.full")
+    assert large[f"{young}.linesdiff.compact32_retrieve2.full.hi"] < 0
     assert large["young.n8.full_quantised4.hgr.hi"] < 0
     assert large["young.n8.diff.kvzip.at128.retrieve2.lo"] > 0 > large["repo.n40.kvzip.at8.hgr.hi"]
     for name in ("xquad", "nq"):
