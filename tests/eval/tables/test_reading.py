@@ -37,5 +37,5 @@ def test_demo(tmp_path):
     metrics |= {"all.loss": 2.1, "all.kv_bytes": 3 * 2.0**20, "all.recovered": -0.0123}
     write(tmp_path, "demo", metrics)
     text = render("demo", tmp_path)
-    assert rows_of(text)[3] == ["raw window + soft prompts + copying", "2.1000", "1,135", "3.0", "−1.2%"]
+    assert rows_of(text)[4] == ["raw window + soft prompts + copying", "2.1000", "1,135", "3.0", "−1.2%"]
     assert rows_of(text)[0][1:] == ["–"] * 4 and "worth 0.492 nats/token" in text and "copied: 12." in text
