@@ -81,6 +81,7 @@ def near_table(*hosts: Metrics) -> list[str]:
     rows = [
         [label, *(share(metrics, f"{arm}.{key}", 0) for metrics in hosts for key in ("new", "old"))]
         for arm, label in ways.items()
+        if any(f"{arm}.new" in metrics for metrics in hosts)
     ]
     head = ["what the host reads", *(f"{size}: {value}" for size in ("135M", "1.5B") for value in ("new", "old"))]
     return table(head, rows if all(hosts) else [])
