@@ -90,10 +90,7 @@ class LayerMasks:
             mask = self.raw
         else:
             mask = torch.cat([self._pairs(layer, owner.shape[1]), self.raw], 2)
-        mask = F.pad(mask, (0, keys - mask.shape[2]))[:, None]
-        if self.floats is not None:
-            mask = torch.zeros_like(mask, dtype=self.floats).masked_fill(~mask, torch.finfo(self.floats).min)
-        return mask
+        return _in_dtype(F.pad(mask, (0, keys - mask.shape[2]))[:, None], self.floats)
 
     def _pairs(self, layer: int, count: int) -> torch.Tensor:
         """Whether a query sees each of a layer's pairs, `[B, T, count]`."""
@@ -204,10 +201,7 @@ class PieceMasks:
             return causal_lower_right(self.queries, keys)
         else:
             mask = torch.ones(self.queries, keys, dtype=torch.bool, device=self.device).tril(keys - self.queries)
-        mask = mask[None, None]
-        if self.floats is not None:
-            mask = torch.zeros_like(mask, dtype=self.floats).masked_fill(~mask, torch.finfo(self.floats).min)
-        return mask
+        return _in_dtype(mask[None, None], self.floats)
 
 
 def mask_and_positions(
@@ -264,3 +258,10 @@ def _window(host: Any) -> int:
 
 def _implementation(host: Any) -> str:
     return host.config.get_text_config(decoder=True)._attn_implementation
+
+
+def _in_dtype(mask: torch.Tensor, floats: torch.dtype | None) -> torch.Tensor:
+    """A mask as eager attention adds it to the products, in their dtype; None: as it is, bool."""
+    if floats is None:
+        return mask
+    return torch.zeros_like(mask, dtype=floats).masked_fill(~mask, torch.finfo(floats).min)

@@ -165,12 +165,11 @@ def _meeting(plain: Callable | None, eager: bool) -> Callable:
             return function(module, query, key, value, attention_mask, *args, **kwargs)
         if block.mask_of is not None:
             attention_mask = block.mask_of(module.layer_idx, key.shape[2])
-            if isinstance(attention_mask, CausalBias):
-                pass  # is nowhere
-            elif attention_mask is not None:
+            if attention_mask is None:
+                if eager:  # some families' own expect one
+                    attention_mask = query.new_zeros(1, 1, query.shape[2], key.shape[2])
+            elif not isinstance(attention_mask, CausalBias):  # which lies on no device
                 attention_mask = attention_mask.to(query.device)  # of a host spread over several
-            elif eager:  # some families' own expect one
-                attention_mask = query.new_zeros(1, 1, query.shape[2], key.shape[2])
         result = function(module, query, key, value, attention_mask, *args, **kwargs)
         if block.seen is not None:
             scaling = kwargs.get("scaling")

@@ -281,6 +281,7 @@ def test_demo_reads_by_what_works_on_a_host_without_a_projector(pair, long_text,
     window, copy, compact, everything, wider, full = found["arms"]
     assert window["kv_slots"] == copy["kv_slots"] < compact["kv_slots"] < everything["kv_slots"] < full["kv_slots"]
     assert "key-value pairs a head" in everything["history"]
+    assert "retrieved tokens" in everything["history"] and wider["kv_slots"] >= everything["kv_slots"]
     assert all(chunk["accuracy"] is not None for chunk in found["chunks"])
     assert set(found["worth"]) == {"full_history", "copy", "compact", "all", "more_raw"}
     assert "gains nothing" in found["summary"] or "the defaults" in found["summary"]

@@ -101,13 +101,10 @@ def test_an_arm_read_on_fewer_documents_says_so_and_is_compared_on_these():
     part["slots"][[0, 2]] = np.nan
     found = metrics({**FIGURES, **joined(soft_retrieve2_copy=part)}, CODE, seed=0, draws=40)
     assert found["n2.soft_retrieve2_copy.documents"] == 2 and found["n2.documents"] == 4
-    assert (
-        found["n2.soft_retrieve2_copy.hgr"] == pytest.approx((0.5 + 1) / (0.5 + 2))
-        and found["n2.soft_retrieve2_copy.slots"] == 7
-    )
-    assert found["n2.soft_retrieve2_copy.lines"] == pytest.approx(6 / 6) and found[
-        "n2.soft_retrieve2_copy.greedy"
-    ] == pytest.approx(12 / 20)
+    assert found["n2.soft_retrieve2_copy.hgr"] == pytest.approx((0.5 + 1) / (0.5 + 2))
+    assert found["n2.soft_retrieve2_copy.slots"] == 7
+    assert found["n2.soft_retrieve2_copy.lines"] == pytest.approx(6 / 6)
+    assert found["n2.soft_retrieve2_copy.greedy"] == pytest.approx(12 / 20)
     assert found["n2.diff.soft_retrieve2_copy.full.mean"] == pytest.approx(((2.5 - 2.5) + (3 - 4)) / (0.5 + 2))
     assert found["n2.linesdiff.soft_retrieve2_copy.full.mean"] == pytest.approx(6 / 6 - 5 / 6)
     nowhere = arm([np.nan] * 4)

@@ -62,7 +62,7 @@ def measure(host, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_every_arm_has_scores_errors_and_slots(measure, offline):
-    arms = ("full", "window", "compact32_retrieve2", "retrieve2_copy")
+    arms = ("full", "window", "retrieve2", "retrieve2_copy")
     measure("--arms", *arms)
     metrics = measure.metrics()
     for arm in arms:
@@ -114,4 +114,4 @@ def test_means_are_over_tasks_that_the_full_host_does():
                "niah_single_1.8k.full.accuracy": 0.1}  # fmt: skip
     assert means(metrics) == {
         "mean.4k.full.accuracy": pytest.approx(0.6), "mean.4k.window.accuracy": pytest.approx(0.3), "mean.4k.tasks": 2
-    }  # of one arm a of the tasks is missing; at 8k the full host does none  # fmt: skip
+    }  # of one arm a task is missing; at 8k the full host does none  # fmt: skip
