@@ -72,6 +72,8 @@ ARMS = {
     "compact32_copy_fitted": Arm((Compact(32), Copy(gate=FITTED))),
     "compact32_retrieve2_copy": Arm((Compact(32), Retrieve(2), Copy())),
     "compact60": Arm((Compact(60),)),
+    "compact160": Arm((Compact(160),)),
+    "compact96_retrieve1": Arm((Compact(96), Retrieve(1))),
     "compact8_equal": Arm((Compact(8, budgets="equal"),)),
     "compact32_equal": Arm((Compact(32, budgets="equal"),)),
     "compact128_equal": Arm((Compact(128, budgets="equal"),)),

@@ -58,11 +58,7 @@ NOTES = (
 class FirstPairs(PairSelector):
     """Keeps the first pairs of each chunk: as many as a selector would, at no cost."""
 
-    def observe(self, read: LayerRead) -> Any:
-        """Nothing."""
-        return None
-
-    def compress(self, read: LayerRead, observed: Any) -> list[Pairs]:
+    def compress(self, read: LayerRead, observed: Any) -> tuple[list[Pairs], None]:
         """The first pairs of each chunk."""
         pairs, (rows, heads) = [], read.keys.shape[:2]
         for first, end in read.chunks:
@@ -70,7 +66,7 @@ class FirstPairs(PairSelector):
             places = torch.arange(count, device=read.keys.device).expand(rows, heads, -1)
             kept = slice(first, first + count)
             pairs.append((read.keys[:, :, kept].clone(), read.values[:, :, kept].clone(), places))
-        return pairs
+        return pairs, None
 
 
 def configure(parser: argparse.ArgumentParser) -> None:

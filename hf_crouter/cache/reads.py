@@ -321,22 +321,18 @@ def _read(
         layer, slots = attention.layer, attention.keys.shape[2]
         held = reading.layers[layer]
 
-        def read_of(chunks: list[tuple[int, int]], start: int) -> LayerRead:
-            shifted = [(start + a - chunks[0][0], start + b - chunks[0][0]) for a, b in chunks]
-            return LayerRead(
+        if (block or waiting) and not slides[layer]:
+            read = LayerRead(
                 layer, attention.keys, attention.values, attention.queries, attention.scaling, attention.softcap,
-                attention.sinks, (shifted[0][0], shifted[-1][1]), tuple(shifted),
+                attention.sinks, _standing(spans, slots - new - size), _standing(own, slots - new),
             )  # fmt: skip
-
-        if block and not slides[layer]:
-            observed[layer] = compressor.observe(read_of(own, slots - new))
-        if waiting:
-            if not slides[layer]:
-                pairs = compressor.compress(read_of(spans, slots - new - size), reading.observed.pop(layer))
+            pairs, observed[layer] = compressor.compress(read, reading.observed.pop(layer, None))
+            if waiting:
                 if held.turned is not None:  # as they were made: what was moved for this read is rounded
                     starts, keys = [a - spans[0][0] for a, _ in spans], held.raw[-2][0]
                     pairs = [_picked(keys, start, some) for start, some in zip(starts, pairs, strict=True)]
                 made[layer] = pairs
+        if waiting:
             del held.raw[-2]
         if not keep:
             held.raw.pop()
@@ -363,6 +359,11 @@ def _read(
             layer.prefix, layer.raw = layer.raw, []
     reading.ends += [end] * len(waiting)
     reading.waiting, reading.made_at, reading.observed = block, int(positions[0]), observed
+
+
+def _standing(spans: Sequence[tuple[int, int]], start: int) -> tuple[tuple[int, int], ...]:
+    """Slots of spans of tokens, of which the first begins at slot `start`."""
+    return tuple((start + a - spans[0][0], start + b - spans[0][0]) for a, b in spans)
 
 
 def _shift(host: Any, layer: int, by: int) -> Callable[[torch.Tensor], torch.Tensor]:

@@ -9,7 +9,7 @@ the layer's output. `eval/LOG.md` has what was tried beside it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import groupby
 
 import torch
@@ -35,31 +35,31 @@ class PairSelector:
         self.most: int = -(-sum(kept) // max(1, len(kept)))
         self.key: object = ("compact", most_by_layer, block, far, queries)
 
-    def observe(self, read: LayerRead) -> torch.Tensor | None:
-        """Squared shares that a block's own far queries give its slots, summed, `[B, heads, block]`, float32.
+    def compress(self, read: LayerRead, observed: torch.Tensor | None) -> tuple[list[Pairs], torch.Tensor | None]:
+        """See `PairCompressor.compress`.
 
-        None where every pair stays.
+        What is known of the own chunks: the squared shares that their far queries give their slots, summed,
+        `[B, heads, tokens]`, float32; None where every pair stays.
         """
-        return None if self._keeps_all(read) else squared_shares(read, self.queries, self.far)
+        asked = [chunks and not self._keeps_all(read.layer, chunks) for chunks in (read.chunks, read.own)]
+        both = zip((read.chunks, read.own), (0, self.far), asked, strict=True)
+        spans = [(chunks[0][0], chunks[-1][1], far) for chunks, far, ask in both if ask]
+        shares = squared_shares(read, self.queries, spans)
+        pairs = self._chosen(read, shares[0], observed) if asked[0] else _whole(read)
+        return pairs, shares[-1] if asked[1] else None
 
-    def compress(self, read: LayerRead, observed: torch.Tensor | None) -> list[Pairs]:
-        """See `PairCompressor.compress`."""
-        first, end = read.block
-        if observed is None:
-            order = torch.arange(end - first, dtype=torch.int32, device=read.keys.device)
-            order = order.expand(*read.keys.shape[:2], -1)
-            return [(read.keys[:, :, a:b].clone(), read.values[:, :, a:b].clone(), order[..., : b - a])
-                    for a, b in read.chunks]  # fmt: skip
-        worth = squared_shares(read, self.queries) + observed
+    def _keeps_all(self, layer: int, chunks: Sequence[tuple[int, int]]) -> bool:
+        return self.most_by_layer[layer] >= max(end - first for first, end in chunks)
+
+    def _chosen(self, read: LayerRead, shares: torch.Tensor, observed: torch.Tensor | None) -> list[Pairs]:
+        first, end = read.chunks[0][0], read.chunks[-1][1]
+        worth = shares if observed is None else shares + observed
         worth = worth * read.values[:, :, first:end].float().square().sum(-1)
         pairs: list[Pairs] = []
         for size, chunks in groupby(read.chunks, lambda chunk: chunk[1] - chunk[0]):
             some = list(chunks)
             pairs += self._kept(read, worth[..., some[0][0] - first : some[-1][1] - first], some[0][0], size)
         return pairs
-
-    def _keeps_all(self, read: LayerRead) -> bool:
-        return self.most_by_layer[read.layer] >= max(end - first for first, end in read.chunks)
 
     def _kept(self, read: LayerRead, worth: torch.Tensor, first: int, size: int) -> Iterator[Pairs]:
         """Pairs of equally long chunks, one behind the other, of the slots from `first` on."""
@@ -74,42 +74,57 @@ class PairSelector:
         return zip(keys, values, places.int().unbind(2), strict=True)
 
 
-def squared_shares(read: LayerRead, most: int, far: int = 0) -> torch.Tensor:
-    """Squares of the shares of attention that queries give each slot of a block, summed over them.
+def _whole(read: LayerRead) -> list[Pairs]:
+    """Every pair of each chunk."""
+    most = max((end - first for first, end in read.chunks), default=0)
+    order = torch.arange(most, dtype=torch.int32, device=read.keys.device).expand(*read.keys.shape[:2], -1)
+    return [(read.keys[:, :, a:b].clone(), read.values[:, :, a:b].clone(), order[..., : b - a])
+            for a, b in read.chunks]  # fmt: skip
+
+
+def squared_shares(read: LayerRead, most: int, spans: Sequence[tuple[int, int, int]]) -> list[torch.Tensor]:
+    """Squares of the shares of attention that queries give each slot of some spans, summed over the queries.
 
     Args:
         read: of one layer; queries that share a head of the keys count together.
         most: queries that count at most, evenly spaced; the sum is scaled up to all of them.
-        far: only slots at this distance or further from a query count, in slots.
+        spans: slots `(first, end, far)` each; only slots `far` or further from a query count.
 
     Returns:
-        `[B, heads, block]`, float32.
+        `[B, heads, end - first]` of each span, float32.
     """
-    (first, end), (rows, heads, slots, _) = read.block, read.keys.shape
-    asked, device = read.queries.shape[2], read.keys.device
+    if not spans:
+        return []
+    (rows, heads, slots, _), asked, device = read.keys.shape, read.queries.shape[2], read.keys.device
     start, step = slots - asked, -(-asked // most)  # slot of the first query, and from one that counts to the next
-    skip = max(0, -(-(first + far - start) // step)) * step if far else 0
-    wide = torch.promote_types(read.keys.dtype, torch.float32)
-    total = torch.zeros(rows, heads, end - first, device=device, dtype=wide)
-    if skip >= asked:
-        return total.float()
     groups = read.queries.shape[1] // heads
-    queries = read.queries[:, :, skip::step].unflatten(1, (heads, groups)).transpose(2, 3).flatten(2, 3)
-    queries, keys = queries.to(wide) * read.scaling, read.keys.to(wide).transpose(-1, -2)
-    at = torch.arange(start + skip, slots, step, device=device).repeat_interleave(groups)[:, None]
+    queries = read.queries[:, :, ::step].unflatten(1, (heads, groups)).transpose(2, 3).flatten(2, 3)
+    at = torch.arange(start, slots, step, device=device).repeat_interleave(groups)[:, None]
     order = torch.arange(slots, device=device)
+    wide = torch.promote_types(read.keys.dtype, torch.float32)
+    totals = [torch.zeros(rows, heads, end - first, device=device, dtype=wide) for first, end, _ in spans]
     tile = max(1, TILE // (rows * heads * groups * slots)) * groups
     for some, own in zip(at.split(tile), queries.split(tile, 2), strict=True):
-        products = torch.matmul(own, keys)
+        products = _products(own, read.keys, read.scaling)
         if read.softcap is not None:
             products = read.softcap * (products / read.softcap).tanh()
         products[..., start:].masked_fill_(order[start:] > some, float("-inf"))
-        whole = products.logsumexp(-1, keepdim=True)
         if read.sinks is not None:
-            sinks = read.sinks.to(wide).view(1, heads, 1, groups).expand(-1, -1, len(some) // groups, -1)
-            whole = torch.logaddexp(whole, sinks.flatten(2)[..., None])
-        squares = (products[..., first:end] - whole).mul_(2).exp_()
-        if far:
-            squares.masked_fill_(order[first:end] > some - far, 0.0)
-        total += squares.sum(2)
-    return (total * step).float()
+            sinks = read.sinks.to(wide).view(1, heads, 1, groups).expand(rows, -1, len(some) // groups, -1)
+            products = torch.cat([products, sinks.reshape(rows, heads, -1, 1)], 3)
+        shares = products.softmax(-1)
+        for total, (first, end, far) in zip(totals, spans, strict=True):
+            part = shares[..., first:end]
+            if far:
+                part.masked_fill_(order[first:end] > some - far, 0.0)
+            total += torch.linalg.vector_norm(part, dim=2).square_()
+    return [(total * step).float() for total in totals]
+
+
+def _products(queries: torch.Tensor, keys: torch.Tensor, scaling: float) -> torch.Tensor:
+    """Scaled products `[B, heads, queries, keys]`, summed in float32 at least."""
+    wide = torch.promote_types(keys.dtype, torch.float32)
+    if keys.is_cuda and keys.dtype in (torch.bfloat16, torch.float16):  # exact factors, so tensor cores lose nothing
+        flat = torch.bmm(queries.flatten(0, 1), keys.flatten(0, 1).transpose(1, 2), out_dtype=wide)
+        return flat.mul_(scaling).unflatten(0, keys.shape[:2])
+    return torch.matmul(queries.to(wide) * scaling, keys.to(wide).transpose(-1, -2))

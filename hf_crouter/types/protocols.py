@@ -45,8 +45,8 @@ class LayerRead:
         scaling: factor on their products with the keys.
         softcap: a product s becomes `softcap * tanh(s / softcap)`; None: it stays.
         sinks: a logit beside the products that takes attention, `[query heads]`; None: there is none.
-        block: slots `(first, end)` of the block of leaving chunks.
-        chunks: likewise of each chunk in it.
+        chunks: slots `(first, end)` of each leaving chunk of the block before the piece, one behind the other; or none.
+        own: likewise of each that the piece itself holds.
     """
 
     layer: int
@@ -56,8 +56,8 @@ class LayerRead:
     scaling: float
     softcap: float | None
     sinks: torch.Tensor | None
-    block: tuple[int, int]
     chunks: tuple[tuple[int, int], ...]
+    own: tuple[tuple[int, int], ...]
 
 
 Pairs = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -115,16 +115,12 @@ class PairCompressor(Compressor, Protocol):
 
     most_by_layer: tuple[int, ...]
 
-    def observe(self, read: LayerRead) -> Any:
-        """What is to be known of a block that was just read; its queries are the block's own. For `compress`."""
-        ...
-
-    def compress(self, read: LayerRead, observed: Any) -> list[Pairs]:
-        """A layer's pairs of each chunk in the block before the piece that was just read; asked layer by layer.
+    def compress(self, read: LayerRead, observed: Any) -> tuple[list[Pairs], Any]:
+        """A layer's pairs of each of `read.chunks`, and what to know of `read.own`; asked layer by layer.
 
         Args:
-            read: its queries are those of what follows the block.
-            observed: what `observe` gave when the block itself was read.
+            read: its queries are those of what follows the chunks; of its own chunks they are the chunks' own.
+            observed: what this gave second when the chunks themselves were read; None where there are none.
         """
         ...
 

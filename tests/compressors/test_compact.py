@@ -1,6 +1,7 @@
 """Which pairs are kept: sums of squared shares against a loop over queries, and the pairs of the greatest worth."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -20,13 +21,19 @@ def a_read(seed=0, own=False, **options):
     queries = torch.randn(2, HEADS * GROUPS, asked, SIZE)
     chunks = tuple((BEFORE + 8 * n, BEFORE + 8 * (n + 1)) for n in range(3))
     some = {"layer": 1, "scaling": 0.7, "softcap": None, "sinks": None, **options}
-    return LayerRead(keys=keys, values=values, queries=queries, block=(BEFORE, BEFORE + BLOCK), chunks=chunks, **some)
+    some |= {"chunks": () if own else chunks, "own": chunks if own else ()}
+    return LayerRead(keys=keys, values=values, queries=queries, **some)
+
+
+def shares(read, most=1000, far=0):
+    """Of the block alone."""
+    return squared_shares(read, most, [(BEFORE, BEFORE + BLOCK, far)])[0]
 
 
 def brute_force(read, far=0, every=1):
     """Sums of squared shares, query after query, or of every second one alone."""
     rows, heads, slots, _ = read.keys.shape
-    asked, (first, end) = read.queries.shape[2], read.block
+    asked, first, end = read.queries.shape[2], BEFORE, BEFORE + BLOCK
     total = torch.zeros(rows, heads, end - first)
     for row in range(rows):
         for head in range(read.queries.shape[1]):
@@ -54,43 +61,54 @@ class TestSquaredShares:
     @pytest.mark.parametrize(("own", "far"), [(False, 0), (True, 0), (True, 6)])
     def test_equal_a_loop(self, options, own, far):
         read = a_read(own=own, **options)
-        torch.testing.assert_close(squared_shares(read, 1000, far), brute_force(read, far), atol=1e-6, rtol=1e-4)
+        torch.testing.assert_close(shares(read, far=far), brute_force(read, far), atol=1e-6, rtol=1e-4)
 
     def test_tiles_change_nothing(self, monkeypatch):
         read = a_read()
-        whole = squared_shares(read, 1000)
+        whole = shares(read)
         monkeypatch.setattr(compact, "TILE", 1)
-        torch.testing.assert_close(squared_shares(read, 1000), whole)
+        torch.testing.assert_close(shares(read), whole)
 
     def test_of_many_queries_evenly_spaced_ones_stand_for_all(self):
         read = a_read()
-        torch.testing.assert_close(squared_shares(read, 8), 2 * brute_force(read, every=2), atol=1e-6, rtol=1e-4)
-        assert not torch.allclose(squared_shares(read, 8), brute_force(read))
+        torch.testing.assert_close(shares(read, 8), 2 * brute_force(read, every=2), atol=1e-6, rtol=1e-4)
+        assert not torch.allclose(shares(read, 8), brute_force(read))
 
 
 class TestPairSelector:
     def test_pairs_of_each_chunk_are_those_that_put_most_into_the_output(self):
         read, own = a_read(), a_read(own=True)
         selector = PairSelector((2, 3), block=32, far=6)
+        made = selector.compress(read, selector.compress(own, None)[1])[0]
         worth = brute_force(read) + brute_force(own, far=6)
         worth = worth * read.values[:, :, BEFORE : BEFORE + BLOCK].square().sum(-1)
-        for (first, end), pairs in zip(read.chunks, selector.compress(read, selector.observe(own)), strict=True):
+        for (first, end), pairs in zip(read.chunks, made, strict=True):
             places = worth[..., first - BEFORE : end - BEFORE].topk(3, -1).indices.sort(-1).values + first
             for row in range(2):
                 for head in range(HEADS):
                     for kept, whole in zip(pairs, (read.keys, read.values), strict=False):
                         assert torch.equal(kept[row, head], whole[row, head, places[row, head]])
 
+    def test_a_read_tells_of_the_block_before_and_of_its_own_at_once(self):
+        read, selector = a_read(), PairSelector((2, 3), block=32, far=6)
+        alone, none = selector.compress(read, None)
+        start = BEFORE + BLOCK
+        both, observed = selector.compress(replace(read, own=((start, start + 8), (start + 8, start + PIECE))), None)
+        assert none is None
+        for ours, theirs in zip(both, alone, strict=True):
+            assert all(map(torch.equal, ours, theirs))
+        torch.testing.assert_close(observed, squared_shares(read, 1000, [(start, start + PIECE, 6)])[0])
+
     def test_a_chunk_shorter_than_its_slots_stays_whole(self):
         read = a_read()
-        pairs = PairSelector((2, 100), block=32).compress(read, torch.zeros(2, HEADS, BLOCK))
+        pairs = PairSelector((2, 100), block=32).compress(read, None)[0]
         assert [pair[0].shape[2] for pair in pairs] == [8, 8, 8]
         assert torch.equal(pairs[1][0], read.keys[:, :, BEFORE + 8 : BEFORE + 16])
 
     def test_bf16_reads_keep_their_own_pairs(self):
         read = a_read()
-        half = LayerRead(**{**vars(read), **{k: getattr(read, k).bfloat16() for k in ("keys", "values", "queries")}})
-        pairs = PairSelector((2, 3), block=32).compress(half, torch.zeros(2, HEADS, BLOCK))
+        half = replace(read, **{k: getattr(read, k).bfloat16() for k in ("keys", "values", "queries")})
+        pairs = PairSelector((2, 3), block=32).compress(half, None)[0]
         assert pairs[0][0].dtype == torch.bfloat16
 
     def test_what_tells_selectors_apart(self):

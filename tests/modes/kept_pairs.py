@@ -39,11 +39,11 @@ class MostAttended:
         self.prefix, self.block, self.most_by_layer, self.asked = prefix, block, most, 0
         self.most = -(-sum(most) // sum(count > 0 for count in most))
 
-    def observe(self, read):
-        return read.block[1] - read.block[0]
-
     def compress(self, read, observed):
-        assert observed == read.block[1] - read.block[0]
+        own = read.own[-1][1] - read.own[0][0] if read.own else None
+        if not read.chunks:
+            return [], own
+        assert observed == read.chunks[-1][1] - read.chunks[0][0]
         self.asked += len(read.chunks) * len(read.keys) * (read.layer == 1)
         rows, heads, slots = read.keys.shape[:3]
         asked = read.queries.shape[2]
@@ -56,9 +56,9 @@ class MostAttended:
             top = shares[..., first:end].topk(kept(number, read.layer)).indices.sort(-1).values
             pick = (top + first)[..., None].expand(-1, -1, -1, read.keys.shape[-1])
             pairs.append((read.keys.gather(2, pick), read.values.gather(2, pick), top))
-        return pairs
+        return pairs, own
 
     def is_odd(self, read):
         """Whether the block's first chunk has an odd number: told by the pairs before it."""
         first, both = kept(0, read.layer), kept(0, read.layer) + kept(1, read.layer)
-        return (read.block[0] - self.prefix) % both == first
+        return (read.chunks[0][0] - self.prefix) % both == first

@@ -343,14 +343,14 @@ class Watching(MostAttended):
         super().__init__(*args)
         self.fresh, self.chosen = {}, {}
 
-    def observe(self, read):
-        self.fresh.setdefault(read.layer, []).append(read.keys[:, :, read.block[0] : read.block[1]].clone())
-        return super().observe(read)
-
     def compress(self, read, observed):
-        pairs = super().compress(read, observed)
-        self.chosen.setdefault(read.layer, []).append([places for _, _, places in pairs])
-        return pairs
+        if read.own:
+            fresh = read.keys[:, :, read.own[0][0] : read.own[-1][1]].clone()
+            self.fresh.setdefault(read.layer, []).append(fresh)
+        pairs, observed = super().compress(read, observed)
+        if read.chunks:
+            self.chosen.setdefault(read.layer, []).append([places for _, _, places in pairs])
+        return pairs, observed
 
 
 def coarse(positions=POSITIONS):
