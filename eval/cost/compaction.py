@@ -27,7 +27,7 @@ from hf_crouter import Compact, CompressedHistory, Retrieve
 from hf_crouter.cache.kv_cache import CompressedDynamicCache
 from hf_crouter.cache.policy import ContextPolicy
 from hf_crouter.cache.reads import pairs_by_reading
-from hf_crouter.compressors.compact import PairSelector
+from hf_crouter.compressors.compact import PairSelector, first_pairs
 from hf_crouter.hosts.loading import load_host
 from hf_crouter.types import LayerRead, Pairs, Row
 from hf_crouter.utils.progress import Progress
@@ -38,35 +38,30 @@ FULL = "full_"
 WAYS: dict[str, tuple[Any, ...]] = {  # by what their keys begin with
     "": (Retrieve(2),),
     "compact_": (Compact(SLOTS),),
-    "mix_": (Compact(SLOTS), Retrieve(2)),
+    "mix_": (Compact(), Retrieve(2)),
 }
 NOTES = (
     "Batch 1, bfloat16, random ids, medians over turns that the ways take one after the other. <host>.<length>.b1: "
-    "keys without a way are of Retrieve(2), compact_ of Compact(64), mix_ of both, full_ of the host's own read in "
-    "pieces of 2,048 tokens, full_once_ in one piece. ttft_seconds: to the first token, ttft_speedup: full_ over it; "
-    "peak_gib: most that the allocator held over the weights; kv_ratio: tokens over slots at the end of the prompt; "
-    "compact_bound_gib: pairs, two blocks and the raw part by their shapes, beside which stand a forward's own "
-    "activations (activations_gib: of 2,048 tokens without a cache); decode_ms: a token, decode_longest_ms: the "
-    "slowest one, in which a chunk leaves. compact.ms: what choosing pairs adds to a 512-token chunk of a prompt, "
-    "compact.read_ms: the rest of its read, compact.cost_ratio: the one over the other; compact.plain_ms: the plain "
-    "host reads the same tokens over the full past. compact.decode_*: the same of one chunk that leaves while "
-    "decoding and the window behind it, over the pairs of what came before. Lengths beyond the trained positions are "
-    "timed at true positions all the same."
+    "keys without a way are of Retrieve(2), compact_ of Compact(64), mix_ of the defaults Compact(32) and "
+    "Retrieve(2), full_ of the host's own read in pieces of 2,048 tokens, full_once_ in one piece. ttft_seconds: to"
+    " the first token, ttft_speedup: full_ over it; peak_gib: most that the allocator held over the weights; "
+    "kv_ratio: tokens over slots at the end of the prompt; compact_bound_gib: pairs, two blocks and the raw part by"
+    " their shapes, beside which stand a forward's own activations (activations_gib: of 2,048 tokens without a "
+    "cache); decode_ms: a token, decode_longest_ms: the slowest one, in which a chunk leaves. compact.ms: what "
+    "choosing pairs adds to a 512-token chunk of a prompt, compact.read_ms: the rest of its read, "
+    "compact.cost_ratio: the one over the other; compact.plain_ms: the plain host reads the same tokens over the "
+    "full past, compact.plain_cost_ratio: beside it. compact.decode_*: the same of one chunk that leaves while "
+    "decoding and the window behind it, over the pairs of what came before. Lengths beyond the trained positions "
+    "are timed at true positions all the same."
 )
 
 
 class FirstPairs(PairSelector):
     """Keeps the first pairs of each chunk: as many as a selector would, at no cost."""
 
-    def compress(self, read: LayerRead, observed: Any) -> tuple[list[Pairs], None]:
+    def compress(self, read: LayerRead, observed: Any) -> tuple[Pairs | None, None]:
         """The first pairs of each chunk."""
-        pairs, (rows, heads) = [], read.keys.shape[:2]
-        for first, end in read.chunks:
-            count = min(self.most_by_layer[read.layer], end - first)
-            places = torch.arange(count, device=read.keys.device).expand(rows, heads, -1)
-            kept = slice(first, first + count)
-            pairs.append((read.keys[:, :, kept].clone(), read.values[:, :, kept].clone(), places))
-        return pairs, None
+        return first_pairs(read, self.most_by_layer[read.layer]) if read.chunks else None, None
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -159,10 +154,10 @@ def cost(host: Any, policy: ContextPolicy, ids: torch.Tensor, args: Any, progres
         progress: is told.
     """
     selector: Any = policy.compressor
-    ways = {"chosen": policy, "first": replace(policy, compressor=FirstPairs(selector.most_by_layer, selector.block))}
+    ways = {"chosen": policy, "first": replace(policy, compressor=FirstPairs(selector.most_by_layer, selector.size))}
     prompt, known = ids[: PREFIX + args.read + WINDOW], PREFIX + args.history + WINDOW
     works = {name: reading(host, way, prompt) for name, way in ways.items()}
-    works["plain"] = lambda: lambda: read_plain(host, prompt[: PREFIX + args.read], selector.block)
+    works["plain"] = lambda: lambda: read_plain(host, prompt[: PREFIX + args.read], selector.block(args.read))
     works |= {f"decode.{name}": reading(host, way, ids[: known + CHUNK], known) for name, way in ways.items()}
     progress.start("compaction", len(works) * (args.turns + 1), "runs")
     times, _ = in_turns(works, args.turns, progress)
@@ -176,7 +171,7 @@ def cost(host: Any, policy: ContextPolicy, ids: torch.Tensor, args: Any, progres
             f"compact.{name}read_ms": 1000 * own / chunks,
             f"compact.{name}cost_ratio": more / own,
         }
-    return found
+    return found | {"compact.plain_cost_ratio": found["compact.ms"] / found["compact.plain_ms"]}
 
 
 def generated(host: Any, history: Any, ids: torch.Tensor, new: int, **options: Any) -> None:
@@ -192,7 +187,8 @@ def bound_gib(host: Any, history: CompressedHistory) -> float:
     assert isinstance(selector, PairSelector)
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    raw = 2 * selector.block + report.rows[0].prefix + report.rows[0].raw
+    left = sum(chunk.end - chunk.start for chunk in report.chunks)
+    raw = 2 * selector.block(left) + report.rows[0].prefix + report.rows[0].raw
     pairs = sum(selector.most_by_layer) * len(report.chunks) + config.num_hidden_layers * raw
     return 2 * heads * size * host.dtype.itemsize * pairs / GIB
 

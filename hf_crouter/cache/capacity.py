@@ -54,18 +54,20 @@ def _compact_capacity(policy: ContextPolicy, prefix: int, positions: int) -> int
     return prefix + chunks * chunk + window + chunk - 1 if chunks else 0
 
 
-def read_block(policy: ContextPolicy, row: Row) -> int:
+def read_block(policy: ContextPolicy, row: Row, tokens: int) -> int:
     """Most tokens of a block that is read to make pairs; of two blocks and the window what follows fits as well.
 
     Args:
         policy: its rule.
         row: with every chunk; one that is not compact has room for any block.
+        tokens: of the chunks that leave.
     """
     compressor: Any = policy.compressor
+    block = compressor.block(tokens)
     if policy.positions is None or not row.compact:
-        return compressor.block
+        return block
     room = policy.positions - (row.prefix or 0) - len(row.chunks) * policy.most_entries
-    return min(compressor.block, room // 2, room - policy.window)
+    return min(block, room // 2, room - policy.window)
 
 
 def check_length(host: Any, policy: ContextPolicy, prefix: int, prompt: int, new: int) -> None:

@@ -26,19 +26,19 @@ class MadePairs:
     Attributes:
         layers: of the host.
         counts: see `Counts`; a row's chunks in order.
-        made: of each layer by row and chunk, keys and values `[heads, n, D]`; rows of beams share them.
+        made: of each layer by row, keys and values `[heads, n, D]`, a row's chunks in order; rows of beams share them.
     """
 
     layers: int
     counts: dict[tuple[int, int], tuple[int | None, ...]] = field(default_factory=dict)
-    made: list[dict[tuple[int, int], Layer]] = field(default_factory=list)
+    made: list[dict[int, Layer]] = field(default_factory=list)
 
     @classmethod
     def none(cls, layers: int) -> MadePairs:
         """No pairs at all."""
         return cls(layers, {}, [{} for _ in range(layers)])
 
-    def take(self, layer: int) -> dict[tuple[int, int], Layer]:
+    def take(self, layer: int) -> dict[int, Layer]:
         """A layer's, which are given up here."""
         taken, self.made[layer] = self.made[layer], {}
         return taken
@@ -139,7 +139,7 @@ class PairPlaces:
         return PairPlaces(tuple(None if owner is None else known[id(owner)] for owner in self.owners))
 
     def joined(
-        self, layer: int, before: PairPlaces, old: Layer | None, made: Mapping[tuple[int, int], Layer]
+        self, layer: int, before: PairPlaces, old: Layer | None, made: Mapping[int, Layer]
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Keys and values `[B, heads, width, D]` of a layer; None where it keeps none.
 
@@ -147,7 +147,7 @@ class PairPlaces:
             layer: its number.
             before: places without the new chunks.
             old: keys and values that stood there.
-            made: of the new chunks, by row and chunk.
+            made: of the new chunks, by row.
         """
         width, owner = self.width(layer), self.owners[layer]
         if not width or owner is None:
@@ -162,9 +162,8 @@ class PairPlaces:
             whole = like.new_empty(size) if bool((owner >= 0).all()) else like.new_zeros(size)
             if old is not None:
                 whole[:, :, : old[kind].shape[2]] = old[kind]
-            for row in {row: None for row, _ in made}:
-                new = torch.cat([pair[kind] for (own, _), pair in made.items() if own == row], 1)
-                start = before.count(row, layer)
+            for row, pairs in made.items():
+                new, start = pairs[kind], before.count(row, layer)
                 whole[row, :, start : start + new.shape[1]] = new.to(like.device, like.dtype)
             joined.append(whole)
         return joined[0], joined[1]

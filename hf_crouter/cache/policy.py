@@ -49,8 +49,8 @@ class ContextPolicy:
 
     @property
     def true_positions(self) -> bool:
-        """Whether tokens keep their positions while these fit the host, see `Compressor.block`."""
-        return self.compressor is not None and self.compressor.block > 0
+        """Whether tokens keep their positions while these fit the host, see `Compressor.reads`."""
+        return self.compressor is not None and self.compressor.reads
 
     @property
     def beside_raw(self) -> bool:

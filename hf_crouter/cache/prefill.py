@@ -168,7 +168,7 @@ def with_entries(
     turning = any(row.compact and not before.compact for row, before in zip(rows, cache.rows, strict=True))
     if compressor is None or not turning and all(chunk.entries is not None for row in rows for chunk in row.chunks):
         return rows
-    if compressor.block:
+    if compressor.reads:
         return pairs_by_reading(host, policy, cache, rows, tokens)
     wanted: dict[Any, tuple[Chunk, str]] = {}
     for number, row in enumerate(rows):

@@ -18,7 +18,7 @@ Rows whose reads have equal shapes are read together; equal rows (beams) once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
@@ -103,17 +103,21 @@ class _Row:
 
 @dataclass(frozen=True, eq=False)
 class _Made:
-    """A layer's pairs of one new chunk.
+    """A layer's pairs of one block of new chunks, one chunk's behind the other's.
 
     Attributes:
         keys: `[B, heads, n, D]`.
         values: likewise.
-        places: tokens before each pair in its chunk, `[B, heads, n]` int32; None once they stand where they stay.
+        places: tokens before each pair in its chunk, `[B, heads, n]` int32; None where pairs stay.
+        counts: how many are each chunk's.
+        chunks: the chunks, by their places in `missing`.
     """
 
     keys: torch.Tensor
     values: torch.Tensor
     places: torch.Tensor | None
+    counts: tuple[int, ...]
+    chunks: tuple[int, ...]
 
 
 @dataclass
@@ -129,7 +133,7 @@ class _Reading:
         waiting: chunks of the block that was read last, by their places in `missing`.
         made_at: position at which that block's keys were made, its first token's.
         observed: of that block, by layer.
-        made: pairs of each new chunk, by layer.
+        made: pairs of each block, by layer.
         counts: of each new chunk how many pairs each layer keeps; None in one that keeps nothing old.
         ends: tokens of the row that each new chunk's pairs depend on.
     """
@@ -235,7 +239,8 @@ def _read_all(host: Any, policy: ContextPolicy, cache: CompressedCache, rows: Se
     if lead.row.prefix:  # which sees no pairs
         _read(host, policy, reading, (0, lead.row.prefix), (), keep=True)
     _hold_known(cache, reading)
-    blocks = _blocks(lead.row, lead.missing, read_block(policy, lead.row))
+    tokens = sum(lead.row.chunks[n].end - lead.row.chunks[n].start for n in lead.missing)
+    blocks = _blocks(lead.row, lead.missing, read_block(policy, lead.row, tokens))
     for block in [*blocks, ()]:
         first, end = reading.span(blocks[-1][-1])[1], lead.end
         if block:
@@ -268,21 +273,34 @@ def _turn(host: Any, cache: CompressedCache, reading: _Reading) -> None:
     sizes = [reading.entries(place) for place in places]
     starts = [reading.behind + sum(sizes[:place]) for place in places]
     for number, layer in enumerate(reading.layers):
-        made = [
-            _moved(rotation, pairs, number, reading.span(place)[0], starts[place], sizes[place])
-            for place, pairs in enumerate(reading.made[number])
+        reading.made[number] = [
+            _moved(rotation, reading, some, number, starts, sizes) for some in reading.made[number]
         ]
-        layer.pairs, reading.made[number] = _joined(made)
+        layer.pairs = [(some.keys, some.values) for some in reading.made[number]]
     reading.behind += sum(sizes)
     reading.compact = True
 
 
-def _moved(rotation: KeyRotation, pairs: _Made, layer: int, old: int, new: int, span: int) -> _Made:
-    """Pairs whose keys were made in a chunk that began at `old`, in the `span` positions from `new` on."""
+def _moved(
+    rotation: KeyRotation, reading: _Reading, pairs: _Made, layer: int, starts: Mapping[int, int] | Sequence[int],
+    sizes: Mapping[int, int] | Sequence[int], at: int = 0,
+) -> _Made:  # fmt: skip
+    """Pairs moved to where their chunks' compact positions start, so many a chunk.
+
+    Args:
+        rotation: of the host.
+        reading: that made them.
+        pairs: whose keys stand at their tokens, `at` positions on.
+        layer: its number.
+        starts: first compact position of each chunk, by its place in `missing`.
+        sizes: positions that it takes.
+        at: see there.
+    """
     assert pairs.places is not None
-    by = spread(new, span, pairs.keys.shape[2], pairs.places.device) - old - pairs.places
-    keys = rotation.moved(pairs.keys, by, layer).to(pairs.keys.dtype)
-    return _Made(keys, pairs.values, None)
+    by = torch.cat([spread(starts[place], sizes[place], count) - reading.span(place)[0] - at
+                    for place, count in zip(pairs.chunks, pairs.counts, strict=True)])  # fmt: skip
+    keys = rotation.moved(pairs.keys, by.to(pairs.places.device) - pairs.places, layer).to(pairs.keys.dtype)
+    return replace(pairs, keys=keys, places=None)
 
 
 def _read(
@@ -315,7 +333,7 @@ def _read(
     for number, layer in enumerate(reading.layers):
         layer.turned = _shift(host, number, at - reading.made_at) if waiting and at != reading.made_at else None
     observed: dict[int, Any] = {}
-    made: dict[int, list[Pairs]] = {}
+    made: dict[int, Pairs] = {}
 
     def seen(attention: Attention) -> None:
         layer, slots = attention.layer, attention.keys.shape[2]
@@ -327,10 +345,9 @@ def _read(
                 attention.sinks, _standing(spans, slots - new - size), _standing(own, slots - new),
             )  # fmt: skip
             pairs, observed[layer] = compressor.compress(read, reading.observed.pop(layer, None))
-            if waiting:
+            if pairs is not None:
                 if held.turned is not None:  # as they were made: what was moved for this read is rounded
-                    starts, keys = [a - spans[0][0] for a, _ in spans], held.raw[-2][0]
-                    pairs = [_picked(keys, start, some) for start, some in zip(starts, pairs, strict=True)]
+                    pairs = _picked(held.raw[-2][0], [a - spans[0][0] for a, _ in spans], pairs)
                 made[layer] = pairs
         if waiting:
             del held.raw[-2]
@@ -372,13 +389,13 @@ def _shift(host: Any, layer: int, by: int) -> Callable[[torch.Tensor], torch.Ten
     return lambda keys: rotation.moved(keys, torch.tensor(by), layer).to(keys.dtype)
 
 
-def _picked(keys: torch.Tensor, first: int, pairs: Pairs) -> Pairs:
-    """Pairs of the chunk from `first` on with the keys `[B, heads, tokens, D]` that stand at their places."""
-    _, values, places = pairs
-    return keys.gather(2, (first + places)[..., None].expand(-1, -1, -1, keys.shape[-1])), values, places
+def _picked(keys: torch.Tensor, starts: Sequence[int], pairs: Pairs) -> Pairs:
+    """Pairs of chunks that start at these slots with the keys `[B, heads, slots, D]` that stand at their places."""
+    first = torch.tensor(starts).repeat_interleave(torch.tensor(pairs.counts)).to(pairs.places.device)
+    return pairs._replace(keys=keys.gather(2, (first + pairs.places)[..., None].expand(-1, -1, -1, keys.shape[-1])))
 
 
-def _settle(host: Any, policy: ContextPolicy, reading: _Reading, made: dict[int, list[Pairs]]) -> None:
+def _settle(host: Any, policy: ContextPolicy, reading: _Reading, made: dict[int, Pairs]) -> None:
     """Puts the pairs that were made of the waiting block in its place.
 
     Args:
@@ -387,58 +404,60 @@ def _settle(host: Any, policy: ContextPolicy, reading: _Reading, made: dict[int,
         reading: of the rows.
         made: pairs of the block's chunks by layer, with keys as the host made them; emptied.
     """
-    start, chunks = reading.span(reading.waiting[0])[0], len(reading.waiting)
-    for n in range(chunks):
-        counts = [made[layer][n][0].shape[2] if layer in made else None for layer in range(len(reading.layers))]
-        reading.counts.append(tuple(counts))
-    firsts = []
-    for place in reading.waiting:
-        firsts.append(reading.behind)
-        reading.behind += reading.entries(place) if reading.compact else 0
-    for number, layer in enumerate(reading.layers):
-        pairs = []
-        for place, first, (keys, values, places) in zip(reading.waiting, firsts, made.pop(number, ()), strict=False):
-            some = _Made(keys, values, places.int() if policy.positions is not None else None)
-            if reading.compact:
-                old = reading.made_at + reading.span(place)[0] - start
-                some = _moved(KeyRotation.of(host), some, number, old, first, reading.entries(place))
-            pairs.append(some)
-        piece, pairs = _joined(pairs)
-        layer.pairs += piece
-        reading.made[number] += pairs
-
-
-def _joined(pairs: Sequence[_Made]) -> tuple[list[Layer], list[_Made]]:
-    """Pairs of several chunks in one piece, and as parts of it; no piece of none."""
-    if not pairs:
-        return [], []
-    keys, values = (torch.cat([getattr(some, name) for some in pairs], 2) for name in ("keys", "values"))
-    sizes = [some.keys.shape[2] for some in pairs]
-    parts = zip(keys.split(sizes, 2), values.split(sizes, 2), pairs, strict=True)
-    return [(keys, values)], [_Made(own_keys, own_values, some.places) for own_keys, own_values, some in parts]
+    waiting, layers = reading.waiting, range(len(reading.layers))
+    for n in range(len(waiting)):
+        reading.counts.append(tuple(made[layer].counts[n] if layer in made else None for layer in layers))
+    starts, sizes = {}, {}
+    if reading.compact:
+        for place in waiting:
+            starts[place], sizes[place] = reading.behind, reading.entries(place)
+            reading.behind += sizes[place]
+    for layer in layers:
+        if layer not in made:
+            continue
+        keys, values, places, counts = made.pop(layer)
+        some = _Made(keys, values, places.int() if policy.positions is not None else None, counts, waiting)
+        if reading.compact:
+            at = reading.made_at - reading.span(waiting[0])[0]
+            some = _moved(KeyRotation.of(host), reading, some, layer, starts, sizes, at)
+        reading.layers[layer].pairs.append((some.keys, some.values))
+        reading.made[layer].append(some)
 
 
 def _hand_over(reading: _Reading, made: MadePairs, rows: list[Row]) -> None:
     """Gives the rows of a reading their entries, and `made` the pairs."""
+    last = [part for blocks in reading.made for some in blocks[-1:] for part in (some.keys, some.values)]
+    flags = [part.isfinite().all().cpu() for part in last]
+    if flags and not bool(torch.stack(flags).all()):
+        raise InputError("entries: expected finite numbers, got others; the host's keys or values are not")
+    places = [_places(blocks) for blocks in reading.made]
     for i, some in enumerate(reading.rows):
         missing = {}
         for place, n in enumerate(some.missing):
-            places = None
-            if any(layer and layer[place].places is not None for layer in reading.made):
-                places = tuple(layer[place].places[i] if layer else None for layer in reading.made)  # pyright: ignore
-            entries = Entries(pairs=reading.counts[place], places=places)
+            own = None
+            if any(of_layer for of_layer in places):
+                own = tuple(of_layer[place][i] if of_layer else None for of_layer in places)
+            entries = Entries(pairs=reading.counts[place], places=own)
             missing[n] = replace(some.row.chunks[n], entries=entries, decided_at=reading.ends[place])
         for number in some.numbers:
             chunks = tuple(missing.get(n, chunk) for n, chunk in enumerate(rows[number].chunks))
             rows[number] = replace(rows[number], chunks=chunks)
             made.counts |= {(number, n): reading.counts[place] for place, n in enumerate(some.missing)}
-    last = [part for layer in reading.made for some in layer[-1:] for part in (some.keys, some.values)]
-    flags = [part.isfinite().all().cpu() for part in last]
-    if flags and not bool(torch.stack(flags).all()):
-        raise InputError("entries: expected finite numbers, got others; the host's keys or values are not")
-    for layer, pairs in enumerate(reading.made):
-        for place, pair in enumerate(pairs):
-            for i, some in enumerate(reading.rows):
-                for number in some.numbers:
-                    made.made[layer][number, some.missing[place]] = pair.keys[i], pair.values[i]
-        pairs.clear()
+    for layer, blocks in enumerate(reading.made):
+        if not blocks:
+            continue
+        keys, values = (
+            torch.cat([getattr(some, kind) for some in blocks], 2) if len(blocks) > 1 else getattr(blocks[0], kind)
+            for kind in ("keys", "values")
+        )
+        reading.layers[layer].pairs = []  # they are not held twice
+        blocks.clear()
+        for i, some in enumerate(reading.rows):
+            made.made[layer] |= {number: (keys[i], values[i]) for number in some.numbers}
+
+
+def _places(blocks: Sequence[_Made]) -> tuple[torch.Tensor, ...]:
+    """Places of each chunk's pairs, `[B, heads, n]`; none where pairs stay."""
+    found = [some.places for some in blocks if some.places is not None]
+    counts = [count for some in blocks for count in some.counts]
+    return torch.cat(found, 2).split(counts, 2) if found else ()

@@ -9,13 +9,14 @@ the layer's output. `eval/LOG.md` has what was tried beside it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import groupby
 
 import torch
 
 from ..types import LayerRead, Pairs
 
+BLOCK = 2048  # tokens
 TILE = 1 << 25  # products of queries and keys at once, float32: 128 MiB
 
 
@@ -24,18 +25,25 @@ class PairSelector:
 
     Args:
         most_by_layer: pairs a chunk and head of each layer; 0 in one that keeps nothing old.
-        block: tokens of leaving chunks that are read at once.
+        block: tokens of leaving chunks that are read at once; None: 2,048, or of more than 32k a sixteenth, 8,192 at
+            most, so that long prompts are read in fewer forwards.
         far: distance in tokens from which on queries of a chunk's own block count.
         queries: most that count of one read, evenly spaced.
     """
 
-    def __init__(self, most_by_layer: tuple[int, ...], block: int, far: int = 256, queries: int = 512):
-        self.most_by_layer, self.block, self.far, self.queries = most_by_layer, block, far, queries
+    reads = True
+
+    def __init__(self, most_by_layer: tuple[int, ...], block: int | None, far: int = 256, queries: int = 512):
+        self.most_by_layer, self.size, self.far, self.queries = most_by_layer, block, far, queries
         kept = [count for count in most_by_layer if count]
         self.most: int = -(-sum(kept) // max(1, len(kept)))
         self.key: object = ("compact", most_by_layer, block, far, queries)
 
-    def compress(self, read: LayerRead, observed: torch.Tensor | None) -> tuple[list[Pairs], torch.Tensor | None]:
+    def block(self, tokens: int) -> int:
+        """See `PairCompressor.block`."""
+        return self.size or min(max(BLOCK, tokens // 16), 4 * BLOCK)
+
+    def compress(self, read: LayerRead, observed: torch.Tensor | None) -> tuple[Pairs | None, torch.Tensor | None]:
         """See `PairCompressor.compress`.
 
         What is known of the own chunks: the squared shares that their far queries give their slots, summed,
@@ -45,41 +53,56 @@ class PairSelector:
         both = zip((read.chunks, read.own), (0, self.far), asked, strict=True)
         spans = [(chunks[0][0], chunks[-1][1], far) for chunks, far, ask in both if ask]
         shares = squared_shares(read, self.queries, spans)
-        pairs = self._chosen(read, shares[0], observed) if asked[0] else _whole(read)
+        pairs = None
+        if read.chunks:
+            pairs = self._chosen(read, shares[0], observed) if asked[0] else first_pairs(read, None)
         return pairs, shares[-1] if asked[1] else None
 
     def _keeps_all(self, layer: int, chunks: Sequence[tuple[int, int]]) -> bool:
         return self.most_by_layer[layer] >= max(end - first for first, end in chunks)
 
-    def _chosen(self, read: LayerRead, shares: torch.Tensor, observed: torch.Tensor | None) -> list[Pairs]:
+    def _chosen(self, read: LayerRead, shares: torch.Tensor, observed: torch.Tensor | None) -> Pairs:
         first, end = read.chunks[0][0], read.chunks[-1][1]
         worth = shares if observed is None else shares + observed
         worth = worth * read.values[:, :, first:end].float().square().sum(-1)
-        pairs: list[Pairs] = []
+        most = self.most_by_layer[read.layer]
+        found: list[tuple[torch.Tensor, torch.Tensor]] = []
+        counts: list[int] = []
         for size, chunks in groupby(read.chunks, lambda chunk: chunk[1] - chunk[0]):
             some = list(chunks)
-            pairs += self._kept(read, worth[..., some[0][0] - first : some[-1][1] - first], some[0][0], size)
-        return pairs
-
-    def _kept(self, read: LayerRead, worth: torch.Tensor, first: int, size: int) -> Iterator[Pairs]:
-        """Pairs of equally long chunks, one behind the other, of the slots from `first` on."""
-        count, end = min(self.most_by_layer[read.layer], size), first + worth.shape[-1]
-        each = worth.unflatten(-1, (-1, size))
-        places = each.topk(count, -1).indices.sort(-1).values
-        starts = torch.arange(0, worth.shape[-1], size, device=places.device)
-        pick = (places + starts[:, None]).flatten(2)[..., None]
-        keys, values = read.keys[:, :, first:end], read.values[:, :, first:end]
-        keys = keys.gather(2, pick.expand(-1, -1, -1, keys.shape[-1])).split(count, 2)
-        values = values.gather(2, pick.expand(-1, -1, -1, values.shape[-1])).split(count, 2)
-        return zip(keys, values, places.int().unbind(2), strict=True)
+            each = worth[..., some[0][0] - first : some[-1][1] - first].unflatten(-1, (-1, size))
+            places = each.topk(min(most, size), -1).indices.sort(-1).values
+            starts = torch.arange(some[0][0], some[-1][1], size, device=places.device)
+            found.append((places.flatten(2), (places + starts[:, None]).flatten(2)))
+            counts += [min(most, size)] * len(some)
+        places, slots = _joined([some[0] for some in found]), _joined([some[1] for some in found])
+        pick = slots[..., None].expand(-1, -1, -1, read.keys.shape[-1])
+        wide = slots[..., None].expand(-1, -1, -1, read.values.shape[-1])
+        return Pairs(read.keys.gather(2, pick), read.values.gather(2, wide), places.int(), tuple(counts))
 
 
-def _whole(read: LayerRead) -> list[Pairs]:
-    """Every pair of each chunk."""
-    most = max((end - first for first, end in read.chunks), default=0)
-    order = torch.arange(most, dtype=torch.int32, device=read.keys.device).expand(*read.keys.shape[:2], -1)
-    return [(read.keys[:, :, a:b].clone(), read.values[:, :, a:b].clone(), order[..., : b - a])
-            for a, b in read.chunks]  # fmt: skip
+def first_pairs(read: LayerRead, most: int | None) -> Pairs:
+    """The first pairs of each chunk, or all; of chunks that are equally long in one copy.
+
+    Args:
+        read: with chunks.
+        most: of a chunk; None: every one.
+    """
+    kept: list[list[torch.Tensor]] = []
+    counts: list[int] = []
+    for size, chunks in groupby(read.chunks, lambda chunk: chunk[1] - chunk[0]):
+        some = list(chunks)
+        count, span = size if most is None else min(most, size), slice(some[0][0], some[-1][1])
+        each = [kind[:, :, span].unflatten(2, (-1, size))[:, :, :, :count] for kind in (read.keys, read.values)]
+        order = torch.arange(count, dtype=torch.int32, device=read.keys.device).repeat(len(some))
+        kept.append([*(kind.clone().flatten(2, 3) for kind in each), order.expand(*read.keys.shape[:2], -1)])
+        counts += [count] * len(some)
+    keys, values, places = (_joined([parts[n] for parts in kept]) for n in range(3))
+    return Pairs(keys, values, places, tuple(counts))
+
+
+def _joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    return torch.cat(list(parts), 2) if len(parts) > 1 else parts[0]
 
 
 def squared_shares(read: LayerRead, most: int, spans: Sequence[tuple[int, int, int]]) -> list[torch.Tensor]:

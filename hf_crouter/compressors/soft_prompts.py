@@ -23,7 +23,7 @@ class SoftPromptCompressor:
 
     beside_raw = True
     ids_decide = True
-    block = 0
+    reads = False
 
     def __init__(self, crouter: CRouterModel, projector: Projector):
         self.crouter, self.projector = crouter, projector

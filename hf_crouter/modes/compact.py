@@ -24,7 +24,8 @@ class Compact:
         slots: pairs that are kept of a chunk and head, the mean over layers: of 512 tokens 8 are 64x, 128 are 4x.
         budgets: how they are divided over the layers: "auto", as it was measured for this host or a twin of it where
             it was, else equally; "equal"; or the file (or `LayerBudgets`) that `hf-crouter budgets` writes.
-        block: tokens of leaving chunks that are read at once in a long prompt; two blocks are raw at a time.
+        block: tokens of leaving chunks that are read at once in a long prompt; two blocks are raw at a time. None:
+            2,048, or of more than 32k that leave a sixteenth, 8,192 at most: the longer, the fewer forwards.
 
     Raises:
         InputError: options that keep nothing.
@@ -38,12 +39,12 @@ class Compact:
 
     slots: int = 32
     budgets: str | os.PathLike | LayerBudgets = "auto"
-    block: int = 2048
+    block: int | None = None
 
     def __post_init__(self):
         for name in ("slots", "block"):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
+            if not (isinstance(value, int) and value >= 1 or name == "block" and value is None):
                 raise InputError(f"Compact({name}=): expected a number, 1 or more, got {value!r}")
         if not isinstance(self.budgets, str | os.PathLike | LayerBudgets):
             raise InputError(

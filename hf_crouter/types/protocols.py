@@ -23,7 +23,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Sequence, Sized
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -45,7 +45,7 @@ class LayerRead:
         scaling: factor on their products with the keys.
         softcap: a product s becomes `softcap * tanh(s / softcap)`; None: it stays.
         sinks: a logit beside the products that takes attention, `[query heads]`; None: there is none.
-        chunks: slots `(first, end)` of each leaving chunk of the block before the piece, one behind the other; or none.
+        chunks: slots `(first, end)` of each leaving chunk of the block before the piece, one behind the other.
         own: likewise of each that the piece itself holds.
     """
 
@@ -60,11 +60,20 @@ class LayerRead:
     own: tuple[tuple[int, int], ...]
 
 
-Pairs = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-"""Of one chunk: keys and values `[B, heads, n, D]`, and how many of its tokens are before each, `[B, heads, n]` int64.
+class Pairs(NamedTuple):
+    """Key-value pairs that are kept of chunks, one chunk's behind the other's.
 
-Keys are those of the read at these places, unchanged, so that they can be moved; values may be others.
-"""
+    Attributes:
+        keys: those of the read at these places, unchanged, so that they can be moved, `[B, heads, n, D]`.
+        values: likewise; they may be others.
+        places: how many tokens of its chunk are before each, `[B, heads, n]`, an integer type.
+        counts: how many are each chunk's.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    places: torch.Tensor
+    counts: tuple[int, ...]
 
 
 class Compressor(Protocol):
@@ -73,14 +82,13 @@ class Compressor(Protocol):
     Attributes:
         key: entries are read on only by a history whose compressor has an equal key.
         most: most entries a chunk; the numbers may differ from chunk to chunk. Of pairs the mean over the layers.
-        block: most tokens of leaving chunks that are read at once in a long prompt, for pairs (`PairCompressor`),
-            beside which every token keeps its position while that fits the host; 0 for embeddings
-            (`EmbeddingCompressor`), at consecutive positions.
+        reads: whether it makes pairs while the host reads (`PairCompressor`), beside which every token keeps its
+            position while that fits the host; otherwise embeddings (`EmbeddingCompressor`), at consecutive positions.
     """
 
     key: object
     most: int
-    block: int
+    reads: bool
 
 
 class EmbeddingCompressor(Compressor, Protocol):
@@ -115,8 +123,12 @@ class PairCompressor(Compressor, Protocol):
 
     most_by_layer: tuple[int, ...]
 
-    def compress(self, read: LayerRead, observed: Any) -> tuple[list[Pairs], Any]:
-        """A layer's pairs of each of `read.chunks`, and what to know of `read.own`; asked layer by layer.
+    def block(self, tokens: int) -> int:
+        """Most tokens of leaving chunks that are read at once where so many leave."""
+        ...
+
+    def compress(self, read: LayerRead, observed: Any) -> tuple[Pairs | None, Any]:
+        """A layer's pairs of `read.chunks`, None without any, and what to know of `read.own`; asked layer by layer.
 
         Args:
             read: its queries are those of what follows the chunks; of its own chunks they are the chunks' own.

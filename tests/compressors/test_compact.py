@@ -82,11 +82,13 @@ class TestPairSelector:
         made = selector.compress(read, selector.compress(own, None)[1])[0]
         worth = brute_force(read) + brute_force(own, far=6)
         worth = worth * read.values[:, :, BEFORE : BEFORE + BLOCK].square().sum(-1)
-        for (first, end), pairs in zip(read.chunks, made, strict=True):
+        assert made.counts == (3, 3, 3)
+        for n, (first, end) in enumerate(read.chunks):
+            pairs = [kind[:, :, 3 * n : 3 * n + 3] for kind in made[:2]]
             places = worth[..., first - BEFORE : end - BEFORE].topk(3, -1).indices.sort(-1).values + first
             for row in range(2):
                 for head in range(HEADS):
-                    for kept, whole in zip(pairs, (read.keys, read.values), strict=False):
+                    for kept, whole in zip(pairs, (read.keys, read.values), strict=True):
                         assert torch.equal(kept[row, head], whole[row, head, places[row, head]])
 
     def test_a_read_tells_of_the_block_before_and_of_its_own_at_once(self):
@@ -95,21 +97,27 @@ class TestPairSelector:
         start = BEFORE + BLOCK
         both, observed = selector.compress(replace(read, own=((start, start + 8), (start + 8, start + PIECE))), None)
         assert none is None
-        for ours, theirs in zip(both, alone, strict=True):
-            assert all(map(torch.equal, ours, theirs))
+        assert all(map(torch.equal, both[:3], alone[:3])) and both.counts == alone.counts
         torch.testing.assert_close(observed, squared_shares(read, 1000, [(start, start + PIECE, 6)])[0])
 
     def test_a_chunk_shorter_than_its_slots_stays_whole(self):
         read = a_read()
         pairs = PairSelector((2, 100), block=32).compress(read, None)[0]
-        assert [pair[0].shape[2] for pair in pairs] == [8, 8, 8]
-        assert torch.equal(pairs[1][0], read.keys[:, :, BEFORE + 8 : BEFORE + 16])
+        assert pairs.counts == (8, 8, 8)
+        assert torch.equal(pairs.keys, read.keys[:, :, BEFORE : BEFORE + 24])
+        assert pairs.places[1, 0].tolist() == [*range(8)] * 3
 
     def test_bf16_reads_keep_their_own_pairs(self):
         read = a_read()
         half = replace(read, **{k: getattr(read, k).bfloat16() for k in ("keys", "values", "queries")})
         pairs = PairSelector((2, 3), block=32).compress(half, None)[0]
-        assert pairs[0][0].dtype == torch.bfloat16
+        assert pairs.keys.dtype == torch.bfloat16
+
+    def test_the_longer_the_larger_the_block(self):
+        assert [PairSelector((2,), None).block(tokens) for tokens in (512, 32_768, 65_536, 10**6)] == [
+            2048, 2048, 4096, 8192
+        ]  # fmt: skip
+        assert PairSelector((2,), 1000).block(10**6) == 1000
 
     def test_what_tells_selectors_apart(self):
         one = PairSelector((2, 3), block=32)

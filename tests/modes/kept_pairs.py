@@ -5,7 +5,7 @@ from typing import ClassVar
 
 import torch
 
-from hf_crouter.types import Parts
+from hf_crouter.types import Pairs, Parts
 
 CHUNK = 32
 
@@ -34,15 +34,19 @@ class KeptPairs:
 
 class MostAttended:
     key = "kept_pairs"
+    reads = True
 
     def __init__(self, prefix, block, most):
-        self.prefix, self.block, self.most_by_layer, self.asked = prefix, block, most, 0
+        self.prefix, self.size, self.most_by_layer, self.asked = prefix, block, most, 0
         self.most = -(-sum(most) // sum(count > 0 for count in most))
+
+    def block(self, tokens):
+        return self.size
 
     def compress(self, read, observed):
         own = read.own[-1][1] - read.own[0][0] if read.own else None
         if not read.chunks:
-            return [], own
+            return None, own
         assert observed == read.chunks[-1][1] - read.chunks[0][0]
         self.asked += len(read.chunks) * len(read.keys) * (read.layer == 1)
         rows, heads, slots = read.keys.shape[:3]
@@ -50,13 +54,14 @@ class MostAttended:
         visible = torch.ones(asked, slots, dtype=torch.bool, device=read.keys.device).tril(slots - asked)
         scores = torch.einsum("bhgfd,bhsd->bhgfs", read.queries.unflatten(1, (heads, -1)), read.keys) * read.scaling
         shares = scores.masked_fill(~visible, float("-inf")).softmax(-1).sum((2, 3))
-        pairs = []
+        pairs, counts = [], []
         for n, (first, end) in enumerate(read.chunks):
             number = self.is_odd(read) + n
             top = shares[..., first:end].topk(kept(number, read.layer)).indices.sort(-1).values
             pick = (top + first)[..., None].expand(-1, -1, -1, read.keys.shape[-1])
             pairs.append((read.keys.gather(2, pick), read.values.gather(2, pick), top))
-        return pairs, own
+            counts.append(top.shape[-1])
+        return Pairs(*(torch.cat(kind, 2) for kind in zip(*pairs, strict=True)), tuple(counts)), own
 
     def is_odd(self, read):
         """Whether the block's first chunk has an odd number: told by the pairs before it."""

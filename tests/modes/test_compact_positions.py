@@ -349,7 +349,7 @@ class Watching(MostAttended):
             self.fresh.setdefault(read.layer, []).append(fresh)
         pairs, observed = super().compress(read, observed)
         if read.chunks:
-            self.chosen.setdefault(read.layer, []).append([places for _, _, places in pairs])
+            self.chosen.setdefault(read.layer, []).append(pairs.places.split(pairs.counts, 2))
         return pairs, observed
 
 
