@@ -32,6 +32,7 @@ DIFFERENCES = (  # an arm and the other one, where both were read
                                                                  f"compact{n}_equal")),
     ("compact8", "longer_same_slots"), ("compact32", "longer_same_slots_at32"),
     ("compact128", "longer_same_slots_at128"), ("compact64", "full"), ("compact60", "full"),
+    ("compact160", "full"), ("compact96_retrieve1", "full"),
     ("compact128", "retrieve2"),
     *((arm, other) for arm in ("compact8_retrieve2", "compact32_retrieve2", "compact64_retrieve2")
       for other in ("retrieve2", "full")),

@@ -85,7 +85,7 @@ class MeanPooler:
 
     beside_raw = True
     ids_decide = True
-    block = 0
+    reads = False
 
     def __init__(self, host: Any, slots: int):
         self.host, self.most, self.key = host, slots, ("mean_pool", slots)

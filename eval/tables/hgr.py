@@ -19,9 +19,11 @@ WAYS = {
     "compact32": "`Compact(32)`",
     "compact64": "`Compact(64)`",
     "compact128": "`Compact(128)`",
+    "compact160": "`Compact(160)`",
     "compact8_retrieve2": "`Compact(8), Retrieve(2)`",
     "compact32_retrieve2": "`Compact(32), Retrieve(2)`, the default",
     "compact64_retrieve2": "`Compact(64), Retrieve(2)`",
+    "compact96_retrieve1": "`Compact(96), Retrieve(1)`",
     "retrieve2": "`Retrieve(2)`",
     "retrieve4": "`Retrieve(4)`",
     "retrieve8": "`Retrieve(8)`",
@@ -43,6 +45,10 @@ SMALL_WAYS = {
     "copy": "`Copy()`",
     "copy_rebuilt": '`Copy(source="rebuilt")`',
     "soft_copy": "`SoftPrompts(), Copy()`",
+    "compact8": "`Compact(8)`",
+    "compact32": "`Compact(32)`",
+    "compact128": "`Compact(128)`",
+    "compact32_retrieve2": "`Compact(32), Retrieve(2)`",
     "longer_same_slots_retrieve2": "a raw window longer by 1,024 tokens",
     "retrieve2": "`Retrieve(2)`",
     "retrieve2_copy": "`Retrieve(2), Copy()`",
@@ -94,7 +100,8 @@ DIFFERENCES = {  # an arm and the other one
         for other, name in (("kvzip", "KVzip"), ("snapkv", "SnapKV"))
     },
     **{f"compact{n}.compact{n}_equal": (f"compaction to {n}", "the same with equal layers") for n in (8, 32, 128)},
-    "compact64.full": ("compaction to 64", "full history"),
+    **{f"compact{n}.full": (f"compaction to {n}", "full history") for n in (64, 128, 160)},
+    "compact96_retrieve1.full": ("compaction to 96 and retrieval of 1", "full history"),
     "compact32_retrieve2.full": ("compaction to 32 and retrieval of 2", "full history"),
     "compact32_retrieve2.retrieve2": ("compaction to 32 and retrieval of 2", "retrieval of 2"),
     "compact32_copy.compact32": ("compaction to 32 and copying, the generic gate", "compaction to 32"),
@@ -156,17 +163,22 @@ def _gains(metrics: Metrics, ways: dict[str, str]) -> list[str]:
     head = ["what the host reads"]
     head += [f"{name}: {column}" for name in ("one file", "repository") for column in ("slots", "HGR", "lines")]
     lines = table(head, rows if metrics else [])
-    return [*lines, "", _footer(metrics, SETS)] if metrics else lines
+    return [*lines, "", _footer(metrics, SETS, ways)] if metrics else lines
 
 
-def _footer(metrics: Metrics, sets: dict[str, str]) -> str:
+def _footer(metrics: Metrics, sets: dict[str, str], arms: dict[str, str]) -> str:
     def each(figure: str, digits: int = 0) -> str:
         return ", ".join(f"{name} {number(metrics.get(f'{key}.{figure}'), digits)}" for name, key in sets.items())
 
+    found = {(name, arm): metrics[f"{key}.{arm}.documents"] for name, key in sets.items() for arm in arms
+             if f"{key}.{arm}.documents" in metrics}  # fmt: skip
+    fewer = {count: [f"{arms[arm]} ({name})" for (name, arm), own in found.items() if own == count]
+             for count in sorted(set(found.values()))}  # fmt: skip
+    rest = "".join(f" On {number(count)} documents alone: {'; '.join(labels)}." for count, labels in fewer.items())
     return (
         f"HGR and whole lines right, in %, with 95% intervals. Documents: {each('documents')}; packages or records: "
         f"{each('clusters')}; lines: {each('lines')}. Loss in nats/token, raw window: {each('loss.window', 3)}; full "
-        f"history: {each('loss.full', 3)}."
+        f"history: {each('loss.full', 3)}.{rest}"
     )
 
 
@@ -181,8 +193,9 @@ def small_table(metrics: Metrics) -> list[str]:
     lines = table(head, rows if metrics else [])
     if metrics:
         domains = number(metrics.get("prose.n8.domains"))
-        lines += ["", f"{_footer(metrics, SMALL_SETS)} HGR of prose: mean of {domains} kinds in which full history is "
-                      "worth at least 0.01 nats/token and that have 8 documents."]  # fmt: skip
+        footer = _footer(metrics, SMALL_SETS, SMALL_WAYS)
+        lines += ["", f"{footer} HGR of prose: mean of {domains} kinds in which full history is worth at least 0.01 "
+                      "nats/token and that have 8 documents."]  # fmt: skip
     return lines
 
 
@@ -211,7 +224,13 @@ def sizes_table(*hosts: Metrics) -> list[str]:
         if any(f"young.n8.{arm}.hgr" in metrics for metrics in hosts)
     ]
     head = ["what the host reads", *(f"{size}: {kind}" for size in sizes for kind in ("HGR", "lines"))]
-    return table(head, rows if all(hosts) else [])
+    fewer = [
+        f"{label}, {size}: {number(own)} of {number(metrics.get('young.n8.documents'))}"
+        for size, metrics in zip(sizes, hosts, strict=True) for arm, label in SIZES.items()
+        if (own := metrics.get(f"young.n8.{arm}.documents")) is not None
+    ]  # fmt: skip
+    lines = table(head, rows if all(hosts) else [])
+    return [*lines, "", f"On fewer documents: {'; '.join(fewer)}."] if fewer and all(hosts) else lines
 
 
 def prose_table(metrics: Metrics) -> list[str]:

@@ -62,6 +62,7 @@ TABLES = {
     ),
     "tra-mini": Shown("tra-mini", "none, the crouter alone", reconstruction.tra_table),
     "compress-cpu": Shown("compress-cpu", HOST, cost.compress_table),
+    "generation-gpu": Shown("generation-gpu", QWEN, cost.generation_table, "compaction"),
     "suffix-index": Shown("suffix-index", "none, the index alone", cost.index_table),
     "copy-cpu": Shown("copy-cpu", HOST, cost.step_table),
     "routing": Shown("routing", HOST, routing.accuracy_table),

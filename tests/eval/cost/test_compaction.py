@@ -112,7 +112,7 @@ def test_slots_and_bound_follow_from_the_shapes(host, monkeypatch, tmp_path):
     metrics = json.loads((tmp_path / "generation-cpu.json").read_text())["metrics"]
     raw = 3072 - 4 * 512  # prefix and window
     assert metrics["tiny.3k.b1.compact_kv_ratio"] == pytest.approx(3072 / (4 * 64 + raw), rel=1e-4)
-    assert metrics["tiny.3k.b1.mix_kv_ratio"] == pytest.approx(3072 / (4 * 64 + raw + 1024), rel=1e-4)
+    assert metrics["tiny.3k.b1.mix_kv_ratio"] == pytest.approx(3072 / (4 * 32 + raw + 1024), rel=1e-4)
     slot = 2 * 2 * 2 * 8 * 4  # keys and values, layers, heads, size, bytes
     assert metrics["tiny.3k.b1.compact_bound_gib"] == pytest.approx(slot * (4 * 64 + 4096 + raw) / 2**30, abs=1e-6)
     assert not any(key.endswith("peak_gib") for key in metrics)  # of a CPU's memory nothing is known

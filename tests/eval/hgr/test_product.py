@@ -45,10 +45,11 @@ HISTORIES = {  # modes as a user writes them, and the slots that they take
     "soft_retrieve2_copy": ([SoftPrompts(), Retrieve(2), Copy()], {"retrieved": 2, "soft": True}),
     "copy_half": ([Copy(strength=0.5)], {}),
     "copy_generated": ([Copy(generated=True)], {}),
-    **{f"compact{n}": ([Compact(n)], {"soft": True, "entries": n}) for n in (8, 32, 60, 64, 128)},
+    **{f"compact{n}": ([Compact(n)], {"soft": True, "entries": n}) for n in (8, 32, 60, 64, 128, 160)},
     **{f"compact{n}_equal": ([Compact(n, budgets="equal")], {"soft": True, "entries": n}) for n in (8, 32, 128)},
     **{f"compact{n}_retrieve2": ([Compact(n), Retrieve(2)], {"soft": True, "entries": n, "retrieved": 2})
        for n in (8, 32, 64)},
+    "compact96_retrieve1": ([Compact(96), Retrieve(1)], {"soft": True, "entries": 96, "retrieved": 1}),
     "compact32_copy": ([Compact(32), Copy()], {"soft": True, "entries": 32}),
     "compact32_copy_fitted": ([Compact(32), Copy(gate=FITTED)], {"soft": True, "entries": 32}),
     "compact32_retrieve2_copy": ([Compact(32), Retrieve(2), Copy()],

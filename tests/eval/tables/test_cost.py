@@ -37,6 +37,6 @@ def test_generation():
     assert rows[1] == ["8k", "`Retrieve(2)`", "0.12", "4.00x", "–", "4.0", "–"] and rows[2][-1] == "21.0"
     metrics |= {"compact.ms": 3.14, "compact.read_ms": 12.5, "compact.cost_ratio": 0.2512}
     lines = generation_table(metrics)
-    assert "3.1 ms beside 12.5 ms of the host's own read (25%) in a prompt" in lines[-3]
+    assert "3.1 ms beside 12.5 ms of the read itself (25%) in a prompt" in lines[-3]
     assert lines[-1].endswith("GiB: 0.16 at 8k.")
     assert "not measured yet" in generation_table({})[2]

@@ -95,6 +95,7 @@ def test_what_the_readme_claims_of_the_large_host_is_what_the_intervals_say():
     assert large[f"{young}.diff.compact128.longer_same_slots_at128.lo"] > 0
     assert holds_zero(large, f"{young}.diff.compact128.kvzip.at128")
     assert -0.02 < large[f"{young}.linesdiff.compact128.kvzip.at128.hi"] < 0
+    assert large[f"{repo}.diff.compact128.kvzip.at128.lo"] > 0 > large[f"{young}.diff.compact32.kvzip.at32.hi"]
     assert large[f"{repo}.linesdiff.compact8.longer_same_slots.hi"] < 0
     # budgets are worth about twice the pairs; the default keeps most of a repository in an eighth of the slots
     assert abs(large[f"{young}.compact64.hgr"] - large[f"{young}.compact128_equal.hgr"]) < 0.05
@@ -106,3 +107,16 @@ def test_what_the_readme_claims_of_the_large_host_is_what_the_intervals_say():
     assert large["young.n8.diff.kvzip.at128.retrieve2.lo"] > 0 > large["repo.n40.kvzip.at8.hgr.hi"]
     for name in ("xquad", "nq"):
         assert holds_zero(asked, f"{name}.16k.diff.retrieve4.full")
+    assert holds_zero(asked, "xquad.16k.diff.compact32_retrieve2.full")
+    assert asked["nq.16k.diff.compact32_retrieve2.full.hi"] < 0
+
+
+def test_what_the_readme_claims_of_rulers_tasks_and_of_time():
+    ruler, cost = metrics_of("ruler-qwen1.5b"), metrics_of("generation-gpu")
+    share = {arm: ruler[f"ruler_vt.8k.{arm}.accuracy"] / ruler["ruler_vt.8k.full.accuracy"]
+             for arm in ("retrieve2", "compact32_retrieve2", "compact64_retrieve2")}  # fmt: skip
+    assert share["retrieve2"] < 1 / 3 and 0.48 < share["compact32_retrieve2"] < share["compact64_retrieve2"]
+    assert ruler["niah_single_1.8k.compact128.accuracy"] < 0.1 < 0.9 < ruler["niah_single_1.8k.retrieve2.accuracy"]
+    for way in ("compact_", "mix_"):
+        assert cost[f"qwen1.5b.32k.b1.{way}ttft_speedup"] < 1 < cost[f"qwen1.5b.128k.b1.{way}ttft_speedup"]
+    assert cost["qwen1.5b.32k.b1.mix_decode_ms"] > cost["qwen1.5b.32k.b1.full_decode_ms"]
