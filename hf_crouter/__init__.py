@@ -5,6 +5,7 @@ from transformers import AutoConfig, AutoModel
 from .crouter import CRouterConfig, CRouterModel
 from .crouter.loading import load_crouter
 from .errors import CapacityError, InputError, MismatchError
+from .generation.streaming import SourceStreamer
 from .history import CompressedHistory, attach
 from .hosts.loading import load_host
 from .modes import Compact, Copy, Experts, Retrieve, SoftPrompts
@@ -28,6 +29,7 @@ __all__ = [
     "MismatchError",
     "Retrieve",
     "SoftPrompts",
+    "SourceStreamer",
     "attach",
     "load_crouter",
     "load_host",

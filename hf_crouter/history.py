@@ -83,7 +83,7 @@ class CompressedHistory(HistoryProcessor):
         if tokenizer is None:
             tokenizer = local_tokenizer(self.host.name_or_path)
         setting = Setting(self.host, crouter, tokenizer, crouter_tokenizer)
-        self.crouter = crouter
+        self.crouter, self.tokenizer = crouter, tokenizer
         self.modes = tuple(resolve_modes(modes, setting))
         bound = bound_modes(self.modes, setting)
         try:
@@ -178,7 +178,7 @@ class CompressedHistory(HistoryProcessor):
     ) -> None:
         """Keeps what the report needs of the call that just ended; `steps`: of the host, and tokens that they gave."""
         uses = [state.use(cache, sequences) for state in states]
-        self._trace = Trace(cache, self.policy.compressor is not None, uses, steps)
+        self._trace = Trace(cache, sequences, self.policy.compressor is not None, uses, steps)
 
     def left_alone(self, sequences: torch.Tensor) -> None:
         """Keeps what there is to tell of a call in which nothing could be compressed."""
@@ -193,7 +193,7 @@ class CompressedHistory(HistoryProcessor):
         if self._trace is None:
             entries = self.policy.compressor is not None
             return HistoryReport((), self._rows, 0, 0, 0, 0, entries, fitted=self._fitted)
-        report = self._trace.report(self.crouter if measure else None)
+        report = self._trace.report(self.crouter if measure else None, self.tokenizer)
         return replace(report, modes=tuple(mode.name for mode in self.modes), fitted=self._fitted)
 
     @overload

@@ -9,10 +9,11 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase, TextStreamer
+from transformers import PreTrainedTokenizerBase
 
 from ..crouter.loading import load_crouter
 from ..errors import InputError
+from ..generation.streaming import SourceStreamer
 from ..history import CompressedHistory
 from ..hosts.loading import load_host
 from .chunks import calibration_of, chunk_records, print_chunks
@@ -64,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
     if args.temperature:
         sampling = {"do_sample": True, "temperature": args.temperature, "top_p": args.top_p, "top_k": args.top_k}
         torch.manual_seed(args.seed)
-    streamer = None if args.json else TextStreamer(tokenizer, skip_prompt=True)  # pyright: ignore[reportArgumentType]
+    streamer = None if args.json else SourceStreamer(tokenizer, history)
     began = time.perf_counter()
     try:
         output = host.generate(  # pyright: ignore[reportCallIssue]
@@ -81,6 +82,7 @@ def run(args: argparse.Namespace) -> int:
             "text": tokenizer.decode(new, skip_special_tokens=True), "prompt_tokens": inputs.shape[1],
             "new_tokens": len(new), "seconds": seconds, "slots": report.slots, "peak_slots": report.peak_slots,
             "kv_bytes": report.kv_bytes, "kv_bytes_full": report.kv_bytes_full, "copied": report.copied,
+            "copies": [asdict(copy) for copy in report.copies],
             "archive_bytes": report.archive_bytes, "modes": report.modes, "chunks": chunks,
             "retrievals": [asdict(record) for record in report.retrievals],
             "routes": [asdict(route) for route in report.routes],
@@ -95,6 +97,8 @@ def run(args: argparse.Namespace) -> int:
         if report.archive_tokens:
             note(f"copied: {report.copied} of {len(new)} tokens, from an archive of {report.archive_tokens:,} tokens "
                  f"({size(report.archive_bytes)} of main memory)")  # fmt: skip
+            for copy in report.copies:
+                note(f"  tokens {copy}")
     else:
         note(f"nothing was compressed: the text is shorter than the window and one chunk together, "
              f"{args.window} + {crouter.config.chunk_length} tokens")  # fmt: skip

@@ -7,6 +7,8 @@ from typing import Any
 
 from ..types import Fitted
 
+_COPIES = 12  # spans that are printed
+
 
 @dataclass(frozen=True)
 class ChunkRecord:
@@ -83,6 +85,51 @@ class RetrievalRecord:
 
 
 @dataclass(frozen=True)
+class CopyRecord:
+    """A span of generated tokens that copying brought, and the span that it repeats.
+
+    Places are tokens of the row, counted from its first real one.
+
+    Attributes:
+        row: row of the batch.
+        sequence: of those that came; the row's own number where each row gave one.
+        start: first generated token.
+        end: token after the last.
+        chunk: number of the chunk that the first one was copied from.
+        source_start: first token that is repeated; None where places in a chunk are not known (rebuilt by a crouter
+            with another tokenizer).
+        source_end: token after the last; likewise.
+        text: what was copied; empty without a tokenizer.
+        characters: `(start, end)` of the source in the row's text (decoded, without special tokens at its very
+            start); None without a tokenizer, or without places.
+    """
+
+    row: int
+    sequence: int
+    start: int
+    end: int
+    chunk: int
+    source_start: int | None
+    source_end: int | None
+    text: str = ""
+    characters: tuple[int, int] | None = None
+
+    def __str__(self) -> str:
+        where = f"chunk {self.chunk}"
+        if self.source_start is not None:
+            where = f"{self.source_start}-{self.source_end} ({where})"
+        if self.characters is not None:
+            where += f", characters {self.characters[0]}-{self.characters[1]}"
+        return f"{self.start}-{self.end} from {where}" + (f": {_shown(self.text)}" if self.text else "")
+
+
+def _shown(text: str, most: int = 60) -> str:
+    """A text in quotes on one line, its middle left out where it is long."""
+    half = most // 2
+    return repr(text if len(text) <= most else f"{text[:half]} … {text[-half:]}")
+
+
+@dataclass(frozen=True)
 class RowRecord:
     """Where one row's tokens stand at the end of the call; counts of slots.
 
@@ -119,6 +166,7 @@ class HistoryReport:
         kv_bytes_full: what the full history would take in the same layers and dtype, all rows.
         entries: whether chunks put entries into the cache; otherwise the host attends to none of them.
         copied: generated tokens that copying brought.
+        copies: in spans, and where what they repeat stands.
         archive_tokens: tokens that can be copied, all rows.
         archive_bytes: their ids (and confidences) in main memory, indexes left out.
         index_bytes: bytes of the indexes over them, which are made again when needed.
@@ -148,6 +196,7 @@ class HistoryReport:
     generated: int = 0
     modes: tuple[str, ...] = ()
     fitted: tuple[Fitted, ...] = ()
+    copies: tuple[CopyRecord, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain lists and numbers, for JSON."""
@@ -196,6 +245,9 @@ class HistoryReport:
                 f"Copying: {self.copied} tokens came from an archive of {self.archive_tokens:,} tokens "
                 f"({self.archive_bytes:,} bytes of main memory, {self.index_bytes:,} of index)"
             )
+            lines += [f"       tokens {copy}" for copy in self.copies[:_COPIES]]
+            if len(self.copies) > _COPIES:
+                lines.append(f"       and {len(self.copies) - _COPIES} spans more (report().copies)")
         elif self.chunks and not self.entries and not self.retrievals:
             lines.append("The chunks are dropped: no mode reads them.")
         if self.steps:

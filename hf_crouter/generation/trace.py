@@ -5,14 +5,17 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 
 from ..cache.kv_cache import CompressedCache
 from ..crouter import CRouterModel
-from ..types import Route, ScoreUse
+from ..hosts.tokenizers import character_spans
+from ..types import CopiedToken, Route, ScoreUse
 from ..utils.batching import padded
-from .report import ChunkRecord, HistoryReport, RetrievalRecord, RouteRecord, RowRecord
+from .report import ChunkRecord, CopyRecord, HistoryReport, RetrievalRecord, RouteRecord, RowRecord
 
 BATCH = 4  # chunks rebuilt at once
 
@@ -22,16 +25,28 @@ class Trace:
 
     Args:
         cache: of the call.
+        sequences: what it gave, `[sequences, T]`.
         entries: whether chunks put entries into the cache.
         uses: what changes of the scores brought.
         steps: of the host, and tokens that they gave.
     """
 
     def __init__(
-        self, cache: CompressedCache, entries: bool, uses: Sequence[ScoreUse] = (), steps: tuple[int, int] = (0, 0)
+        self,
+        cache: CompressedCache,
+        sequences: torch.Tensor,
+        entries: bool,
+        uses: Sequence[ScoreUse] = (),
+        steps: tuple[int, int] = (0, 0),
     ):
         self.entries, self.steps = entries, steps
-        self.copied = Counter(place for use in uses for place in use.copied)
+        copied = [token for use in uses for token in use.copied]
+        self.copied = Counter((token.row, token.chunk) for token in copied)
+        self.copies = copied_spans(copied)
+        self.texts = {}
+        if copied:
+            pads = [row.pad for row in cache.rows]
+            self.texts = {(c.sequence, c.row): sequences[c.sequence, pads[c.row] :].tolist() for c in self.copies}
         self.archive = tuple(sum(getattr(use, name) for use in uses)
                              for name in ("archive_tokens", "archive_bytes", "index_bytes"))  # fmt: skip
         width, batch = cache.width, len(cache.rows)
@@ -58,8 +73,13 @@ class Trace:
         self.kv_bytes_full = batch * cache.slot_bytes(max(row.tokens for row in self.rows))
         self.measured: list[tuple[float, float]] = []
 
-    def report(self, crouter: CRouterModel | None) -> HistoryReport:
-        """The report; chunks are rebuilt by the crouter at the first time, a few at once."""
+    def report(self, crouter: CRouterModel | None, tokenizer: Any = None) -> HistoryReport:
+        """The report; chunks are rebuilt by the crouter at the first time, a few at once.
+
+        Args:
+            crouter: None: they are not.
+            tokenizer: of the host; None: without texts.
+        """
         if crouter is not None and len(self.measured) < len(self.chunks):
             self.measured = _measure(crouter, [chunk[4] for chunk in self.chunks])
         records = []
@@ -72,8 +92,40 @@ class Trace:
         return HistoryReport(
             tuple(records), tuple(self.rows), self.slots, self.peak, self.kv_bytes, self.kv_bytes_full, self.entries,
             self.copied.total(), *self.archive, retrievals=tuple(self.retrievals), routes=tuple(self.routes),
-            steps=steps, generated=generated,
+            steps=steps, generated=generated, copies=self._copies(tokenizer),
         )  # fmt: skip
+
+    def _copies(self, tokenizer: Any) -> tuple[CopyRecord, ...]:
+        if tokenizer is None:
+            return tuple(self.copies)
+        found = []
+        for (sequence, row), ids in self.texts.items():
+            some = [copy for copy in self.copies if (copy.sequence, copy.row) == (sequence, row)]
+            spans = [(c.source_start, c.source_end) if c.source_start is not None and c.source_end is not None
+                     else (0, 0) for c in some]  # fmt: skip
+            places = character_spans(tokenizer, ids, spans)
+            for copy, place in zip(some, places, strict=True):
+                text = tokenizer.decode(ids[copy.start : copy.end])
+                known = copy.source_start is not None
+                found.append(replace(copy, text=text, characters=place if known else None))
+        return tuple(found)
+
+
+def copied_spans(copied: Sequence[CopiedToken]) -> list[CopyRecord]:
+    """Copied tokens as spans: what follows each other on both sides is one."""
+    spans: list[CopyRecord] = []
+    for token in copied:
+        last, at = spans[-1] if spans else None, token.source
+        follows = last is not None and (last.sequence, last.end) == (token.sequence, token.position)
+        if last is not None and follows and (at == last.source_end if at is not None
+                                             else last.source_end is None and last.chunk == token.chunk):  # fmt: skip
+            spans[-1] = replace(last, end=last.end + 1, source_end=at + 1 if at is not None else None)
+        else:
+            end = at + 1 if at is not None else None
+            spans.append(
+                CopyRecord(token.row, token.sequence, token.position, token.position + 1, token.chunk, at, end)
+            )
+    return spans
 
 
 def _decision(route: Route) -> tuple[str | None, str, float | None]:

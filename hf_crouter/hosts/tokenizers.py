@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from transformers import AutoTokenizer
@@ -24,6 +25,40 @@ def special_ids(tokenizer: Any, host: Any) -> frozenset[int]:
             value = getattr(config, name, None)
             found |= {int(v) for v in (value if isinstance(value, list | tuple) else [value]) if v is not None}
     return frozenset(found)
+
+
+def character_spans(tokenizer: Any, ids: Sequence[int], spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Where spans of tokens stand in their text, in characters.
+
+    Exact where the tokenizer gives these ids again for their text, as it does for a prompt that it made; elsewhere by
+    the length of what stands before, which a character that is split between tokens may make one longer.
+
+    Args:
+        tokenizer: of the host.
+        ids: of the text.
+        spans: `(first, end)` of tokens.
+
+    Returns:
+        `(first, end)` of characters in `tokenizer.decode(ids)`, special tokens at its very start left out.
+    """
+    special = set(tokenizer.all_special_ids)
+    skip = next((n for n, token in enumerate(ids) if token not in special), len(ids))
+    rest = list(ids[skip : max((end for _, end in spans), default=0)])
+    offsets = None
+    if getattr(tokenizer, "is_fast", False):
+        text = tokenizer.decode(rest, clean_up_tokenization_spaces=False)
+        again = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        offsets = again["offset_mapping"] if again["input_ids"] == rest else None
+
+    def place(token: int) -> int:
+        return len(tokenizer.decode(rest[: max(0, token - skip)], clean_up_tokenization_spaces=False))
+
+    def found(first: int, end: int) -> tuple[int, int]:
+        if offsets is None or first < skip or end <= first:
+            return place(first), place(end)
+        return offsets[first - skip][0], offsets[end - 1 - skip][1]
+
+    return [found(*span) for span in spans]
 
 
 def local_tokenizer(name_or_path: str | None) -> Any:

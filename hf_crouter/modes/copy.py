@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -19,7 +19,7 @@ from ..ngram.gate import Gate, find_gate, own_gate
 from ..ngram.mixture import Candidates, Mixture, collect, mix
 from ..ngram.row_archive import Archives, RowArchive
 from ..ngram.suffix_index import LONGEST
-from ..types import CacheView, Contribution, Opening, Parts, ScoreUse, Setting
+from ..types import CacheView, Contribution, CopiedToken, Opening, Parts, Row, ScoreUse, Setting
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,8 @@ class Copier:
     ):
         self.archives, self.gate, self.strength, self.width = archives, gate, strength, width
         self.archived, self.prompts = archived, prompts
-        self._brought: dict[tuple[int, int, int], dict[int, int]] = {}
+        self._brought: dict[tuple[int, int, int], dict[int, int]] = {}  # tokens, and the archive's at that time
+        self._sources: dict[tuple[int, int, int], tuple[int, int | None]] = {}
 
     def look(self, cache: CacheView, input_ids: torch.Tensor, columns: Sequence[int]) -> list[Matches]:
         """Matches before each of some columns of `input_ids`, row after row; `rows * len(columns)` of them."""
@@ -162,21 +163,20 @@ class Copier:
         if mixture is None:
             return scores
         mixed, brought = mixture.with_sources(scores)
-        self._note(mixture.candidates, brought, matches, input_ids)
+        self._note(mixture.candidates, brought, self.of_rows(cache), input_ids)
         return mixed.to(scores.dtype)
 
     def _note(
-        self, entries: Candidates, brought: torch.Tensor, matches: Sequence[Matches], input_ids: torch.Tensor
+        self, entries: Candidates, brought: torch.Tensor, of_rows: Sequence[RowArchive], input_ids: torch.Tensor
     ) -> None:
         """Remembers which tokens would come from the archive: the report asks for those that were taken."""
         which = brought.nonzero()[:, 0]
         for position, token in set(
             zip(entries.positions[which].tolist(), entries.tokens[which].tolist(), strict=True)
         ):
-            where = matches[position].positions
-            if len(where):
-                prompt = position * self.prompts // len(input_ids)
-                self._brought.setdefault((prompt, *_step_key(input_ids[position])), {})[token] = int(where[-1])
+            prompt = position * self.prompts // len(input_ids)
+            known = self._brought.setdefault((prompt, *_step_key(input_ids[position])), {})
+            known[token] = len(of_rows[position].archive)
 
     def rescore(
         self, cache: CacheView, input_ids: torch.Tensor, columns: Sequence[int], scores: torch.Tensor
@@ -184,21 +184,38 @@ class Copier:
         """See `ScoreState.rescore`."""
         return self.mix(self.look(cache, input_ids, columns), scores)
 
-    def use(self, cache: CacheView, sequences: torch.Tensor) -> ScoreUse:
-        """The generated tokens that copying brought, and the archives; `sequences` `[sequences, T]`, what came."""
+    def use(self, cache: CacheView, sequences: torch.Tensor, first: int = 0) -> ScoreUse:
+        """See `ScoreState.use`."""
         of_rows = self.of_rows(cache)
         archives = list({id(found.archive): found.archive for found in of_rows}.values())  # beams share theirs
         copied = []
         for i in range(len(sequences)) if self._brought else ():
             number = i * len(cache.rows) // len(sequences)  # several sequences of a prompt share its past
-            for column in range(self.width, sequences.shape[1]):
-                prompt = i * self.prompts // len(sequences)
-                brought = self._brought.get((prompt, *_step_key(sequences[i, :column])), {})
-                position = brought.get(int(sequences[i, column]))
-                if position is not None:
-                    copied.append((number, of_rows[number].chunk_of(position)))
+            copied += self._copied(i, number, i * self.prompts // len(sequences), cache.rows[number], of_rows[number],
+                                   sequences[i].cpu(), max(first, self.width))  # fmt: skip
         sizes = ([len(a) for a in archives], [a.nbytes for a in archives], [a.index_bytes for a in archives])
         return ScoreUse(tuple(copied), *map(sum, sizes))
+
+    def _copied(
+        self, sequence: int, number: int, prompt: int, row: Row, found: RowArchive, ids: torch.Tensor, first: int
+    ) -> Iterator[CopiedToken]:
+        """The tokens of one sequence from column `first` on that came from the archive."""
+        for column in range(first, len(ids)):
+            key = (prompt, *_step_key(ids[:column]))
+            token = int(ids[column])
+            tokens = self._brought.get(key, {}).get(token)
+            if tokens is None:
+                continue
+            if self._sources.get(key, (None,))[0] != token:
+                before = self._sources.get((prompt, *_step_key(ids[: column - 1])), (None, None))
+                after = before[1] if before[0] == int(ids[column - 1]) else None
+                recent = ids[max(row.pad, column - LONGEST) : column].numpy()
+                self._sources[key] = token, found.archive.source(recent, token, tokens, after)
+            position = self._sources[key][1]
+            if position is not None:
+                chunk = found.chunk_of(position)
+                source = row.chunks[chunk].start + found.place_in_chunk(position) if self.archives.aligned else None
+                yield CopiedToken(sequence, number, column - row.pad, chunk, source)
 
 
 def _step_key(ids: torch.Tensor) -> tuple[int, int]:

@@ -176,10 +176,7 @@ class Archive:
             raise InputError(
                 f"archive: expected ascending orders and a length of 1 to {LONGEST}, got {orders}, {longest}"
             )
-        recent = self._checked(np.atleast_1d(suffix)[-reach:])[::-1]
-        pattern = recent
-        if not self.stop_ids.isdisjoint(recent.tolist()):
-            pattern = recent[: next(i for i, token in enumerate(recent.tolist()) if token in self.stop_ids)]
+        pattern = self._pattern(suffix, reach)
         common, early, early_lengths = self._sorted_occurrences(pattern)
         late, late_lengths = self._tail_occurrences(pattern)
         rows, lengths = np.concatenate([early, late]), np.concatenate([early_lengths, late_lengths])
@@ -190,6 +187,49 @@ class Archive:
             found = self._static.latest(*common[length - 1])
             positions = np.concatenate([found, late[late_lengths >= length]])
         return Matches(length, np.sort(positions)[-LATEST:], *self._by_order(common, early, late, lengths, orders))
+
+    def source(self, suffix: Any, token: int, tokens: int, after: int | None = None) -> int | None:
+        """Position of a token that a text's continuation repeats; None where it could not be copied.
+
+        Of its occurrences that may be proposed the one before which most of the text's last ids stand: what goes on
+        from `after` where that is among them, else the latest.
+
+        Args:
+            suffix: the text's last ids, the newest at the end.
+            token: what continued it.
+            tokens: of the archive that count, the first ones.
+            after: position that the text's last token was copied from; None: it was not copied.
+        """
+        pattern = self._pattern(suffix, LONGEST)
+        if not len(pattern):
+            return None
+        rows, lengths = [], []
+        static = self._static
+        if static:
+            found = static.positions_of(token)
+            found = found[found < tokens]
+            rows.append(found)
+            lengths.append(np.minimum(match_lengths(static.ids, found, pattern), found))
+        here = self._tail[LONGEST:] == token
+        if self._proposable is not None:
+            here &= self._proposable
+        local = here.nonzero()[0]
+        local = local[local + self._sorted < tokens]
+        rows.append(local + self._sorted)
+        lengths.append(np.minimum(match_lengths(self._tail, local, pattern), rows[-1]))
+        positions, reach = np.concatenate(rows), np.concatenate(lengths)
+        longest = int(reach.max(initial=0))
+        if not longest:
+            return None
+        best = positions[reach == longest]
+        return after + 1 if after is not None and after + 1 in best else int(best.max())
+
+    def _pattern(self, suffix: Any, reach: int) -> np.ndarray:
+        """The last `reach` ids after the last stop id, the newest first."""
+        recent = self._checked(np.atleast_1d(suffix)[-reach:])[::-1]
+        if self.stop_ids.isdisjoint(recent.tolist()):
+            return recent
+        return recent[: next(i for i, token in enumerate(recent.tolist()) if token in self.stop_ids)]
 
     def _sorted_occurrences(self, pattern: np.ndarray) -> tuple[list[tuple[int, int]], np.ndarray, np.ndarray]:
         """Slices of the index by depth while they are large; then positions, and how far each matches."""

@@ -33,6 +33,11 @@ class RowArchive:
         """Number of the chunk in which an archived token stands."""
         return bisect.bisect_right(self.ends, position)
 
+    def place_in_chunk(self, position: int) -> int:
+        """Archived tokens of its chunk before an archived token."""
+        chunk = self.chunk_of(position)
+        return position - (self.ends[chunk - 1] if chunk else 0)
+
 
 class Archives:
     """Archives of the rows of one call, extended as their chunks are compressed.

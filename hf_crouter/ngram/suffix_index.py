@@ -130,6 +130,12 @@ class SuffixIndex:
         flags[self.ends] = True
         return flags
 
+    def positions_of(self, token: int) -> np.ndarray:
+        """Positions of a token that may be proposed, ascending, int64."""
+        found = (self.ids[LONGEST:] == token).nonzero()[0]
+        flags = self.proposable
+        return found if flags is None else found[flags[found]]
+
     def narrow(self, low: int, high: int, depth: int, token: int) -> tuple[int, int]:
         """Of the occurrences of `depth` tokens, the slice of `ends` that `token` stands before.
 

@@ -185,18 +185,36 @@ class Rescored(Protocol):
         ...
 
 
+class CopiedToken(NamedTuple):
+    """A generated token that came from the archive rather than from the host.
+
+    Attributes:
+        sequence: of those that came, its number.
+        row: of the batch.
+        position: tokens of its row before it.
+        chunk: number of the chunk that it was copied from.
+        source: position in the row of the token that it repeats; None where places in a chunk are not known.
+    """
+
+    sequence: int
+    row: int
+    position: int
+    chunk: int
+    source: int | None
+
+
 @dataclass(frozen=True)
 class ScoreUse:
     """What a change of the scores brought in a call.
 
     Attributes:
-        copied: row and chunk of every generated token that the change brought rather than the host.
+        copied: every generated token that the change brought rather than the host, sequence after sequence.
         archive_tokens: tokens that could be copied, all rows.
         archive_bytes: bytes of them in main memory, without indexes.
         index_bytes: bytes of the indexes over them.
     """
 
-    copied: tuple[tuple[int, int], ...] = ()
+    copied: tuple[CopiedToken, ...] = ()
     archive_tokens: int = 0
     archive_bytes: int = 0
     index_bytes: int = 0
@@ -232,8 +250,14 @@ class ScoreState(Protocol):
         """The same for the tokens in some columns of given ids, row after row, `[B * columns, V]`; None: no change."""
         ...
 
-    def use(self, cache: CacheView, sequences: torch.Tensor) -> ScoreUse:
-        """What it brought, for the report; `sequences` `[sequences, T]` are what the call gave."""
+    def use(self, cache: CacheView, sequences: torch.Tensor, first: int = 0) -> ScoreUse:
+        """What it brought, for the report.
+
+        Args:
+            cache: of the call.
+            sequences: what the call gave, `[sequences, T]`.
+            first: column from which on tokens are asked for; those of the prompt came from nowhere.
+        """
         ...
 
 

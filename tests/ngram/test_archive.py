@@ -185,3 +185,41 @@ def test_an_empty_archive_matches_nothing(suffix):
         matches = archive.match(suffix)
         assert (matches.length, len(matches.positions), matches.occurrences) == (0, 0, (0,) * len(ORDERS))
         assert [len(tokens) for tokens in matches.tokens] == [0] * len(ORDERS)
+
+
+def slow_source(slow, suffix, token, tokens, after):
+    """Latest of the positions of a token before which most of a text's last ids stand; where it goes on, that one."""
+    found = {}
+    for k in range(1, 65):
+        if k > len(suffix) or suffix[-k] in slow.stop_ids:
+            break
+        same = [i for i in range(k, tokens) if slow.ids[i - k : i] == suffix[-k:] and slow.ids[i] == token
+                and slow.copyable[i] and token not in slow.stop_ids]  # fmt: skip
+        found = {k: same} if same else found
+    best = next(iter(found.values()), [])
+    if not best:
+        return None
+    return after + 1 if after is not None and after + 1 in best else max(best)
+
+
+@pytest.mark.parametrize("base", [0, 70_000])
+@pytest.mark.parametrize("seed", range(12))
+def test_the_source_of_a_token_is_the_longest_latest_one(base, seed):
+    rng = np.random.default_rng([seed, base])
+    stop_ids = frozenset([base]) if rng.random() < 0.5 else frozenset()
+    archive, slow = Archive.empty(base + 5, stop_ids, tail_limit=int(rng.choice([0, 5, 40]))), SlowArchive(stop_ids)
+    for _ in range(int(rng.integers(1, 6))):
+        count = int(rng.integers(1, 40))
+        ids, copyable = base + rng.integers(0, 4, count), rng.random(count) < 0.8 if rng.random() < 0.5 else None
+        archive, slow = archive.extended(ids, None, copyable), slow.extended(ids, None, copyable)
+    known = 0
+    for _ in range(40):
+        at, tokens = int(rng.integers(0, len(slow.ids) + 1)), int(rng.integers(0, len(slow.ids) + 1))
+        suffix, token = slow.ids[max(0, at - 70) : at], base + int(rng.integers(0, 4))
+        after = int(rng.integers(0, len(slow.ids))) if rng.random() < 0.7 else None
+        if not suffix:
+            continue
+        found = archive.source(suffix, token, tokens, after)
+        assert found == slow_source(slow, suffix, token, tokens, after)
+        known += found is not None
+    assert known or len(slow.ids) < 10
