@@ -18,7 +18,7 @@ SETTINGS = settings(deadline=None, max_examples=60)
 class Making:
     """Entries of a number that depends on the chunk."""
 
-    key, beside_raw, ids_decide, block = "making", True, True, 0
+    key, beside_raw, ids_decide, reads = "making", True, True, False
 
     def __init__(self, most):
         self.most = most

@@ -34,7 +34,7 @@ class MeanStates:
 
 
 class States:
-    key, beside_raw, ids_decide, block = "mean_states", True, True, 0
+    key, beside_raw, ids_decide, reads = "mean_states", True, True, False
 
     def __init__(self, host, slots, ragged):
         self.host, self.slots, self.ragged, self.most, self.asked = host, slots, ragged, slots + ragged, 0
