@@ -46,6 +46,7 @@ questions)
   ;;
 near)
   python3 -m eval.run near-matches --data "$sets" --host "$host" --crouter none --gate "$crouter-gate/gates/$host"
+  python3 -m eval.run updates --data "$sets" --host "$host" --crouter none --gate "$crouter-gate/gates/$host"
   ;;
 ruler)
   python3 -m eval.run ruler --host "$host" --crouter none --lengths 8k --chat \
