@@ -147,7 +147,8 @@ def squared_shares(read: LayerRead, most: int, spans: Sequence[tuple[int, int, i
 def _products(queries: torch.Tensor, keys: torch.Tensor, scaling: float) -> torch.Tensor:
     """Scaled products `[B, heads, queries, keys]`, summed in float32 at least."""
     wide = torch.promote_types(keys.dtype, torch.float32)
-    if keys.is_cuda and keys.dtype in (torch.bfloat16, torch.float16):  # exact factors, so tensor cores lose nothing
+    on_cuda = keys.is_cuda and torch.version.cuda is not None  # ROCm has no such product
+    if on_cuda and keys.dtype in (torch.bfloat16, torch.float16):  # exact factors, so tensor cores lose nothing
         flat = torch.bmm(queries.flatten(0, 1), keys.flatten(0, 1).transpose(1, 2), out_dtype=wide)
         return flat.mul_(scaling).unflatten(0, keys.shape[:2])
     return torch.matmul(queries.to(wide) * scaling, keys.to(wide).transpose(-1, -2))

@@ -74,6 +74,16 @@ class TestSquaredShares:
         torch.testing.assert_close(shares(read, 8), 2 * brute_force(read, every=2), atol=1e-6, rtol=1e-4)
         assert not torch.allclose(shares(read, 8), brute_force(read))
 
+    @pytest.mark.gpu
+    @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_products_on_tensor_cores_are_summed_in_float32(self, dtype):
+        read = a_read()
+        some = {name: getattr(read, name).cuda().to(dtype) for name in ("keys", "values", "queries")}
+        exact = {name: kept.double().cpu() for name, kept in some.items()}
+        expected = shares(replace(read, **exact))
+        torch.testing.assert_close(shares(replace(read, **some)).cpu(), expected, atol=1e-6, rtol=1e-5)
+
 
 class TestPairSelector:
     def test_pairs_of_each_chunk_are_those_that_put_most_into_the_output(self):
