@@ -175,7 +175,7 @@ class PieceMasks:
     def __init__(self, host: Any, before: torch.Tensor, piece: torch.Tensor, device: torch.device):
         self.slides, self.queries, self.device = sliding_layers(host), len(piece), device
         self.floats = host.dtype if _implementation(host) == EAGER else None
-        self.implied = _implementation(host) == "sdpa" and device.type == "cuda"
+        self.implied = masked_by_kernel(host, device)
         self.near: torch.Tensor | None = None
         if any(self.slides):
             at, own = torch.cat([before, piece]).to(device), piece.to(device)[:, None]
@@ -202,6 +202,11 @@ class PieceMasks:
         else:
             mask = torch.ones(self.queries, keys, dtype=torch.bool, device=self.device).tril(keys - self.queries)
         return _in_dtype(mask[None, None], self.floats)
+
+
+def masked_by_kernel(host: Any, device: torch.device) -> bool:
+    """Whether a causal read needs no mask in memory: a large one would take more than what is read."""
+    return _implementation(host) == "sdpa" and device.type == "cuda"
 
 
 def mask_and_positions(

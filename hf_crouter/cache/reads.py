@@ -34,12 +34,12 @@ from ..types import Entries, LayerRead, PairCompressor, Pairs, Row
 from .capacity import check_read, read_block
 from .kv_cache import CompressedCache, Layer
 from .layout import row_experts
-from .masks import PieceMasks
+from .masks import PieceMasks, masked_by_kernel
 from .pairs import MadePairs
 from .policy import ContextPolicy, ids_key
 from .positions import spread
 
-ROWS = 8  # read together
+ROWS, TOKENS = 8, 8 * 2048  # read together at most
 
 
 class _Pieces(DynamicLayer):
@@ -195,8 +195,9 @@ def pairs_by_reading(
     count = host.config.get_text_config(decoder=True).num_hidden_layers
     all_made, found = MadePairs.none(count), list(rows)
     for group in groups.values():
-        for first in range(0, len(group), ROWS):
-            reading = _read_all(host, policy, cache, group[first : first + ROWS])
+        some = max(1, min(ROWS, TOKENS // max(1, _block(host, policy, group[0]))))
+        for first in range(0, len(group), some):
+            reading = _read_all(host, policy, cache, group[first : first + some])
             _hand_over(reading, all_made, found)
     compact = {number: row for number, row in enumerate(rows) if row.compact}
     if compact:
@@ -220,6 +221,13 @@ def _shape(some: _Row, cache: CompressedCache) -> tuple:
     )
 
 
+def _block(host: Any, policy: ContextPolicy, some: _Row) -> int:
+    """Most tokens of a block; they grow with what leaves only where no mask of them has to be made."""
+    grows = masked_by_kernel(host, input_device(host)) and not any(sliding_layers(host))
+    chunks = [some.row.chunks[n] for n in some.missing] if grows else []
+    return read_block(policy, some.row, sum(chunk.end - chunk.start for chunk in chunks))
+
+
 def _blocks(row: Row, missing: Sequence[int], most: int) -> list[tuple[int, ...]]:
     """Places of the missing chunks in runs of at most `most` tokens, one chunk at least."""
     blocks: list[tuple[int, ...]] = []
@@ -239,8 +247,7 @@ def _read_all(host: Any, policy: ContextPolicy, cache: CompressedCache, rows: Se
     if lead.row.prefix:  # which sees no pairs
         _read(host, policy, reading, (0, lead.row.prefix), (), keep=True)
     _hold_known(cache, reading)
-    tokens = sum(lead.row.chunks[n].end - lead.row.chunks[n].start for n in lead.missing)
-    blocks = _blocks(lead.row, lead.missing, read_block(policy, lead.row, tokens))
+    blocks = _blocks(lead.row, lead.missing, _block(host, policy, lead))
     for block in [*blocks, ()]:
         first, end = reading.span(blocks[-1][-1])[1], lead.end
         if block:

@@ -125,10 +125,11 @@ def squared_shares(read: LayerRead, most: int, spans: Sequence[tuple[int, int, i
     at = torch.arange(start, slots, step, device=device).repeat_interleave(groups)[:, None]
     order = torch.arange(slots, device=device)
     wide = torch.promote_types(read.keys.dtype, torch.float32)
+    keys = read.keys if _on_tensor_cores(read.keys) else read.keys.to(wide)
     totals = [torch.zeros(rows, heads, end - first, device=device, dtype=wide) for first, end, _ in spans]
     tile = max(1, TILE // (rows * heads * groups * slots)) * groups
     for some, own in zip(at.split(tile), queries.split(tile, 2), strict=True):
-        products = _products(own, read.keys, read.scaling)
+        products = _products(own, keys, read.scaling)
         if read.softcap is not None:
             products = read.softcap * (products / read.softcap).tanh()
         products[..., start:].masked_fill_(order[start:] > some, float("-inf"))
@@ -147,8 +148,12 @@ def squared_shares(read: LayerRead, most: int, spans: Sequence[tuple[int, int, i
 def _products(queries: torch.Tensor, keys: torch.Tensor, scaling: float) -> torch.Tensor:
     """Scaled products `[B, heads, queries, keys]`, summed in float32 at least."""
     wide = torch.promote_types(keys.dtype, torch.float32)
-    on_cuda = keys.is_cuda and torch.version.cuda is not None  # ROCm has no such product
-    if on_cuda and keys.dtype in (torch.bfloat16, torch.float16):  # exact factors, so tensor cores lose nothing
+    if _on_tensor_cores(keys):  # factors are exact: nothing is lost
         flat = torch.bmm(queries.flatten(0, 1), keys.flatten(0, 1).transpose(1, 2), out_dtype=wide)
         return flat.mul_(scaling).unflatten(0, keys.shape[:2])
     return torch.matmul(queries.to(wide) * scaling, keys.to(wide).transpose(-1, -2))
+
+
+def _on_tensor_cores(keys: torch.Tensor) -> bool:
+    """Whether products of 16-bit numbers can be had in float32; ROCm has none."""
+    return keys.is_cuda and torch.version.cuda is not None and keys.dtype in (torch.bfloat16, torch.float16)

@@ -96,12 +96,12 @@ class CopyRecord:
         start: first generated token.
         end: token after the last.
         chunk: number of the chunk that the first one was copied from.
-        source_start: first token that is repeated; None where places in a chunk are not known (rebuilt by a crouter
-            with another tokenizer).
+        source_start: first token that is repeated (by `Copy(source="rebuilt")` what was rebuilt there, which may
+            be another); None where places in a chunk are not known (a crouter with another tokenizer).
         source_end: token after the last; likewise.
         text: what was copied; empty without a tokenizer.
         characters: `(start, end)` of the source in the row's text (decoded, without special tokens at its very
-            start); None without a tokenizer, or without places.
+            start, so behind a chat template's first mark); None without a tokenizer, or without places.
     """
 
     row: int

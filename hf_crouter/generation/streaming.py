@@ -39,6 +39,7 @@ class SourceStreamer(BaseStreamer):
         self._anchor: list[int] = []  # the token, or tokens of a character, before these
         self._held: list[int] = []  # tokens that end in the middle of a character
         self._source: CopiedToken | None = None
+        self._call: Any = None
 
     def put(self, value: torch.Tensor) -> None:
         """Takes the prompt, `[1, T]` or `[T]`, and then new tokens, `[n]`.
@@ -49,6 +50,9 @@ class SourceStreamer(BaseStreamer):
         if value.ndim > 1 and len(value) > 1:
             raise ValueError(f"SourceStreamer: expected one sequence, got {len(value)}")
         new = value.reshape(-1).cpu().long()
+        call = active_call(self.history.host)
+        if call is not self._call:  # the call before broke off
+            self._ids, self._held, self._source, self._call = None, [], None, call
         if self._ids is None:
             self._ids, self._anchor = new, new[-1:].tolist()
             return
@@ -63,13 +67,13 @@ class SourceStreamer(BaseStreamer):
         """Gives what is left of the text; the next call may begin."""
         if self._held:
             self.on_piece(self._decoded(), self._source)
-        self._ids, self._anchor, self._held, self._source = None, [], [], None
+        self._ids, self._anchor, self._held, self._source, self._call = None, [], [], None, None
         if self.on_piece is _print:
             print(flush=True)
 
     def _copied(self, first: int) -> list[CopiedToken]:
         call = active_call(self.history.host)
-        if call is None or call.cache is None or self._ids is None:
+        if call is None or call.processor is not self.history or call.cache is None or self._ids is None:
             return []
         return [token for state in call.states or () for token in state.use(call.cache, self._ids[None], first).copied]
 
@@ -84,7 +88,7 @@ class SourceStreamer(BaseStreamer):
         if not text.endswith("\ufffd"):
             if text:
                 self.on_piece(text, self._source)
-            self._anchor, self._held = self._held, []
+            self._anchor, self._held = self._held if text else self._anchor + self._held, []
 
     def _decoded(self) -> str:
         """Text of the tokens that are held, as it goes on: some tokenizers drop a blank before a text's first one."""

@@ -43,10 +43,9 @@ class Trace:
         copied = [token for use in uses for token in use.copied]
         self.copied = Counter((token.row, token.chunk) for token in copied)
         self.copies = copied_spans(copied)
-        self.texts = {}
-        if copied:
-            pads = [row.pad for row in cache.rows]
-            self.texts = {(c.sequence, c.row): sequences[c.sequence, pads[c.row] :].tolist() for c in self.copies}
+        pads = [row.pad for row in cache.rows]
+        self.texts = {(sequence, row): sequences[sequence, pads[row] :].cpu()
+                      for sequence, row in dict.fromkeys((c.sequence, c.row) for c in self.copies)}  # fmt: skip
         self.archive = tuple(sum(getattr(use, name) for use in uses)
                              for name in ("archive_tokens", "archive_bytes", "index_bytes"))  # fmt: skip
         width, batch = cache.width, len(cache.rows)
@@ -99,7 +98,8 @@ class Trace:
         if tokenizer is None:
             return tuple(self.copies)
         found = []
-        for (sequence, row), ids in self.texts.items():
+        for (sequence, row), text_ids in self.texts.items():
+            ids = text_ids.tolist()
             some = [copy for copy in self.copies if (copy.sequence, copy.row) == (sequence, row)]
             spans = [(c.source_start, c.source_end) if c.source_start is not None and c.source_end is not None
                      else (0, 0) for c in some]  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -39,17 +40,20 @@ def character_spans(tokenizer: Any, ids: Sequence[int], spans: Sequence[tuple[in
         spans: `(first, end)` of tokens.
 
     Returns:
-        `(first, end)` of characters in `tokenizer.decode(ids)`, special tokens at its very start left out.
+        `(first, end)` of characters in the decoded text, without clean-up of blanks and without the special tokens at
+        its very start (a chat template's first mark too).
     """
     special = set(tokenizer.all_special_ids)
     skip = next((n for n, token in enumerate(ids) if token not in special), len(ids))
-    rest = list(ids[skip : max((end for _, end in spans), default=0)])
+    rest, needed = list(ids[skip:]), max((end for _, end in spans), default=0) - skip
     offsets = None
-    if getattr(tokenizer, "is_fast", False):
-        text = tokenizer.decode(rest, clean_up_tokenization_spaces=False)
+    if getattr(tokenizer, "is_fast", False) and needed > 0:
+        some = rest[: needed + 8]  # so that the last one's character is whole
+        text = tokenizer.decode(some, clean_up_tokenization_spaces=False)
         again = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        offsets = again["offset_mapping"] if again["input_ids"] == rest else None
+        offsets = again["offset_mapping"] if again["input_ids"][:needed] == some[:needed] else None
 
+    @functools.cache
     def place(token: int) -> int:
         return len(tokenizer.decode(rest[: max(0, token - skip)], clean_up_tokenization_spaces=False))
 

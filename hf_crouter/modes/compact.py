@@ -24,8 +24,9 @@ class Compact:
         slots: pairs that are kept of a chunk and head, the mean over layers: of 512 tokens 8 are 64x, 128 are 4x.
         budgets: how they are divided over the layers: "auto", as it was measured for this host or a twin of it where
             it was, else equally; "equal"; or the file (or `LayerBudgets`) that `hf-crouter budgets` writes.
-        block: tokens of leaving chunks that are read at once in a long prompt; two blocks are raw at a time. None:
-            2,048, or of more than 32k that leave a sixteenth, 8,192 at most: the longer, the fewer forwards.
+        block: tokens of leaving chunks that are read at once in a long prompt; two blocks are raw at a time, and a
+            forward's own activations grow with it. None: 2,048; on CUDA, by SDPA and without sliding layers, of more
+            than 32k that leave a sixteenth, 8,192 at most: the longer, the fewer forwards.
 
     Raises:
         InputError: options that keep nothing.

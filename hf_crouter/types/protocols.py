@@ -193,7 +193,8 @@ class CopiedToken(NamedTuple):
         row: of the batch.
         position: tokens of its row before it.
         chunk: number of the chunk that it was copied from.
-        source: position in the row of the token that it repeats; None where places in a chunk are not known.
+        source: position in the row of the token that it repeats, or that was rebuilt there; None where places in a
+            chunk are not known.
     """
 
     sequence: int

@@ -99,6 +99,17 @@ class TestCharacters:
             if "\ufffd" not in piece:
                 assert text[start:stop].strip() == piece.strip()
 
+    def test_a_span_that_ends_within_a_character_spoils_no_other(self):
+        tokenizer = byte_tokenizer(260)
+        ids = tokenizer("aé☕ bé cat", add_special_tokens=False)["input_ids"]
+        inside = [n for n in range(len(ids)) if tokenizer.decode(ids[:n]).endswith("\ufffd")]
+        whole = [(5, 7), (9, 11), (10, 12)]
+        expected = character_spans(tokenizer, ids, [*whole, (0, len(ids))])[:-1]
+        assert expected == [(3, 5), (6, 8), (7, 9)] and inside
+        for end in inside:
+            assert character_spans(tokenizer, ids[:end], [(0, end)])[0][0] == 0
+            assert character_spans(tokenizer, ids, [*whole, (0, end)])[:-1] == expected
+
     def test_ids_that_the_tokenizer_would_not_give(self):
         tokenizer = byte_tokenizer(400)
         ids = [token for letter in "the cat sat" for token in tokenizer(letter, add_special_tokens=False)["input_ids"]]
@@ -137,6 +148,22 @@ class TestTheStreamer:
             streamer.put(torch.tensor([token]))
         streamer.end()
         assert "".join(heard) == tokenizer.decode(ids)[len(tokenizer.decode(ids[:5])) :] and "☕" in heard
+
+    def test_a_call_that_broke_off_leaves_nothing(self, host):
+        history, heard = make(host), []
+        streamer = SourceStreamer(Written(), history, lambda text, source: heard.append(text))
+        ids = repetitive(120)[0]
+
+        def stop(*_):
+            raise KeyboardInterrupt
+
+        handle = host.lm_head.register_forward_hook(lambda *_: stop() if len(heard) > 3 else None)
+        with pytest.raises(KeyboardInterrupt):
+            run(host, ids, logits_processor=[history], streamer=streamer)
+        handle.remove()
+        heard.clear()
+        out = run(host, ids, logits_processor=[history], streamer=streamer)
+        assert "".join(heard) == Written().decode(out.sequences[0, 120:].tolist(), True)
 
     def test_several_sequences_are_refused(self, host):
         streamer = SourceStreamer(Written(), SimpleNamespace(host=host))
