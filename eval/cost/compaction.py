@@ -26,7 +26,7 @@ from eval.results import host_key, host_note, write_result
 from hf_crouter import Compact, CompressedHistory, Retrieve
 from hf_crouter.cache.kv_cache import CompressedDynamicCache
 from hf_crouter.cache.policy import ContextPolicy
-from hf_crouter.cache.reads import pairs_by_reading
+from hf_crouter.cache.reads import block_tokens, pairs_by_reading
 from hf_crouter.compressors.compact import PairSelector, first_pairs
 from hf_crouter.hosts.loading import load_host
 from hf_crouter.types import LayerRead, Pairs, Row
@@ -157,7 +157,9 @@ def cost(host: Any, policy: ContextPolicy, ids: torch.Tensor, args: Any, progres
     ways = {"chosen": policy, "first": replace(policy, compressor=FirstPairs(selector.most_by_layer, selector.size))}
     prompt, known = ids[: PREFIX + args.read + WINDOW], PREFIX + args.history + WINDOW
     works = {name: reading(host, way, prompt) for name, way in ways.items()}
-    works["plain"] = lambda: lambda: read_plain(host, prompt[: PREFIX + args.read], selector.block(args.read))
+    works["plain"] = lambda: (
+        lambda: read_plain(host, prompt[: PREFIX + args.read], block_tokens(host, selector, args.read))
+    )
     works |= {f"decode.{name}": reading(host, way, ids[: known + CHUNK], known) for name, way in ways.items()}
     progress.start("compaction", len(works) * (args.turns + 1), "runs")
     times, _ = in_turns(works, args.turns, progress)
@@ -188,7 +190,7 @@ def bound_gib(host: Any, history: CompressedHistory) -> float:
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     left = sum(chunk.end - chunk.start for chunk in report.chunks)
-    raw = 2 * selector.block(left) + report.rows[0].prefix + report.rows[0].raw
+    raw = 2 * block_tokens(host, selector, left) + report.rows[0].prefix + report.rows[0].raw
     pairs = sum(selector.most_by_layer) * len(report.chunks) + config.num_hidden_layers * raw
     return 2 * heads * size * host.dtype.itemsize * pairs / GIB
 

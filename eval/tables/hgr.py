@@ -170,16 +170,21 @@ def _footer(metrics: Metrics, sets: dict[str, str], arms: dict[str, str]) -> str
     def each(figure: str, digits: int = 0) -> str:
         return ", ".join(f"{name} {number(metrics.get(f'{key}.{figure}'), digits)}" for name, key in sets.items())
 
-    found = {(name, arm): metrics[f"{key}.{arm}.documents"] for name, key in sets.items() for arm in arms
-             if f"{key}.{arm}.documents" in metrics}  # fmt: skip
-    fewer = {count: [f"{arms[arm]} ({name})" for (name, arm), own in found.items() if own == count]
-             for count in sorted(set(found.values()))}  # fmt: skip
+    found = {f"{label} ({name})": count for name, key in sets.items()
+             for label, count in _on_fewer(metrics, key, arms).items()}  # fmt: skip
+    fewer = {count: [label for label, own in found.items() if own == count] for count in sorted(set(found.values()))}
     rest = "".join(f" On {number(count)} documents alone: {'; '.join(labels)}." for count, labels in fewer.items())
     return (
         f"HGR and whole lines right, in %, with 95% intervals. Documents: {each('documents')}; packages or records: "
         f"{each('clusters')}; lines: {each('lines')}. Loss in nats/token, raw window: {each('loss.window', 3)}; full "
         f"history: {each('loss.full', 3)}.{rest}"
     )
+
+
+def _on_fewer(metrics: Metrics, key: str, arms: dict[str, str]) -> dict[str, float]:
+    """Documents of the arms that were not measured on all of a set, by label."""
+    return {label: metrics[f"{key}.{arm}.documents"] for arm, label in arms.items()
+            if f"{key}.{arm}.documents" in metrics}  # fmt: skip
 
 
 def small_table(metrics: Metrics) -> list[str]:
@@ -226,9 +231,9 @@ def sizes_table(*hosts: Metrics) -> list[str]:
     head = ["what the host reads", *(f"{size}: {kind}" for size in sizes for kind in ("HGR", "lines"))]
     fewer = [
         f"{label}, {size}: {number(own)} of {number(metrics.get('young.n8.documents'))}"
-        for size, metrics in zip(sizes, hosts, strict=True) for arm, label in SIZES.items()
-        if (own := metrics.get(f"young.n8.{arm}.documents")) is not None
-    ]  # fmt: skip
+        for size, metrics in zip(sizes, hosts, strict=True)
+        for label, own in _on_fewer(metrics, "young.n8", SIZES).items()
+    ]
     lines = table(head, rows if all(hosts) else [])
     return [*lines, "", f"On fewer documents: {'; '.join(fewer)}."] if fewer and all(hosts) else lines
 

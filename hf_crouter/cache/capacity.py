@@ -54,16 +54,14 @@ def _compact_capacity(policy: ContextPolicy, prefix: int, positions: int) -> int
     return prefix + chunks * chunk + window + chunk - 1 if chunks else 0
 
 
-def read_block(policy: ContextPolicy, row: Row, tokens: int) -> int:
+def read_block(policy: ContextPolicy, row: Row, block: int) -> int:
     """Most tokens of a block that is read to make pairs; of two blocks and the window what follows fits as well.
 
     Args:
         policy: its rule.
         row: with every chunk; one that is not compact has room for any block.
-        tokens: of the chunks that leave.
+        block: tokens that would be read at once if there were room.
     """
-    compressor: Any = policy.compressor
-    block = compressor.block(tokens)
     if policy.positions is None or not row.compact:
         return block
     room = policy.positions - (row.prefix or 0) - len(row.chunks) * policy.most_entries

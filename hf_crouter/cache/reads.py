@@ -18,7 +18,7 @@ Rows whose reads have equal shapes are read together; equal rows (beams) once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
@@ -195,9 +195,10 @@ def pairs_by_reading(
     count = host.config.get_text_config(decoder=True).num_hidden_layers
     all_made, found = MadePairs.none(count), list(rows)
     for group in groups.values():
-        some = max(1, min(ROWS, TOKENS // max(1, _block(host, policy, group[0]))))
+        block = _block(host, policy, group[0])
+        some = max(1, min(ROWS, TOKENS // max(1, block)))
         for first in range(0, len(group), some):
-            reading = _read_all(host, policy, cache, group[first : first + some])
+            reading = _read_all(host, policy, cache, group[first : first + some], block)
             _hand_over(reading, all_made, found)
     compact = {number: row for number, row in enumerate(rows) if row.compact}
     if compact:
@@ -221,11 +222,15 @@ def _shape(some: _Row, cache: CompressedCache) -> tuple:
     )
 
 
-def _block(host: Any, policy: ContextPolicy, some: _Row) -> int:
-    """Most tokens of a block; they grow with what leaves only where no mask of them has to be made."""
+def block_tokens(host: Any, compressor: PairCompressor, tokens: int) -> int:
+    """Most tokens of a block where so many leave; more for more of them only where no mask of them has to be made."""
     grows = masked_by_kernel(host, input_device(host)) and not any(sliding_layers(host))
-    chunks = [some.row.chunks[n] for n in some.missing] if grows else []
-    return read_block(policy, some.row, sum(chunk.end - chunk.start for chunk in chunks))
+    return compressor.block(tokens if grows else 0)
+
+
+def _block(host: Any, policy: ContextPolicy, some: _Row) -> int:
+    tokens = sum(some.row.chunks[n].end - some.row.chunks[n].start for n in some.missing)
+    return read_block(policy, some.row, block_tokens(host, cast(PairCompressor, policy.compressor), tokens))
 
 
 def _blocks(row: Row, missing: Sequence[int], most: int) -> list[tuple[int, ...]]:
@@ -239,7 +244,7 @@ def _blocks(row: Row, missing: Sequence[int], most: int) -> list[tuple[int, ...]
     return blocks
 
 
-def _read_all(host: Any, policy: ContextPolicy, cache: CompressedCache, rows: Sequence[_Row]) -> _Reading:
+def _read_all(host: Any, policy: ContextPolicy, cache: CompressedCache, rows: Sequence[_Row], most: int) -> _Reading:
     lead = rows[0]
     layers = [_Pieces() for _ in range(host.config.get_text_config(decoder=True).num_hidden_layers)]
     compact = cache.rows[lead.numbers[0]].compact
@@ -247,7 +252,7 @@ def _read_all(host: Any, policy: ContextPolicy, cache: CompressedCache, rows: Se
     if lead.row.prefix:  # which sees no pairs
         _read(host, policy, reading, (0, lead.row.prefix), (), keep=True)
     _hold_known(cache, reading)
-    blocks = _blocks(lead.row, lead.missing, _block(host, policy, lead))
+    blocks = _blocks(lead.row, lead.missing, most)
     for block in [*blocks, ()]:
         first, end = reading.span(blocks[-1][-1])[1], lead.end
         if block:
@@ -276,21 +281,28 @@ def _turn(host: Any, cache: CompressedCache, reading: _Reading) -> None:
         layer.known = []
     cache.move_pairs(rotation, {number: some.row for some in reading.rows for number in some.numbers})
     _hold_known(cache, reading)
-    places = range(len(reading.counts))
-    sizes = [reading.entries(place) for place in places]
-    starts = [reading.behind + sum(sizes[:place]) for place in places]
+    starts, sizes = _take_positions(reading, range(len(reading.counts)))
     for number, layer in enumerate(reading.layers):
         reading.made[number] = [
             _moved(rotation, reading, some, number, starts, sizes) for some in reading.made[number]
         ]
         layer.pairs = [(some.keys, some.values) for some in reading.made[number]]
-    reading.behind += sum(sizes)
     reading.compact = True
 
 
+def _take_positions(reading: _Reading, places: Iterable[int]) -> tuple[dict[int, int], dict[int, int]]:
+    """The next compact positions for new chunks: where each one's start, by its place in `missing`, and how many."""
+    sizes = {place: reading.entries(place) for place in places}
+    starts = {}
+    for place, size in sizes.items():
+        starts[place] = reading.behind
+        reading.behind += size
+    return starts, sizes
+
+
 def _moved(
-    rotation: KeyRotation, reading: _Reading, pairs: _Made, layer: int, starts: Mapping[int, int] | Sequence[int],
-    sizes: Mapping[int, int] | Sequence[int], at: int = 0,
+    rotation: KeyRotation, reading: _Reading, pairs: _Made, layer: int, starts: Mapping[int, int],
+    sizes: Mapping[int, int], at: int = 0,
 ) -> _Made:  # fmt: skip
     """Pairs moved to where their chunks' compact positions start, so many a chunk.
 
@@ -414,11 +426,7 @@ def _settle(host: Any, policy: ContextPolicy, reading: _Reading, made: dict[int,
     waiting, layers = reading.waiting, range(len(reading.layers))
     for n in range(len(waiting)):
         reading.counts.append(tuple(made[layer].counts[n] if layer in made else None for layer in layers))
-    starts, sizes = {}, {}
-    if reading.compact:
-        for place in waiting:
-            starts[place], sizes[place] = reading.behind, reading.entries(place)
-            reading.behind += sizes[place]
+    starts, sizes = _take_positions(reading, waiting if reading.compact else ())
     for layer in layers:
         if layer not in made:
             continue

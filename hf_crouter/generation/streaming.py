@@ -58,10 +58,9 @@ class SourceStreamer(BaseStreamer):
             return
         first = len(self._ids)
         self._ids = torch.cat([self._ids, new])
-        copied = {token.position: token for token in self._copied(first)}
-        pad = self._pad()
+        copied = self._copied(first)
         for column, token in enumerate(new.tolist(), first):
-            self._say(token, copied.get(column - pad))
+            self._say(token, copied.get(column))
 
     def end(self) -> None:
         """Gives what is left of the text; the next call may begin."""
@@ -71,15 +70,15 @@ class SourceStreamer(BaseStreamer):
         if self.on_piece is _print:
             print(flush=True)
 
-    def _copied(self, first: int) -> list[CopiedToken]:
-        call = active_call(self.history.host)
+    def _copied(self, first: int) -> dict[int, CopiedToken]:
+        """Copied tokens from column `first` on, by column."""
+        call = self._call
         if call is None or call.processor is not self.history or call.cache is None or self._ids is None:
-            return []
-        return [token for state in call.states or () for token in state.use(call.cache, self._ids[None], first).copied]
-
-    def _pad(self) -> int:
-        call = active_call(self.history.host)
-        return call.cache.rows[0].pad if call is not None and call.cache is not None and call.cache.rows else 0
+            return {}
+        found = [
+            token for state in call.states or () for token in state.use(call.cache, self._ids[None], first).copied
+        ]
+        return {call.cache.rows[0].pad + token.position: token for token in found}
 
     def _say(self, token: int, source: CopiedToken | None) -> None:
         self._source = source if not self._held else self._source  # a character's first token decides
