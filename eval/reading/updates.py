@@ -10,21 +10,13 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
-import torch
 
-from eval.arms import GENERATING, Reader
-from eval.reading.bench import PREFIX, Bench, batches, progress_of
+from eval.reading import stale as stale_values
+from eval.reading.bench import Bench, progress_of
 from eval.reading.passkeys import WORDS
-from eval.results import host_key, host_note, write_result
-from eval.rows import Rows
-from eval.statistics import mean_with_interval
-from hf_crouter.chunking import tokenizer_fingerprint
-from hf_crouter.crouter.loading import load_crouter
-from hf_crouter.errors import InputError
-from hf_crouter.hosts.loading import load_host
+from eval.reading.stale import hidden, written, young_code
 
 ARMS = ("window", "full", "copy", "copy_fitted", "retrieve2", "retrieve2_copy", "compact32_retrieve2",
         "compact32_retrieve2_copy")  # fmt: skip
@@ -63,6 +55,11 @@ class Updated:
     form: str
     records: tuple[int, int]
 
+    @property
+    def older(self) -> tuple[tuple[int, ...], ...]:
+        """The values that no longer hold."""
+        return self.stale
+
 
 def updated(
     bench: Bench, hay: np.ndarray, length: int, updates: int, form: str, random: np.random.Generator
@@ -95,74 +92,36 @@ def updated(
     asked = line[: line.index("{value}")].format(key=keys[which])
     records, ending = bench.encode(text), bench.encode(f"\n\n{question}{asked}".rstrip(" "))
     blank = " " if asked.endswith(" ") else ""
-    compressed = bench.compressed_end(length)
-    room = compressed - PREFIX - len(records)
-    if room < 0 or len(ending) > length - compressed:
-        raise InputError(f"updates: expected prompts that hold {len(records)} tokens of records, got {length} tokens")
-    at = PREFIX + int(random.integers(0, room + 1))
-    rest = length - at - len(records) - len(ending)
-    pieces = [hay[:at], records, hay[at : at + rest], ending]
-    ids = np.concatenate([np.asarray(piece, np.int64) for piece in pieces])
+    ids, at = hidden(bench, hay, length, records, ending, random)
     *stale, answer = (tuple(bench.encode(blank + value)) for value in values[which])
     return Updated(ids, answer, tuple(stale), form, (at, at + len(records)))
 
 
 def measured(bench: Bench, arms: Sequence[str], length: int, updates: Sequence[int], count: int) -> dict[str, float]:
     """`u<updates>.<arm>.new` and `.old` with their intervals."""
-    rows = bench.sets["young"].ids
     metrics: dict[str, float] = {}
-    names, forms = [str(n) for n in range(count)], list(FORMS)
+    forms = list(FORMS)
     with bench.samples("updates") as keep, progress_of("updates", count * len(arms) * len(updates)) as advance:
         for each in updates:
             samples = []
             for n in range(count):
                 random = np.random.default_rng([bench.seed, n, each, 29])
-                order = np.resize(random.permutation(len(rows)), -(-length // rows.shape[1]))
-                hay = np.concatenate([rows[i] for i in order])
+                hay = young_code(bench, length, random)
                 samples.append(updated(bench, hay, length, each, forms[n % len(forms)], random))
-            most = max(len(ids) for s in samples for ids in (s.answer, *s.stale))
             for arm in arms:
-                new, old = [], []
-                for part in batches(count, bench.batch):
-                    made = bench.generate(arm, np.stack([s.ids for s in samples[part]]), most)
-                    for sample, ids in zip(samples[part], made.tolist(), strict=True):
-                        new.append(float(tuple(ids[: len(sample.answer)]) == sample.answer))
-                        old.append(float(any(tuple(ids[: len(value)]) == value for value in sample.stale)))
-                        keep(arm=arm, updates=each, form=sample.form, new=new[-1], old=old[-1], made=bench.text(ids))
-                    advance(len(made))
-                metrics |= mean_with_interval(f"u{each}.{arm}.new", new, names, bench.seed)
-                metrics |= mean_with_interval(f"u{each}.{arm}.old", old, names, bench.seed)
-                print(f"{each} updates, {arm}: new {np.mean(new):.2f}, old {np.mean(old):.2f}", flush=True)
+                metrics |= written(bench, arm, samples, f"u{each}.{arm}", keep, advance, updates=each)
     return metrics
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments."""
-    cuda = torch.cuda.device_count() > 0
-    parser.add_argument("--data", type=Path, required=True, help="folder of the sets of eval.documents: young")
-    parser.add_argument("--host", default="smollm2-135m", help="known name, folder or hub name")
-    parser.add_argument("--crouter", help="the shipped one by default; none: arms that need one are left out")
-    parser.add_argument("--gate", type=Path, help="folder of a gate that was fitted for this host")
-    parser.add_argument("--arms", nargs="+", choices=GENERATING, default=list(ARMS))
-    parser.add_argument("--length", type=int, default=6144, help="tokens of a prompt")
+    stale_values.configure(parser, "updates", ARMS, length=6144, samples=60, batch=20)
     parser.add_argument("--updates", type=int, nargs="+", default=list(UPDATES), help="of each key")
-    parser.add_argument("--samples", type=int, default=60, help="prompts of each number of updates")
-    parser.add_argument("--batch", type=int, default=20 if cuda else 2, help="prompts at once")
-    parser.add_argument("--save", type=Path, help="folder for single samples, JSON lines")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--result", help="updates-HOST by default")
 
 
 def run(args: argparse.Namespace) -> None:
     """Measures and writes the result."""
-    cuda = torch.cuda.is_available()
-    device = "cuda" if cuda else "cpu"
-    host, tokenizer = load_host(args.host, device, torch.bfloat16 if cuda else torch.float32)
-    crouter = None if args.crouter == "none" else load_crouter(args.crouter, device)[0]
-    reader = Reader(host, tokenizer, crouter, args.gate)
-    sets = {"young": Rows.load(args.data, "young", tokenizer_fingerprint(tokenizer))}
-    bench = Bench(reader, sets, args.batch, args.save, args.seed)
-    metrics = measured(bench, reader.readable(args.arms), args.length, args.updates, args.samples)
-    config = {"length": args.length, "samples": args.samples, "window": reader.window, "keys": KEYS}
-    result = args.result or f"updates-{host_key(args.host)}"
-    print(write_result(result, metrics, seed=args.seed, config=config, notes=f"{host_note(args.host)} {NOTES}"))
+    stale_values.run(
+        args, "updates", NOTES,
+        lambda bench, arms: measured(bench, arms, args.length, args.updates, args.samples), keys=KEYS,
+    )  # fmt: skip

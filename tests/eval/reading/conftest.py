@@ -42,3 +42,25 @@ def wide(bench):
         Reader(reader.host, reader.tokenizer, reader.crouter, reader.gate, 256, projector=reader.projector),
         bench.sets, 4,
     )  # fmt: skip
+
+
+def write_these(monkeypatch, bench, module, maker, rows_of):
+    """Has the bench write given ids after the prompts that a module makes, the n-th after the n-th; gives the prompts.
+
+    Args:
+        monkeypatch: of the test.
+        bench: whose `generate` is replaced.
+        module: of the experiment.
+        maker: name of its function that makes a prompt.
+        rows_of: gives the ids to write, a tuple a prompt, from the prompts.
+    """
+    made, make = [], getattr(module, maker)
+    monkeypatch.setattr(module, maker, lambda *args: made.append(make(*args)) or made[-1])
+
+    def generate(arm, ids, count):
+        known = {sample.ids.tobytes(): n for n, sample in enumerate(made)}
+        rows = [rows_of(made)[n] for n in (known[row.tobytes()] for row in ids)]
+        return np.array([[*row, *[-1] * count][:count] for row in rows])
+
+    monkeypatch.setattr(bench, "generate", generate)
+    return made

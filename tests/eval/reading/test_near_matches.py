@@ -9,6 +9,7 @@ from eval.reading.bench import PREFIX
 from hf_crouter.errors import InputError
 
 from ..tiny_world import make_rows, world
+from .conftest import write_these
 
 
 def test_near_matches_have_a_stale_record(wide):
@@ -33,16 +34,8 @@ def test_near_matches_have_a_stale_record(wide):
 
 def test_new_and_old_values_are_counted(wide, monkeypatch, tmp_path):
     """Of three prompts one is gone on with by the new value, one by the old one, one by neither."""
-    made, wide.save = [], tmp_path
-    make = near_matches.near_match
-    monkeypatch.setattr(near_matches, "near_match", lambda *args: made.append(make(*args)) or made[-1])
-
-    def generate(arm, ids, count):
-        known = {sample.ids.tobytes(): n for n, sample in enumerate(made)}
-        rows = [[made[n].answer, made[n].stale, (1,)][n] for n in (known[row.tobytes()] for row in ids)]
-        return np.array([[*row, *[-1] * count][:count] for row in rows])
-
-    monkeypatch.setattr(wide, "generate", generate)
+    wide.save = tmp_path
+    write_these(monkeypatch, wide, near_matches, "near_match", lambda made: [made[0].answer, made[1].stale, (1,)])
     found = near_matches.near_matches(wide, ["copy"], 1400, 3)
     assert found["copy.new"] == found["copy.old"] == pytest.approx(1 / 3)
     assert set(found) == {f"copy.{which}{end}" for which in ("new", "old") for end in ("", ".lo", ".hi")}

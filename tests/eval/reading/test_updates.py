@@ -9,6 +9,7 @@ from eval.reading.bench import PREFIX
 from hf_crouter.errors import InputError
 
 from ..tiny_world import make_rows, world
+from .conftest import write_these
 
 
 @pytest.mark.parametrize("form", updates.FORMS)
@@ -39,16 +40,8 @@ def test_a_prompt_that_is_too_short_is_refused(wide):
 
 def test_latest_and_older_values_are_counted(wide, monkeypatch, tmp_path):
     """Of three prompts one is gone on with by the latest value, one by an older one, one by neither."""
-    made, wide.save = [], tmp_path
-    make = updates.updated
-    monkeypatch.setattr(updates, "updated", lambda *args: made.append(make(*args)) or made[-1])
-
-    def generate(arm, ids, count):
-        known = {sample.ids.tobytes(): n for n, sample in enumerate(made)}
-        rows = [[made[n].answer, made[n].stale[1], (1,)][n] for n in (known[row.tobytes()] for row in ids)]
-        return np.array([[*row, *[-1] * count][:count] for row in rows])
-
-    monkeypatch.setattr(wide, "generate", generate)
+    wide.save = tmp_path
+    write_these(monkeypatch, wide, updates, "updated", lambda made: [made[0].answer, made[1].stale[1], (1,)])
     found = updates.measured(wide, ["copy"], 3000, [4], 3)
     assert found["u4.copy.new"] == found["u4.copy.old"] == pytest.approx(1 / 3)
     samples = [json.loads(line) for line in (tmp_path / "updates.jsonl").read_text().splitlines()]
