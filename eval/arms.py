@@ -11,7 +11,7 @@ from typing import Any, Literal
 from hf_crouter import Compact, CompressedHistory, Copy, Retrieve, SoftPrompts
 from hf_crouter.compressors.projector import Projector, find_projector
 from hf_crouter.errors import InputError, MismatchError
-from hf_crouter.ngram.gate import Gate, find_gate, generic_gate
+from hf_crouter.ngram.gate import Gate, find_gate, general_gate
 from hf_crouter.ngram.scorers import Bm25Scorer, RandomScorer, RecencyScorer
 from hf_crouter.types import Mode
 
@@ -83,7 +83,7 @@ ARMS = {
     "retrieve4_copy": Arm((Retrieve(4), Copy())),
     "retrieve4_copy_fitted": Arm((Retrieve(4), Copy(gate=FITTED))),
     "full_copy": Arm(None, special="full_copy"),
-    "copy_generic": Arm((Copy(gate="generic"),)),
+    "copy_general": Arm((Copy(gate="general"),)),
     "copy_rebuilt": Arm((Copy(source="rebuilt"),), crouter=True),
     "longer_same_slots_retrieve2_copy": Arm((Copy(),), longer=1024),
     "retrieve2_last": Arm((Retrieve(2, scorer=RecencyScorer()),)),
@@ -189,6 +189,6 @@ class Reader:
     def _made(self, mode: Mode) -> Mode:
         if isinstance(mode, SoftPrompts):
             return dataclasses.replace(mode, projector=self.projector)
-        if isinstance(mode, Copy) and mode.gate in (FITTED, "generic"):
-            return dataclasses.replace(mode, gate=self.gate if mode.gate == FITTED else generic_gate())
+        if isinstance(mode, Copy) and mode.gate in (FITTED, "general"):
+            return dataclasses.replace(mode, gate=self.gate if mode.gate == FITTED else general_gate())
         return mode

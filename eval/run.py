@@ -10,7 +10,7 @@ from eval.cost import compaction, copy_step, prefill, retrieval_choice, suffix_i
 from eval.hgr import experiment as hgr
 from eval.questions import answers, retrieval, ruler
 from eval.reading import experiment as reading
-from eval.reading import near_matches, updates
+from eval.reading import free, near_matches, updates
 from eval.routing import experiment as routing
 from eval.routing import host_experts
 from hf_crouter.errors import InputError
@@ -28,6 +28,7 @@ EXPERIMENTS = {
     "reading": reading,
     "near-matches": near_matches,
     "updates": updates,
+    "free": free,
     "questions": answers,
     "retrieval-questions": retrieval,
     "copy-cpu": copy_step,

@@ -125,7 +125,7 @@ def fit_of(made: HostIdentity, host: HostIdentity, fields: Sequence[str] = ARCHI
         fields: of the architecture, those that the part depends on.
     """
     if not made.host_fingerprint:
-        return "generic"
+        return "general"
     if made.host_fingerprint == host.host_fingerprint:
         return "exact"
     if difference(made, host, fields):

@@ -18,7 +18,9 @@ from eval.rows import Shape
 from hf_crouter import Compact, Retrieve
 from hf_crouter.hosts.tokenizers import special_ids
 from hf_crouter.ngram.archive import Archive
-from hf_crouter.ngram.mixture import collect, mix
+from hf_crouter.ngram.candidates import Evidence, collect
+from hf_crouter.ngram.mixture import mix
+from hf_crouter.ngram.raw_text import RawText
 from hf_crouter.ngram.suffix_index import LONGEST
 from hf_crouter.types import Row
 
@@ -182,11 +184,15 @@ def _full_copy(
             past = row[shape.prefix : len(row) - shape.target - shape.window]
             archive = Archive.empty(own.shape[-1], stop_ids).extended(past)
             first = len(row) - shape.target
-            matches = [archive.match(row[max(0, end - LONGEST) : end]) for end in range(first, len(row))]
+            raw, evidence = RawText((), row.astype(np.int64)), []
+            for end in range(first, len(row)):
+                suffix = row[max(0, end - LONGEST) : end]
+                found = raw.match(archive.pattern(suffix, LONGEST), end)
+                evidence.append(Evidence(archive.match(suffix), len(archive), found, raw.upto(end)))
             said, right = [], []
             for start in range(0, shape.target, BLOCK):
                 view, chosen = own[start : start + BLOCK], wanted[start : start + BLOCK]
-                mixture = mix(view, collect(matches[start : start + BLOCK]).to(view.device), gate)
+                mixture = mix(view, collect(evidence[start : start + BLOCK]).to(view.device), gate)
                 said.append(mixture.of(chosen, view))
                 right.append(mixture.greedy() == chosen)
             scores.append(torch.cat(said).cpu().numpy())

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -104,7 +106,7 @@ def loops(bench: Bench, shape: Shape, arms: Sequence[str], documents: int, count
 def drafts(
     bench: Bench, shape: Shape, arms: Sequence[str], documents: int, count: int, ahead: int = 8
 ) -> dict[str, float]:
-    """Tokens a step of the host when prompt lookup drafts from the whole history, and whether they stay the same.
+    """Tokens a step of the host when prompt lookup drafts from the whole history, whether they stay the same, speed.
 
     Args:
         bench: host and documents.
@@ -121,15 +123,26 @@ def drafts(
     metrics: dict[str, float] = {}
     with progress_of("drafts", len(splits) * len(arms)) as advance:
         for arm in arms:
-            made, steps, same = [], [], []
+            made, steps, same, seconds = [], [], [], ([], [])
+            bench.generate(arm, contexts[:1], 2)  # what is made once is not timed
             for context in contexts:  # prompt lookup takes one row
-                plain = bench.generate(arm, context[None], count)
-                drafted = bench.generate(arm, context[None], count, prompt_lookup_num_tokens=ahead)
+                plain, taken = _timed(bench, arm, context, count)
+                drafted, less = _timed(bench, arm, context, count, prompt_lookup_num_tokens=ahead)
+                seconds[0].append(taken)
+                seconds[1].append(less)
                 assert bench.report is not None
                 made.append(bench.report.generated)
                 steps.append(bench.report.steps)
                 same.append(float((plain == drafted).all()))
                 advance(1)
             metrics |= ratio_with_interval(f"drafts.{arm}.tokens_a_step", made, steps, groups, bench.seed)
+            metrics |= ratio_with_interval(f"drafts.{arm}.speedup", *seconds, groups, bench.seed)
             metrics |= mean_with_interval(f"drafts.{arm}.same", same, groups, bench.seed)
     return metrics | {"drafts.prompts": len(splits), "drafts.ahead": ahead}
+
+
+def _timed(bench: Bench, arm: str, context: np.ndarray, count: int, **options: Any) -> tuple[np.ndarray, float]:
+    """What an arm writes after a prompt `[T]`, and the seconds that this took, the prompt's reading among them."""
+    start = time.monotonic()
+    made = bench.generate(arm, context[None], count, **options)  # ends on the CPU: nothing is still being computed
+    return made, time.monotonic() - start

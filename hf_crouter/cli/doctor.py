@@ -146,8 +146,8 @@ def parts(host_name: str | None, crouter_name: str | None) -> Iterator[Check]:
                     align_command(name, str(crouter.name_or_path)))  # fmt: skip
     try:
         found = find_gate(crouter, known).fitted(known)
-        own = found.fit != "generic"
-        yield Check("gate", "ok", found.origin if own else "the generic one copies for any host",
+        own = found.fit != "general"
+        yield Check("gate", "ok", found.origin if own else "the general one copies for any host",
                     "" if own else f"{align_command(name, str(crouter.name_or_path))} --only gate")  # fmt: skip
     except InputError as error:
         yield Check("gate", "fail", str(error), "fit it again: hf-crouter align --only gate")

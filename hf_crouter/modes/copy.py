@@ -14,9 +14,10 @@ from ..compressors.rebuild import Rebuilder
 from ..errors import InputError
 from ..fitting import HostInUse
 from ..hosts.tokenizers import local_tokenizer, special_ids
-from ..ngram.archive import Matches
+from ..ngram.candidates import Candidates, Evidence, collect
 from ..ngram.gate import Gate, find_gate, own_gate
-from ..ngram.mixture import Candidates, Mixture, collect, mix
+from ..ngram.mixture import Mixture, mix
+from ..ngram.raw_text import RawText
 from ..ngram.row_archive import Archives, RowArchive
 from ..ngram.suffix_index import LONGEST
 from ..types import CacheView, Contribution, CopiedToken, Opening, Parts, Row, ScoreUse, Setting
@@ -35,7 +36,7 @@ class Copy:
         exclude: spans `(start, end)` of a row's tokens, counted from its first real one, that may be read but not
             copied.
         gate: weighs copying against the host: a folder or a `Gate`; None finds the host's or a twin's in the crouter's
-            folder, or takes the generic one.
+            folder, or takes the general one.
 
     Raises:
         InputError: options that do not make a copier.
@@ -130,16 +131,20 @@ class Copier:
         self._brought: dict[tuple[int, int, int], dict[int, int]] = {}  # tokens, and the archive's at that time
         self._sources: dict[tuple[int, int, int], tuple[int, int | None]] = {}
 
-    def look(self, cache: CacheView, input_ids: torch.Tensor, columns: Sequence[int]) -> list[Matches]:
-        """Matches before each of some columns of `input_ids`, row after row; `rows * len(columns)` of them."""
-        matches = []
-        for i, of_row in enumerate(self.of_rows(cache)):
-            first = max(cache.rows[i].pad, columns[0] - LONGEST)
-            recent = input_ids[i, first : columns[-1]].cpu().numpy()
+    def look(self, cache: CacheView, input_ids: torch.Tensor, columns: Sequence[int]) -> list[Evidence]:
+        """What is known before each of some columns of `input_ids`, row after row: `rows * len(columns)` of them."""
+        evidence = []
+        for row, of_row, ids in zip(cache.rows, self.of_rows(cache), input_ids, strict=True):
+            begin = row.pad + row.raw_start
+            first = max(row.pad, min(begin, columns[0] - LONGEST))
+            recent, archive = ids[first : columns[-1]].cpu().numpy(), of_row.archive
+            chunks = [row.chunks[n].host_ids.numpy() for n in row.retrieved]
+            raw = RawText([ids[row.pad : row.pad + (row.prefix or 0)].cpu().numpy(), *chunks], recent[begin - first :])
             for column in columns:
-                end = column - first
-                matches.append(of_row.archive.match(recent[max(0, end - LONGEST) : end]))
-        return matches
+                suffix = recent[max(0, column - LONGEST - first) : column - first]
+                found = raw.match(archive.pattern(suffix, LONGEST), column - begin)
+                evidence.append(Evidence(archive.match(suffix), len(archive), found, raw.upto(column - begin)))
+        return evidence
 
     def of_rows(self, cache: CacheView) -> list[RowArchive]:
         """The archive of each row of a cache, made of the ids that the cache stands for: a call's may be made up."""
@@ -149,17 +154,16 @@ class Copier:
             cache.rows, cache.ids, [n - row.pad for n, row in zip(limits, cache.rows, strict=True)]
         )
 
-    def mix(self, matches: Sequence[Matches], scores: torch.Tensor) -> Mixture | None:
+    def mix(self, evidence: Sequence[Evidence], scores: torch.Tensor) -> Mixture | None:
         """Scores `[N, V]` and the archives together; None where nothing matched."""
-        if not any(match.length for match in matches):
+        if not any(known.matches.length for known in evidence):
             return None
-        return mix(scores, collect(matches).to(scores.device), self.gate.to(scores.device), self.strength)
+        return mix(scores, collect(evidence).to(scores.device), self.gate.to(scores.device), self.strength)
 
     @torch.no_grad()
     def step(self, cache: CacheView, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """The scores `[B, V]` of one step with copying mixed in; the same ones where nothing matches."""
-        matches = self.look(cache, input_ids, [input_ids.shape[1]])
-        mixture = self.mix(matches, scores)
+        mixture = self.mix(self.look(cache, input_ids, [input_ids.shape[1]]), scores)
         if mixture is None:
             return scores
         mixed, brought = mixture.with_sources(scores)

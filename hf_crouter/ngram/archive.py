@@ -28,6 +28,7 @@ class Matches:
     Attributes:
         length: tokens of the longest match; 0 without one.
         positions: positions in the archive of what followed the longest match, ascending, the latest 64 at most.
+        latest: id that stands at the last of them; -1 without a match.
         tokens: ids that followed the last k tokens, int64, each once, in no order.
         weights: for each of them the sum of the weights of its occurrences, float32.
         occurrences: how often the last k tokens stood there.
@@ -35,6 +36,7 @@ class Matches:
 
     length: int
     positions: np.ndarray
+    latest: int
     tokens: tuple[np.ndarray, ...]
     weights: tuple[np.ndarray, ...]
     occurrences: tuple[int, ...]
@@ -176,7 +178,7 @@ class Archive:
             raise InputError(
                 f"archive: expected ascending orders and a length of 1 to {LONGEST}, got {orders}, {longest}"
             )
-        pattern = self._pattern(suffix, reach)
+        pattern = self.pattern(suffix, reach)
         common, early, early_lengths = self._sorted_occurrences(pattern)
         late, late_lengths = self._tail_occurrences(pattern)
         rows, lengths = np.concatenate([early, late]), np.concatenate([early_lengths, late_lengths])
@@ -186,7 +188,9 @@ class Archive:
             # The early rows are among these.
             found = self._static.latest(*common[length - 1])
             positions = np.concatenate([found, late[late_lengths >= length]])
-        return Matches(length, np.sort(positions)[-LATEST:], *self._by_order(common, early, late, lengths, orders))
+        positions = np.sort(positions)[-LATEST:]
+        latest = self._id_at(int(positions[-1])) if len(positions) else -1
+        return Matches(length, positions, latest, *self._by_order(common, early, late, lengths, orders))
 
     def source(self, suffix: Any, token: int, tokens: int, after: int | None = None) -> int | None:
         """Position of a token that a text's continuation repeats; None where it could not be copied.
@@ -200,7 +204,7 @@ class Archive:
             tokens: of the archive that count, the first ones.
             after: position that the text's last token was copied from; None: it was not copied.
         """
-        pattern = self._pattern(suffix, LONGEST)
+        pattern = self.pattern(suffix, LONGEST)
         if not len(pattern):
             return None
         rows, lengths = [], []
@@ -224,8 +228,14 @@ class Archive:
         best = positions[reach == longest]
         return after + 1 if after is not None and after + 1 in best else int(best.max())
 
-    def _pattern(self, suffix: Any, reach: int) -> np.ndarray:
-        """The last `reach` ids after the last stop id, the newest first."""
+    def _id_at(self, position: int) -> int:
+        """The id at a position of the archive."""
+        if self._static and position < self._sorted:
+            return int(self._static.ids[LONGEST + position])
+        return int(self._tail[LONGEST + position - self._sorted])
+
+    def pattern(self, suffix: Any, reach: int) -> np.ndarray:
+        """What is looked for: a text's last `reach` ids, those behind its last stop id, the newest first."""
         recent = self._checked(np.atleast_1d(suffix)[-reach:])[::-1]
         if self.stop_ids.isdisjoint(recent.tolist()):
             return recent

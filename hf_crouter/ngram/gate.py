@@ -21,9 +21,12 @@ from ..utils.module_io import load_weights, read_description, save_module
 from .archive import ORDERS
 
 NAME, CONFIG = "gate", "gate.json"
-FROM_INDEX, FROM_HOST = 5, 2  # features of an order
-INDEX_FEATURES = FROM_INDEX * len(ORDERS) + 3
+SOURCES = len(ORDERS) + 1  # what is copied from: what followed each order, or the latest occurrence
+FROM_ORDER, BESIDE, FROM_HOST = 5, 16, 2  # features: of an order, of raw text and sources, of an order and the host
+INDEX_FEATURES = FROM_ORDER * len(ORDERS) + 3
+ARCHIVE_FEATURES = INDEX_FEATURES + BESIDE
 HOST_FEATURES = FROM_HOST * len(ORDERS) + 3
+FEATURES = ARCHIVE_FEATURES + HOST_FEATURES
 
 
 @dataclass(frozen=True)
@@ -32,10 +35,10 @@ class GateConfig:
 
     Attributes:
         hidden_size: width of its one hidden layer.
-        orders: lengths of context that it weighs.
-        sees_host: whether it sees the host's distribution; a generic gate does not.
-        host_name: of the host that it was fitted on; empty for a generic one.
-        host_fingerprint: of that host's weights; empty for a generic one.
+        orders: lengths of context that it weighs, beside the latest occurrence.
+        features: what it sees of a position.
+        host_name: of the host that it was fitted on; empty for the general one.
+        host_fingerprint: of that host's weights; empty for the general one.
         host_architecture: see `hosts.fingerprint.host_architecture`; empty in files of 0.2 and before.
         host_tokenizer: fingerprint; empty where none was known.
         training: record of the fit.
@@ -43,7 +46,7 @@ class GateConfig:
 
     hidden_size: int = 32
     orders: tuple[int, ...] = ORDERS
-    sees_host: bool = True
+    features: int = FEATURES
     host_name: str = ""
     host_fingerprint: str = ""
     host_architecture: str = ""
@@ -52,21 +55,20 @@ class GateConfig:
 
 
 class Gate(nn.Module):
-    """Weights of the host and of every order, from the features of a position."""
+    """Weights of the host and of every source, from the features of a position."""
 
     def __init__(self, config: GateConfig | None = None):
         super().__init__()
         self.config = config or GateConfig()
-        size = INDEX_FEATURES + (HOST_FEATURES if self.config.sees_host else 0)
-        self.up = nn.Linear(size, self.config.hidden_size)
-        self.down = nn.Linear(self.config.hidden_size, 1 + len(self.config.orders))
+        self.up = nn.Linear(FEATURES, self.config.hidden_size)
+        self.down = nn.Linear(self.config.hidden_size, 1 + SOURCES)
         nn.init.zeros_(self.down.weight)
         with torch.no_grad():
             self.down.bias.zero_()[0] = 4.0  # at first it hardly copies
 
     def forward(self, features: torch.Tensor, available: torch.Tensor) -> torch.Tensor:
-        """Features `[N, F]` and available orders `[N, K]` to log-weights `[N, 1 + K]`, the host's first."""
-        hidden = F.gelu(self.up(features[:, : self.up.in_features].to(self.up.weight.dtype)), approximate="tanh")
+        """Features `[N, F]` and available sources `[N, K]` to log-weights `[N, 1 + K]`, the host's first."""
+        hidden = F.gelu(self.up(features.to(self.up.weight.dtype)), approximate="tanh")
         logits = self.down(hidden).float()
         return logits.masked_fill(~F.pad(available, (1, 0), value=True), -math.inf).log_softmax(-1)
 
@@ -79,17 +81,21 @@ class Gate(nn.Module):
         """Reads what `save` wrote.
 
         Raises:
-            InputError: missing, truncated or altered files, or a gate of another version's orders.
+            InputError: missing, truncated or altered files, or a gate of another version.
         """
         known = {f.name for f in fields(GateConfig)}
 
         def described(record: dict[str, Any]) -> GateConfig:
             some = {key: record[key] for key in record.keys() & known}
-            return GateConfig(**{**some, "orders": tuple(record["orders"])})
+            return GateConfig(**{"features": 0, **some, "orders": tuple(record["orders"])})  # before 0.3: none named
 
         config, checksum = read_description(folder, NAME, described)
-        if config.orders != ORDERS:
-            raise InputError(f"{Path(folder) / CONFIG}: expected a gate of orders {ORDERS}, got {config.orders}")
+        if config.orders != ORDERS or config.features != FEATURES:
+            raise InputError(
+                f"{Path(folder) / CONFIG}: expected a gate of {len(ORDERS)} orders and {FEATURES} features, got "
+                f"{len(config.orders)} and {config.features or 'those of an earlier version'}: fit it anew with "
+                "hf-crouter align --only gate"
+            )
         gate = cls(config)
         load_weights(folder, NAME, gate, checksum)
         return gate.eval()
@@ -104,15 +110,15 @@ class Gate(nn.Module):
         return fitted(NAME, self.config, in_use(host, tokenizer))
 
 
-def generic_gate() -> Gate:
-    """The gate for hosts that have none of their own: it sees the archive alone."""
-    return Gate.load(Path(__file__).parent / "generic_gate")
+def general_gate() -> Gate:
+    """The gate for hosts that have none of their own, fitted over several hosts."""
+    return Gate.load(Path(__file__).parent / "general_gate")
 
 
 def find_gate(
     crouter: CRouterModel | None, host: Any, name: str | os.PathLike | None = None, tokenizer: Any = None
 ) -> Gate:
-    """The gate that fits a host: a named one, its own or a twin's as `own_gate` finds it, or a generic one.
+    """The gate that fits a host: a named one, its own or a twin's as `own_gate` finds it, or the general one.
 
     Args:
         crouter: loaded from a local folder or the hub; its folder holds `gates/*/`.
@@ -130,7 +136,7 @@ def find_gate(
         target = known.host.name_or_path or "HOST"
         check_fit(str(name), gate.config, known, advice=f"hf-crouter align --host {target} --only gate")
         return gate
-    return own_gate(crouter, known) or generic_gate()
+    return own_gate(crouter, known) or general_gate()
 
 
 def own_gate(crouter: CRouterModel | None, host: Any, tokenizer: Any = None) -> Gate | None:

@@ -1,8 +1,10 @@
 """Copying: what followed earlier occurrences of the last tokens, mixed into a host's own distribution.
 
-`p = w_0 p_host + sum_k w_k p_k`, with `p_k` what followed the last `k` tokens in the archive. A small gate gives the
-weights from what is known before the token: counts, agreement, the host's certainty, the confidence of rebuilt tokens.
-Axes: `N` positions (rows of a step, or tokens of a text), `K` orders, `E` candidates of all positions, `V` vocabulary.
+`p = w_0 p_host + sum_k w_k p_k`, with `p_k` what followed the last `k` tokens in the archive, and a last `p_k` that is
+certain of what followed the latest occurrence of the longest match. A small gate gives the weights from what is known
+before the token: counts, agreement, the host's certainty, what the raw text says, the confidence of rebuilt tokens.
+Axes: `N` positions (rows of a step, or tokens of a text), `K` sources (the orders, and the latest occurrence), `E`
+candidates of all positions, `V` vocabulary.
 
 Source of the mixture: kNN-LM (arXiv 1911.00172) and the infinity-gram (arXiv 2401.17377); gate and features are ours.
 """
@@ -10,107 +12,16 @@ Source of the mixture: kNN-LM (arXiv 1911.00172) and the infinity-gram (arXiv 24
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
-from .archive import ORDERS, Matches
-from .gate import FROM_INDEX, INDEX_FEATURES, Gate
+from .candidates import Candidates
+from .gate import SOURCES, Gate
 
 _SEEN = math.log(0.01)
 _LOWEST = torch.finfo(torch.float32).min
 BLOCK = 64  # positions whose whole distribution is held in float32 at once
-
-
-@dataclass(frozen=True, eq=False)
-class Candidates:
-    """What the archive proposes at N positions, flat.
-
-    Attributes:
-        positions: `[E]`, int64, ascending.
-        orders: `[E]`, int64, index of the order, 0 to K - 1.
-        tokens: `[E]`, int64.
-        probabilities: `[E]`, float32; they sum to 1 over a position and order.
-        available: `[N, K]`, bool: the order has candidates.
-        best: `[N, K]`, int64, the entry of the order's most probable token; 0 where there is none.
-        features: `[N, INDEX_FEATURES]`, float32.
-    """
-
-    positions: torch.Tensor
-    orders: torch.Tensor
-    tokens: torch.Tensor
-    probabilities: torch.Tensor
-    available: torch.Tensor
-    best: torch.Tensor
-    features: torch.Tensor
-
-    def __len__(self) -> int:
-        """Number of positions N."""
-        return len(self.features)
-
-    def to(self, device: torch.device | str) -> Candidates:
-        """The same on a device."""
-        return Candidates(**{name: value.to(device) for name, value in vars(self).items()})
-
-    def allowed(self, mask: torch.Tensor) -> Candidates:
-        """Without the candidates that a mask `[N, V]` forbids; the others share their probability."""
-        keep = mask[self.positions, self.tokens]
-        if bool(keep.all()):
-            return self
-        cells = self.positions * len(ORDERS) + self.orders
-        kept = torch.zeros(self.available.numel(), device=keep.device)
-        kept.index_add_(0, cells, self.probabilities * keep)
-        probabilities = torch.where(keep, self.probabilities, 0.0) / kept[cells].clamp(min=1e-12)
-        return Candidates(self.positions, self.orders, self.tokens, probabilities,
-                          self.available & (kept > 0).view_as(self.available), self.best, self.features)  # fmt: skip
-
-
-def collect(matches: Sequence[Matches]) -> Candidates:
-    """Candidates and their features from the matches of N positions; on the CPU."""
-    count = len(ORDERS)
-    features = np.zeros((len(matches), INDEX_FEATURES), np.float32)
-    available = np.zeros((len(matches), count), bool)
-    best = np.zeros((len(matches), count), np.int64)
-    tokens, probabilities, cells, sizes, total = [], [], [], [], 0
-    for n, match in enumerate(matches):
-        tops = []
-        for k in range(count):
-            if k >= len(match.weights) or not len(match.weights[k]):
-                break
-            weights = match.weights[k]
-            whole = float(weights.sum())
-            if whole <= 0:  # rebuilt with no confidence at all
-                continue
-            ids, occurrences = match.tokens[k], match.occurrences[k]
-            tied = np.flatnonzero(weights >= weights.max() * (1 - 1e-6))
-            top = int(tied[ids[tied].argmin()])  # whatever order they come in
-            available[n, k], best[n, k] = True, total + top
-            share = float(weights[top]) / whole
-            features[n, FROM_INDEX * k : FROM_INDEX * (k + 1)] = (
-                1.0, math.log1p(occurrences) / 8, math.log1p(len(weights)) / 8, share, whole / occurrences
-            )  # fmt: skip
-            tops.append(ids[top])
-            tokens.append(ids)
-            probabilities.append(weights / whole)
-            cells.append((n, k))
-            sizes.append(len(weights))
-            total += len(weights)
-        if tops:
-            features[n, -3:] = (
-                math.log2(1 + match.length) / 6, tops.count(tops[-1]) / len(tops), float(match.length >= 32)
-            )  # fmt: skip
-    flat = np.repeat(np.array(cells, np.int64).reshape(-1, 2), sizes, axis=0)
-    return Candidates(
-        torch.from_numpy(flat[:, 0].copy()),
-        torch.from_numpy(flat[:, 1].copy()),
-        torch.from_numpy(np.concatenate(tokens) if tokens else np.empty(0, np.int64)),
-        torch.from_numpy(np.concatenate(probabilities).astype(np.float32) if tokens else np.empty(0, np.float32)),
-        torch.from_numpy(available),
-        torch.from_numpy(best),
-        torch.from_numpy(features),
-    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,23 +58,20 @@ def view_host(scores: torch.Tensor, candidates: Candidates) -> tuple[HostView, t
 
 
 def gate_features(candidates: Candidates, host: HostView) -> torch.Tensor:
-    """`[N, INDEX_FEATURES + HOST_FEATURES]`, float32: all that a gate sees."""
-    count, positions = len(ORDERS), len(candidates)
+    """`[N, ARCHIVE_FEATURES + HOST_FEATURES]`, float32: all that a gate sees."""
+    positions, orders = len(candidates), SOURCES - 1
     probability = host.candidates.exp()
     device = probability.device
-    expected = torch.zeros(positions * count, device=device)
-    cells = candidates.positions * count + candidates.orders
+    expected = torch.zeros(positions * SOURCES, device=device)
+    cells = candidates.positions * SOURCES + candidates.sources
     expected.index_add_(0, cells, candidates.probabilities * probability)
-    top = torch.zeros(positions, count, device=device)
+    top = torch.zeros(positions, SOURCES, device=device)
     if len(probability):
         top = torch.where(candidates.available, probability[candidates.best], 0.0)
-    longest = candidates.available.int().cumsum(1).argmax(1)  # the last order that has candidates
-    chosen = torch.zeros(positions, dtype=torch.long, device=device)
-    if len(probability):
-        chosen = candidates.tokens[candidates.best.gather(1, longest[:, None])[:, 0]]
-    agrees = (chosen == host.token) & candidates.available.any(1)
+    agrees = candidates.chosen == host.token
     rest = torch.stack([host.entropy / 8, host.best.exp(), agrees.float()], dim=1)
-    return torch.cat([candidates.features, expected.view(positions, count), top, rest], dim=1)
+    parts = [candidates.features, expected.view(positions, SOURCES)[:, :orders], top[:, :orders], rest]
+    return torch.cat(parts, dim=1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -192,7 +100,7 @@ class Mixture:
     def added(self) -> torch.Tensor:
         """`[E]`, probability that each candidate gets from the archive."""
         entries = self.candidates
-        return self.weights[entries.positions, entries.orders + 1].exp() * entries.probabilities
+        return self.weights[entries.positions, entries.sources + 1].exp() * entries.probabilities
 
     def log_probabilities(self, scores: torch.Tensor) -> torch.Tensor:
         """The whole mixture, `[N, V]`, float32; positions without candidates keep the host's."""
@@ -205,7 +113,7 @@ class Mixture:
         own = scores.float() - (self.normaliser - self.weights[:, 0])[:, None]
         extra = torch.zeros_like(own).index_put_(at, self.added(), accumulate=True)
         kept, brought = own[at], extra[at].log()
-        # a token's orders write the same
+        # a token's sources write the same
         return own.index_put_(at, torch.logaddexp(kept, brought)), (brought > kept) & (brought > _SEEN)
 
     def of(self, targets: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
@@ -242,14 +150,14 @@ def mix(scores: torch.Tensor, candidates: Candidates, gate: Gate, strength: floa
         scores: `[N, V]`, logits or log-probabilities; what is -inf stays forbidden.
         candidates: of the same N positions, on the same device.
         gate: gives the weights.
-        strength: factor on every order's weight, 0 to 1.
+        strength: factor on every source's weight, 0 to 1.
     """
     host, normaliser = view_host(scores, candidates)
     if bool((host.candidates == -math.inf).any()):
         candidates = candidates.allowed(scores > -math.inf)
     weights = gate(gate_features(candidates, host), candidates.available)
     if strength != 1.0:
-        orders = weights[:, 1:] + (math.log(strength) if strength else -math.inf)
-        own = torch.log1p(-orders.exp().sum(-1, keepdim=True).clamp(max=1 - 1e-7))
-        weights = torch.cat([own, orders], dim=1)
+        copied = weights[:, 1:] + (math.log(strength) if strength else -math.inf)
+        own = torch.log1p(-copied.exp().sum(-1, keepdim=True).clamp(max=1 - 1e-7))
+        weights = torch.cat([own, copied], dim=1)
     return Mixture(candidates, host, normaliser, weights, scores.shape[-1])

@@ -1,41 +1,41 @@
-"""Stage 2, second part: records what a host and the archives say of real documents, and fits the gate of copying.
+"""Stage 2, second part: records what a host and the archives say of texts, and fits the gate of copying.
 
-Every document is read once, in one of the ways in which the gate will be used: with soft prompts, without, with a
-longer raw window (as retrieval makes it), with its full history; its archive holds the true ids or what the crouter
-rebuilds.
+Every text is read by `CompressedHistory`, in one of the ways in which the gate will be used: with the window alone or
+a longer one, with chunks retrieved, as by default, with soft prompts where there is a projector. Beside documents
+there are records that are set anew (`records`). The archive holds the true ids or what the crouter rebuilds.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
 
 from ..chunking import tokenizer_fingerprint
 from ..compressors.projector import Projector, find_projector
-from ..compressors.rebuild import Rebuilder
 from ..data.tokens import TokenArray
 from ..errors import InputError, MismatchError
+from ..history import CHUNK_LENGTH, CompressedHistory
 from ..hosts.fingerprint import host_architecture, host_fingerprint
-from ..hosts.positions import max_positions
-from ..hosts.tokenizers import special_ids
 from ..hosts.unwrap import display_name
-from ..ngram.archive import ORDERS, Archive
-from ..ngram.gate import Gate, GateConfig
-from ..ngram.mixture import BLOCK, Candidates, collect, gate_features, view_host
-from ..ngram.suffix_index import LONGEST
-from ..types import Chunk
+from ..modes import Copy, Retrieve, SoftPrompts, resolve_modes
+from ..ngram.candidates import Candidates, collect
+from ..ngram.gate import SOURCES, Gate, GateConfig
+from ..ngram.mixture import gate_features, view_host
+from ..types import CacheView, Contribution, Mode, Parts, ScoreState, ScoreUse, Setting
 from ..utils.progress import Progress
-from .align import AlignArguments, Sample, compressed_logits, cut_sample, load_pair
+from .align import AlignArguments, load_pair
 from .gate import fit_gate
 from .loop import device_name, make_accelerator
+from .records import record_row
 
-WAYS = ("window", "soft", "longer", "full")
+RECORDS, REBUILT = 0.25, 0.2  # records for each document; share of texts whose archive is rebuilt
+LONGER = (64, 512, 1024, 1536)  # tokens by which the window grows in the way "longer"
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,7 +45,7 @@ class GateExamples:
     Attributes:
         features: `[N, F]`, float16, from `gate_features`.
         available: `[N, K]`, bool.
-        copied: `[N, K]`, float32: probability that each order gave to the token that came.
+        copied: `[N, K]`, float32: probability that each source gave to the token that came.
         host: `[N]`, float32: the host's log-probability of it.
     """
 
@@ -54,114 +54,140 @@ class GateExamples:
     copied: torch.Tensor
     host: torch.Tensor
 
+    @classmethod
+    def joined(cls, parts: Sequence[GateExamples]) -> GateExamples:
+        """Several as one."""
+        return cls(*(torch.cat(values) for values in zip(*(vars(part).values() for part in parts), strict=True)))
 
-def copied_by_order(candidates: Candidates, targets: torch.Tensor) -> torch.Tensor:
-    """`[N, K]`: the probability that each order gives to one token at each of N positions."""
-    count = len(ORDERS)
+
+def copied_by_source(candidates: Candidates, targets: torch.Tensor) -> torch.Tensor:
+    """`[N, K]`: the probability that each source gives to one token at each of N positions."""
     hit = targets[candidates.positions] == candidates.tokens
-    cells = candidates.positions * count + candidates.orders
-    flat = torch.zeros(len(candidates) * count, device=targets.device)
-    return flat.index_add_(0, cells, candidates.probabilities * hit).view(-1, count)
+    cells = candidates.positions * SOURCES + candidates.sources
+    flat = torch.zeros(len(candidates) * SOURCES, device=targets.device)
+    return flat.index_add_(0, cells, candidates.probabilities * hit).view(-1, SOURCES)
 
 
-@torch.no_grad()
-def record_examples(logits: torch.Tensor, targets: torch.Tensor, before: np.ndarray, archive: Archive) -> GateExamples:
-    """Examples of one text.
+class Recorder:
+    """A mode that changes nothing and notes what a gate would have seen, at positions where anything matches.
 
     Args:
-        logits: `[T, V]`, the host's.
-        targets: `[T]`, what came, on the same device.
-        before: `[P]`, the text's ids before the first target.
-        archive: what can be copied at all T positions.
+        source: of the archive, as in `Copy`.
     """
-    text, parts = np.concatenate([before[-LONGEST:], targets.cpu().numpy()]), []
-    first = len(text) - len(targets)
-    for start in range(0, len(targets), BLOCK):
-        some, came = logits[start : start + BLOCK], targets[start : start + BLOCK]
-        matches = [
-            archive.match(text[max(0, first + position - LONGEST) : first + position])
-            for position in range(start, start + len(came))
-        ]
-        candidates = collect(matches).to(logits.device)
-        view, normaliser = view_host(some, candidates)
-        host = some.gather(1, came[:, None])[:, 0].float() - normaliser
-        parts.append((gate_features(candidates, view).half(), candidates.available,
-                      copied_by_order(candidates, came), host))  # fmt: skip
-    return GateExamples(*(torch.cat(values) for values in zip(*parts, strict=True)))
+
+    name: ClassVar[str] = "recorder"
+    gives: ClassVar[tuple[Contribution, ...]] = ("scores",)
+
+    def __init__(self, source: Literal["ids", "rebuilt"] = "ids"):
+        self.copy = Copy(source=source, gate=Gate())
+        self.needs_crouter = self.copy.needs_crouter
+        self.examples: list[GateExamples] = []
+
+    @classmethod
+    def ready(cls, setting: Setting) -> None:
+        """See `Mode`: never by itself."""
+
+    def bind(self, setting: Setting) -> Parts:
+        """See `Mode.bind`."""
+        opened = self.copy.bind(setting).scores
+        assert opened is not None
+        return Parts(scores=lambda opening: _Recording(self.examples, opened(opening)))
+
+
+class _Recording:
+    """The recorder in one call; see `ScoreState`."""
+
+    def __init__(self, examples: list[GateExamples], copier: ScoreState):
+        self.examples, self.copier = examples, copier
+
+    def step(self, cache: CacheView, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """See `ScoreState.step`."""
+        return scores
+
+    def rescore(self, cache: CacheView, input_ids: torch.Tensor, columns: Sequence[int], scores: torch.Tensor) -> None:
+        """See `ScoreState.rescore`."""
+        candidates = collect(self.copier.look(cache, input_ids, columns)).to(scores.device)  # pyright: ignore
+        ids = input_ids[:, columns[0] : columns[-1] + 1].flatten().to(scores.device)
+        view, normaliser = view_host(scores, candidates)
+        host = scores.gather(1, ids[:, None])[:, 0].float() - normaliser
+        some = candidates.available.any(1)
+        found = (gate_features(candidates, view).half(), candidates.available, copied_by_source(candidates, ids), host)
+        self.examples.append(GateExamples(*(value[some].cpu() for value in found)))
+
+    def use(self, cache: CacheView, sequences: torch.Tensor, first: int = 0) -> ScoreUse:
+        """See `ScoreState.use`."""
+        return ScoreUse()
 
 
 class GateReader:
-    """Reads samples with a frozen host in one of several ways.
+    """Reads texts with a frozen host in one of several ways.
 
     Args:
         host: a decoder.
-        crouter: encodes the chunks.
+        tokenizer: of the host.
+        crouter: cuts the chunks, and rebuilds them; None: chunks of 512 tokens, never rebuilt.
+        crouter_tokenizer: of the crouter.
         projector: makes soft prompts; None leaves the way `soft` out.
-        rebuild: rebuilds chunks in the host's tokens.
-        stop_ids: special tokens.
+        window: raw tokens at the end.
+        keep_first: raw tokens at the start.
     """
 
     def __init__(
-        self, host: Any, crouter: Any, projector: Projector | None, rebuild: Rebuilder, stop_ids: Iterable[int]
+        self,
+        host: Any,
+        tokenizer: Any,
+        crouter: Any = None,
+        crouter_tokenizer: Any = None,
+        projector: Projector | None = None,
+        window: int = 512,
+        keep_first: int = 4,
     ):
-        self.host, self.crouter, self.projector = host, crouter, projector
-        self.rebuild, self.stop_ids = rebuild, stop_ids
-        self.ways = [way for way in WAYS if way != "soft" or projector is not None]
-        self.positions = max_positions(host)
+        self.host, self.tokenizer, self.crouter = host, tokenizer, crouter
+        self.crouter_tokenizer, self.window, self.keep_first = crouter_tokenizer, window, keep_first
+        auto = resolve_modes("auto", Setting(host, None, tokenizer, None))
+        default = [mode for mode in auto if not isinstance(mode, Copy)]
+        self.ways: dict[str, list[Mode]] = {"window": [], "longer": [], "retrieve": [Retrieve(2)], "default": default}
+        if projector is not None:
+            self.ways["soft"] = [SoftPrompts(projector)]
 
-    @torch.no_grad()
-    def examples(self, sample: Sample, way: str, rebuilt: bool, longer: int = 512) -> GateExamples:
-        """Examples of a sample's target.
+    @property
+    def chunk_length(self) -> int:
+        """Tokens of a chunk."""
+        return self.crouter.config.chunk_length if self.crouter is not None else CHUNK_LENGTH
+
+    def examples(
+        self, ids: np.ndarray, last: int, way: str, *, rebuilt: bool = False, longer: int = 512
+    ) -> GateExamples | None:
+        """Examples of the last tokens of a text, at positions where anything matches; None where nothing does.
 
         Args:
-            sample: prefix, chunks, window and target.
-            way: one of `ways`; where the host's positions do not reach, "full" falls back to a "longer" that fits, and
-                "soft" to "window".
+            ids: of the text, `[T]`.
+            last: tokens that are predicted.
+            way: one of `ways`.
             rebuilt: archive what the latents rebuild instead of the true ids.
-            longer: tokens by which the raw window grows in the way "longer", as far as the positions reach.
-
-        Raises:
-            InputError: not even the window fits the host's positions.
+            longer: tokens by which the raw window grows in the way "longer".
         """
-        device = self.host.get_input_embeddings().weight.device
-        first, window = len(sample.prefix), len(sample.window)
-        older = sample.history[first : len(sample.history) - window]
-        latents = sample.chunks.shape[0] * (self.projector.config.num_latents if self.projector is not None else 0)
-        room = (self.positions or len(sample.history) + len(sample.target)) - first - window - len(sample.target)
-        if room < 0:
-            raise InputError(
-                f"gate: expected prefix, window and target within the host's {self.positions} positions, "
-                f"got {first + window + len(sample.target)}"
-            )
-        if way == "soft" and latents > room:
-            way = "window"
-        if way == "full" and len(older) > room:
-            way = "longer"
-        grown = {"longer": min(longer, len(older), room), "full": len(older)}.get(way, 0)
-        raw = sample.history[len(sample.history) - window - grown :]
-
-        def tensor(ids: np.ndarray) -> torch.Tensor:
-            return torch.from_numpy(np.ascontiguousarray(ids)).to(device)[None]
-
-        soft = torch.zeros(1, 0, self.host.get_input_embeddings().weight.shape[1], device=device)
-        if way == "soft" and self.projector is not None:
-            latents = self.crouter.encode(sample.chunks.to(device), sample.chunk_mask.to(device))
-            soft = self.projector(latents.float()).flatten(0, 1)[None]
-        target = tensor(sample.target)
-        inputs = torch.cat([tensor(raw), target[:, :-1]], dim=1)
-        logits = compressed_logits(self.host, soft, tensor(sample.prefix), inputs, target.shape[1])[0]
-        archive = Archive.empty(logits.shape[-1], self.stop_ids)
-        if rebuilt:
-            pieces = [ids[mask.bool()] for ids, mask in zip(sample.chunks, sample.chunk_mask, strict=True)]
-            for ids, confidence in self.rebuild([Chunk(0, 0, piece, piece) for piece in pieces]):
-                archive = archive.extended(ids, confidence)
-        else:
-            archive = archive.extended(older)
-        return record_examples(logits, target[0], sample.history, archive)
+        recorder = Recorder("rebuilt" if rebuilt else "ids")
+        history = CompressedHistory(
+            self.host,
+            self.crouter,
+            modes=[*self.ways[way], recorder],
+            window=self.window + (longer if way == "longer" else 0),
+            keep_first=self.keep_first,
+            tokenizer=self.tokenizer,
+            crouter_tokenizer=self.crouter_tokenizer,
+        )
+        try:
+            history.score(torch.from_numpy(ids.astype(np.int64))[None], last=last)
+        finally:
+            history.detach()
+        return GateExamples.joined(recorder.examples) if recorder.examples else None
 
 
-def gate_samples(tokens: TokenArray, chunker: Any, arguments: AlignArguments, limit: int) -> list[tuple[Sample, str]]:
-    """One window a document with its group, at most `limit`; groups take turns, so that none of them leads.
+def gate_rows(
+    tokens: TokenArray, chunk_length: int, arguments: AlignArguments, limit: int
+) -> list[tuple[np.ndarray, str]]:
+    """One window `[T]` a document with its group, at most `limit`; groups take turns, so that none of them leads.
 
     A corpus of one group is grouped by document.
 
@@ -173,64 +199,92 @@ def gate_samples(tokens: TokenArray, chunker: Any, arguments: AlignArguments, li
     names = tokens.groups if len(set(tokens.groups)) > 1 else tokens.names
     for document in generator.permutation(len(names)).tolist():
         queues.setdefault(names[document], []).append(document)
-    samples: list[tuple[Sample, str]] = []
+    rows: list[tuple[np.ndarray, str]] = []
     for turn in range(max(map(len, queues.values()), default=0)):
         for group, documents in queues.items():
-            if turn >= len(documents) or len(samples) == limit:
+            if turn >= len(documents) or len(rows) == limit:
                 continue
             first, last = tokens.starts[documents[turn]], tokens.starts[documents[turn] + 1] - 1
             ids = np.asarray(tokens.ids[first:last], dtype=np.int64)
             for chunks in generator.permutation(arguments.chunks).tolist():
-                length = arguments.keep_first + chunks * chunker.chunk_length + arguments.window + arguments.target
-                start = int(generator.integers(0, max(1, len(ids) - length + 1)))
-                sample = cut_sample(ids[start:], chunker, chunks, arguments)
-                if sample is not None:
-                    samples.append((sample, group))
+                length = arguments.keep_first + chunks * chunk_length + arguments.window + arguments.target
+                if length <= len(ids):
+                    start = int(generator.integers(0, len(ids) - length + 1))
+                    rows.append((ids[start : start + length], group))
                     break
-    if not samples:
+    if not rows:
         raise InputError(f"gate: expected documents that hold {min(arguments.chunks)} chunks and a window, got none")
-    return samples
+    return rows
 
 
-def train_gate(
-    reader: GateReader, samples: Sequence[tuple[Sample, str]], *, seed: int = 0, title: str = "gate"
-) -> tuple[Gate, dict[str, Any]]:
-    """Reads the samples and fits the gate of a host.
+def read_examples(
+    reader: GateReader,
+    rows: Sequence[tuple[np.ndarray, str]],
+    last: int,
+    *,
+    seed: int = 0,
+    title: str = "gate",
+) -> list[tuple[GateExamples, str]]:
+    """Examples of documents and of records hidden among them, with their groups.
 
     Args:
         reader: of the host.
-        samples: with the group (package, work) of each; groups are held out together.
-        seed: of the ways, the held-out groups and the weights.
+        rows: ids of documents, `[T]` each, with the group (package, work) of each.
+        last: tokens at the end of a document that are predicted.
+        seed: of the ways and of the records.
         title: shown with the progress.
+    """
+    generator, found = np.random.default_rng(seed), []
+    names = list(reader.ways)
+
+    def encode(text: str) -> list[int]:
+        return reader.tokenizer.encode(text, add_special_tokens=False)
+
+    def add(group: str, ids: np.ndarray, last: int) -> None:
+        way = names[int(generator.integers(len(names)))]
+        longer = int(generator.choice(LONGER))
+        rebuilt = reader.crouter is not None and bool(generator.random() < REBUILT)
+        examples = reader.examples(ids, last, way, rebuilt=rebuilt, longer=longer)
+        if examples is not None and len(examples.host):
+            found.append((examples, group))
+
+    with Progress() as shown:
+        shown.start(title, len(rows), "documents", "tokens")
+        for n, (ids, group) in enumerate(rows):
+            add(group, ids, last)
+            end = len(ids) - last - reader.window
+            if generator.random() < RECORDS and end - reader.keep_first >= min(64, reader.chunk_length):
+                row, listed = record_row(encode, ids, len(ids), (reader.keep_first, end), generator)
+                add(f"records {n}", row, listed)
+            shown.advance(1, last)
+    return found
+
+
+def train_gate(
+    examples: Sequence[tuple[GateExamples, str]], config: GateConfig, *, seed: int = 0, device: Any = "cpu"
+) -> tuple[Gate, dict[str, Any]]:
+    """Fits a gate to what was read.
+
+    Args:
+        examples: with the group (package, work) of each; groups are held out together.
+        config: of the gate, with the host that it is for.
+        seed: of the held-out groups and the weights.
+        device: that it is fitted on.
 
     Returns:
-        The gate, on the CPU, and the record of its fit: counts and the likelihood gained, nats/token.
+        The gate, on the CPU, and the record of its fit: counts and the likelihood gained, nats at each position where
+        anything matched.
 
     Raises:
-        InputError: samples of fewer than two groups.
+        InputError: examples of fewer than two groups.
     """
-    names = {name: number for number, name in enumerate(sorted({group for _, group in samples}))}
+    names = {name: number for number, name in enumerate(sorted({group for _, group in examples}))}
     if len(names) < 2:
         raise InputError(f"gate: expected documents of at least two groups, got {len(names)}")
-    generator, parts, groups, start = np.random.default_rng(seed), [], [], time.monotonic()
-    with Progress() as shown:
-        shown.start(title, len(samples), "documents", "tokens")
-        for sample, group in samples:
-            way = reader.ways[int(generator.integers(len(reader.ways)))]
-            longer = int(generator.choice([64, 512, 1024, 1536]))
-            examples = reader.examples(sample, way, bool(generator.random() < 0.4), longer)
-            parts.append(examples)
-            groups += [names[group]] * len(examples.host)
-            shown.advance(1, len(examples.host))
-    fields = ("features", "available", "copied", "host")
-    tensors = [torch.cat([getattr(part, name) for part in parts]) for name in fields]
-    of = reader.host
-    config = GateConfig(
-        host_name=display_name(of), host_fingerprint=host_fingerprint(of), host_architecture=host_architecture(of)
-    )
-    features, available, copied, host = tensors
-    gate, record = fit_gate(features, available, copied, host, np.array(groups), config=config, seed=seed)
-    return gate, {**record, "documents": len(samples), "seconds": round(time.monotonic() - start, 1)}
+    groups = np.concatenate([np.full(len(part.host), names[group]) for part, group in examples])
+    known = GateExamples.joined([part for part, _ in examples])
+    features, available, copied, host = (value.to(device) for value in vars(known).values())
+    return fit_gate(features, available, copied, host, groups, config=config, seed=seed)
 
 
 def train_copying(arguments: AlignArguments) -> dict[str, Any]:
@@ -246,21 +300,27 @@ def train_copying(arguments: AlignArguments) -> dict[str, Any]:
     tokens = TokenArray.load(Path(arguments.data) / "train.safetensors")
     accelerator = make_accelerator(arguments)
     pair = load_pair(arguments, tokens)
-    samples = gate_samples(tokens, pair.chunker, arguments, arguments.gate_documents)
     host, crouter = pair.host.to(accelerator.device).eval(), pair.crouter.to(accelerator.device).eval()
     try:
         projector = find_projector(crouter, host, tokenizer=pair.host_tokenizer).to(accelerator.device)
     except MismatchError:
         projector = None  # the way with soft prompts is left out
-    tokenizers = None if pair.chunker.same_tokenizer else (pair.crouter_tokenizer, pair.host_tokenizer)
-    rebuild = Rebuilder(crouter, tokenizers)
-    reader = GateReader(host, crouter, projector, rebuild, special_ids(pair.host_tokenizer, host))
-    gate, record = train_gate(reader, samples, seed=arguments.seed)
+    reader = GateReader(
+        host, pair.host_tokenizer, crouter, pair.crouter_tokenizer, projector, arguments.window, arguments.keep_first
+    )
+    start = time.monotonic()
+    rows = gate_rows(tokens, reader.chunk_length, arguments, arguments.gate_documents)
+    examples = read_examples(reader, rows, arguments.target, seed=arguments.seed)
+    config = GateConfig(
+        host_name=display_name(host), host_fingerprint=host_fingerprint(host),
+        host_architecture=host_architecture(host), host_tokenizer=tokenizer_fingerprint(pair.host_tokenizer),
+    )  # fmt: skip
+    gate, record = train_gate(examples, config, seed=arguments.seed, device=accelerator.device)
+    record |= {"documents": len(rows), "seconds": round(time.monotonic() - start, 1), "ways": list(reader.ways)}
+    record |= {"torch": torch.__version__, "device": device_name(accelerator.device)}
     folder = Path(arguments.crouter) / "gates" / gate.config.host_name
-    record |= {"ways": reader.ways, "torch": torch.__version__, "device": device_name(accelerator.device)}
     if accelerator.is_main_process:
-        tokenizer = tokenizer_fingerprint(pair.host_tokenizer)
-        gate.config = replace(gate.config, host_tokenizer=tokenizer, training={"stage": "gate", **record})
+        gate.config = replace(gate.config, training={"stage": "gate", **record})
         gate.save(folder)
     accelerator.wait_for_everyone()
     return {"path": str(folder), "stage": "gate", **record}

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 
 BASE = -1  # the number that stands for no adapter
-Fit = Literal["exact", "twin", "either", "generic", "other"]
+Fit = Literal["exact", "twin", "either", "general", "other"]
 
 
 @dataclass(frozen=True)
@@ -20,9 +20,9 @@ class Fitted:
     Attributes:
         part: such as "gate", "projector" or "expert python".
         fit: `exact`, this very copy of the host; `twin`, other weights of the same architecture and tokenizer;
-            `either` of them, where this host's weights cannot be read; `generic`, no host; `other`, a host that is
-            neither, which only a part that the caller made and passed can have.
-        host_name: of the host that it was fitted to; empty for a generic one.
+            `either` of them, where this host's weights cannot be read; `general`, no single host; `other`, a host
+            that is neither, which only a part that the caller made and passed can have.
+        host_name: of the host that it was fitted to; empty for a general one.
         shared: what this host and that one share, for people.
     """
 
@@ -39,7 +39,7 @@ class Fitted:
             "exact": f"fitted to this very copy of {name}",
             "twin": f"fitted to a twin ({name}, other weights of the same {self.shared})",
             "either": f"fitted to this host or a twin ({name}, of the same {self.shared}; no weights to compare)",
-            "generic": "generic, fitted to no host",
+            "general": "general, fitted over several hosts",
             "other": f"fitted to another host ({name})",
         }[self.fit]
 

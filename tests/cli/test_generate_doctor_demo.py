@@ -193,7 +193,7 @@ def test_doctor_finds_that_all_fits(pair, capsys):
             "family", "compact", "projector", "gate"} <= set(found)  # fmt: skip
     assert "passes 9 of 9 checks" in found["family"]["detail"]
     assert "pairs can be compacted" in found["compact"]["detail"]
-    assert "generic" in found["gate"]["detail"]
+    assert "general" in found["gate"]["detail"]
     assert all(check["status"] == "ok" for check in found.values()), found
     assert main(words("doctor", pair)) == 0
     assert "what to do" in capsys.readouterr().out

@@ -50,7 +50,7 @@ def test_the_same_seed_gives_the_same_gate_and_a_saved_one_is_equal(tmp_path):
         assert all(torch.equal(a, b) for a, b in zip(first.parameters(), other.parameters(), strict=True))
 
 
-def test_a_generic_gate_reads_the_archive_alone():
+def test_a_general_gate_reads_the_archive_alone():
     data, groups = examples(useful=True, count=1000)
     gate, _ = fit_gate(*data, groups, steps=20, config=GateConfig(sees_host=False))
     assert gate.up.in_features == INDEX_FEATURES

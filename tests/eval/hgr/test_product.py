@@ -15,7 +15,7 @@ from hf_crouter import Compact, CompressedHistory, Copy, Retrieve, SoftPrompts
 from hf_crouter.errors import InputError
 from hf_crouter.hosts.tokenizers import special_ids
 from hf_crouter.ngram.archive import Archive
-from hf_crouter.ngram.gate import Gate, generic_gate
+from hf_crouter.ngram.gate import Gate, general_gate
 from hf_crouter.ngram.mixture import collect, mix
 from hf_crouter.ngram.scorers import Bm25Scorer, RandomScorer, RecencyScorer
 
@@ -35,7 +35,7 @@ HISTORIES = {  # modes as a user writes them, and the slots that they take
     "retrieve8": ([Retrieve(8)], {"retrieved": 8}),
     "retrieve4_copy": ([Retrieve(4), Copy()], {"retrieved": 4}),
     "retrieve4_copy_fitted": ([Retrieve(4), Copy(gate=FITTED)], {"retrieved": 4}),
-    "copy_generic": ([Copy(gate=generic_gate())], {}),
+    "copy_general": ([Copy(gate=general_gate())], {}),
     "copy_rebuilt": ([Copy(source="rebuilt")], {}),
     "longer_same_slots_retrieve2_copy": ([Copy()], {"extra": 1024}),
     "retrieve2_last": ([Retrieve(2, scorer=RecencyScorer())], {"retrieved": 2}),
@@ -238,7 +238,7 @@ def test_what_is_not_less_than_everything_is_no_arm():
 def test_without_a_crouter_chunks_are_the_products_own(reader, name):
     shape = Shape(chunks=5, window=64, target=24)
     alone, rows = Reader(reader.host, reader.tokenizer, window=64), make_rows(reader.tokenizer, 2, shape)
-    modes = {"copy": [Copy(gate=generic_gate())], "retrieve2_copy": [Retrieve(2), Copy(gate=generic_gate())],
+    modes = {"copy": [Copy(gate=general_gate())], "retrieve2_copy": [Retrieve(2), Copy(gate=general_gate())],
              "retrieve4": [Retrieve(4)], "compact32_retrieve2": [Compact(32), Retrieve(2)]}[name]  # fmt: skip
     history = CompressedHistory(reader.host, modes=modes, window=64, keep_first=4)
     scored = history.score(torch.from_numpy(rows.ids.astype(np.int64)), last=24)

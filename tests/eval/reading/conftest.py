@@ -7,7 +7,7 @@ from eval.arms import Reader
 from eval.reading.bench import Bench
 from eval.rows import Record, Rows, Shape, breaks_lines, line_numbers
 from hf_crouter.chunking import tokenizer_fingerprint
-from hf_crouter.ngram.gate import generic_gate
+from hf_crouter.ngram.gate import general_gate
 from tests.tiny import CHUNK, tiny_crouter, tiny_host, tiny_projector
 from tests.trained_crouter import TEXT, make_tokenizer
 
@@ -28,7 +28,7 @@ def bench(tmp_path_factory):
         lines = np.stack([line_numbers(row[SHAPE.split :], breaks) for row in rows])
         found = [Record(f"{name}/{n}", f"{name}{n // 2}", "code", 0.0) for n in range(6)]
         sets[name] = Rows(rows, lines, found, SHAPE, tokenizer_fingerprint(tokenizer), {})
-    gate = generic_gate()  # as if it were fitted: it copies more
+    gate = general_gate()  # as if it were fitted: it copies more
     gate.down.bias.data[0] -= 4.0
     reader = Reader(host, tokenizer, crouter, gate, SHAPE.window, projector=tiny_projector(host, crouter))
     return Bench(reader, sets, batch=4, save=tmp_path_factory.mktemp("samples"))

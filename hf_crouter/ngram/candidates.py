@@ -1,0 +1,172 @@
+"""What the archive proposes at some positions, and what a gate is told of it.
+
+Axes as in `mixture`: `N` positions, `K` sources, `E` candidates of all positions, `V` vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from .archive import ORDERS, Matches
+from .gate import ARCHIVE_FEATURES, FROM_ORDER, INDEX_FEATURES, SOURCES
+from .raw_text import RawMatch
+
+_LATEST = SOURCES - 1  # the last source: what followed the latest occurrence of the longest match
+
+
+@dataclass(frozen=True, eq=False)
+class Evidence:
+    """What is known before one position, but for the host.
+
+    Attributes:
+        matches: of the archive.
+        archived: tokens of it.
+        raw: what the raw text says.
+        raw_ids: ids of the raw text, among others that no token has.
+    """
+
+    matches: Matches
+    archived: int
+    raw: RawMatch
+    raw_ids: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class Candidates:
+    """What the archive proposes at N positions, flat.
+
+    Attributes:
+        positions: `[E]`, int64, ascending.
+        sources: `[E]`, int64, index of the order, or K - 1 for the latest occurrence.
+        tokens: `[E]`, int64.
+        probabilities: `[E]`, float32; they sum to 1 over a position and source.
+        available: `[N, K]`, bool: the source has candidates.
+        best: `[N, K]`, int64, the entry of the source's most probable token; 0 where there is none.
+        chosen: `[N]`, int64, the most probable token of the longest order; -1 where there is none.
+        features: `[N, ARCHIVE_FEATURES]`, float32.
+    """
+
+    positions: torch.Tensor
+    sources: torch.Tensor
+    tokens: torch.Tensor
+    probabilities: torch.Tensor
+    available: torch.Tensor
+    best: torch.Tensor
+    chosen: torch.Tensor
+    features: torch.Tensor
+
+    def __len__(self) -> int:
+        """Number of positions N."""
+        return len(self.features)
+
+    def to(self, device: torch.device | str) -> Candidates:
+        """The same on a device."""
+        return Candidates(**{name: value.to(device) for name, value in vars(self).items()})
+
+    def allowed(self, mask: torch.Tensor) -> Candidates:
+        """Without the candidates that a mask `[N, V]` forbids; the others share their probability."""
+        keep = mask[self.positions, self.tokens]
+        if bool(keep.all()):
+            return self
+        cells = self.positions * SOURCES + self.sources
+        kept = torch.zeros(self.available.numel(), device=keep.device)
+        kept.index_add_(0, cells, self.probabilities * keep)
+        probabilities = torch.where(keep, self.probabilities, 0.0) / kept[cells].clamp(min=1e-12)
+        available = self.available & (kept > 0).view_as(self.available)
+        return replace(self, probabilities=probabilities, available=available)
+
+
+def collect(evidence: Sequence[Evidence]) -> Candidates:
+    """Candidates and their features from what is known before N positions; on the CPU."""
+    features = np.zeros((len(evidence), ARCHIVE_FEATURES), np.float32)
+    available = np.zeros((len(evidence), SOURCES), bool)
+    best = np.zeros((len(evidence), SOURCES), np.int64)
+    chosen = np.full(len(evidence), -1, np.int64)
+    tokens, probabilities, cells, sizes, total = [], [], [], [], 0
+    for n, known in enumerate(evidence):
+        match, tops = known.matches, []
+        ids, shares = np.empty(0, np.int64), np.empty(0, np.float32)  # of the longest order, in the end
+        for k in range(len(ORDERS)):
+            if k >= len(match.weights) or not len(match.weights[k]):
+                break
+            weights = match.weights[k]
+            whole = float(weights.sum())
+            if whole <= 0:  # rebuilt with no confidence at all
+                continue
+            ids, occurrences = match.tokens[k], match.occurrences[k]
+            tied = np.flatnonzero(weights >= weights.max() * (1 - 1e-6))
+            top = int(tied[ids[tied].argmin()])  # whatever order they come in
+            available[n, k], best[n, k] = True, total + top
+            shares = weights / whole
+            features[n, FROM_ORDER * k : FROM_ORDER * (k + 1)] = (
+                1.0, math.log1p(occurrences) / 8, math.log1p(len(weights)) / 8, float(shares[top]), whole / occurrences
+            )  # fmt: skip
+            tops.append(int(ids[top]))
+            tokens.append(ids)
+            probabilities.append(shares)
+            cells.append((n, k))
+            sizes.append(len(ids))
+            total += len(ids)
+        if not tops:
+            continue
+        chosen[n] = tops[-1]
+        features[n, FROM_ORDER * len(ORDERS) : INDEX_FEATURES] = (
+            math.log2(1 + match.length) / 6, tops.count(tops[-1]) / len(tops), float(match.length >= 32)
+        )  # fmt: skip
+        features[n, INDEX_FEATURES:] = _beside(known, tops[-1], ids, shares)
+        available[n, _LATEST], best[n, _LATEST] = True, total
+        tokens.append(np.array([match.latest]))
+        probabilities.append(np.ones(1, np.float32))
+        cells.append((n, _LATEST))
+        sizes.append(1)
+        total += 1
+    flat = np.repeat(np.array(cells, np.int64).reshape(-1, 2), sizes, axis=0)
+    return Candidates(
+        torch.from_numpy(flat[:, 0].copy()),
+        torch.from_numpy(flat[:, 1].copy()),
+        torch.from_numpy(np.concatenate(tokens) if tokens else np.empty(0, np.int64)),
+        torch.from_numpy(np.concatenate(probabilities).astype(np.float32) if tokens else np.empty(0, np.float32)),
+        torch.from_numpy(available),
+        torch.from_numpy(best),
+        torch.from_numpy(chosen),
+        torch.from_numpy(features),
+    )
+
+
+def _beside(known: Evidence, chosen: int, ids: np.ndarray, shares: np.ndarray) -> tuple[float, ...]:
+    """What the raw text says of the chosen token, and how the archive's occurrences differ; `BESIDE` features.
+
+    Args:
+        known: before the position.
+        chosen: most probable token of the longest order.
+        ids: what followed the longest order, `[tokens]`.
+        shares: of its occurrences, `[tokens]`.
+    """
+    match, raw = known.matches, known.raw
+
+    def share(token: int) -> float:
+        return float(shares[ids == token].sum())
+
+    return (
+        float(raw.length > 0),
+        math.log2(1 + raw.length) / 6,
+        float(raw.length >= match.length),
+        max(-1.0, min(1.0, (raw.length - match.length) / 8)),
+        float(raw.token == chosen),
+        float(raw.length > 0 and raw.token != chosen),
+        math.log1p(raw.occurrences) / 6,
+        raw.share,
+        float((known.raw_ids == chosen).any()),
+        float(match.latest == chosen),
+        share(match.latest),
+        math.log2(1 + known.archived - int(match.positions[-1])) / 20,
+        math.log1p(len(match.positions)) / 4,
+        float(len(ids) > 1),
+        share(raw.token),
+        float(raw.token == match.latest),
+    )
