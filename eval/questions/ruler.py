@@ -36,6 +36,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "compact64_retrieve2": {"compact": 64, "retrieve": 2},
     "compact64": {"compact": 64},
     "compact32_retrieve2": {"compact": 32, "retrieve": 2},
+    "compact32_retrieve2_copy": {"compact": 32, "retrieve": 2, "copy": True},
     "retrieve2": {"retrieve": 2},
     "retrieve2_copy": {"retrieve": 2, "copy": True},
     "soft_retrieve2_copy": {"soft_prompts": True, "retrieve": 2, "copy": True},
