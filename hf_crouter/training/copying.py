@@ -35,6 +35,7 @@ from .loop import device_name, make_accelerator
 from .records import record_row
 
 RECORDS, REBUILT = 0.25, 0.2  # records for each document; share of texts whose archive is rebuilt
+ROOM = 256  # tokens of the older part that records are hidden in, at least
 LONGER = (64, 512, 1024, 1536)  # tokens by which the window grows in the way "longer"
 
 
@@ -253,7 +254,7 @@ def read_examples(
         for n, (ids, group) in enumerate(rows):
             add(group, ids, last)
             end = len(ids) - last - reader.window
-            if generator.random() < RECORDS and end - reader.keep_first >= min(64, reader.chunk_length):
+            if generator.random() < RECORDS and end - reader.keep_first >= ROOM:
                 row, listed = record_row(encode, ids, len(ids), (reader.keep_first, end), generator)
                 add(f"records {n}", row, listed)
             shown.advance(1, last)

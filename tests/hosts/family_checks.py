@@ -71,7 +71,7 @@ def copying_equals_brute_force(host):
         row = out.sequences[0, : LENGTH + step]
         _, chunks, _ = reference.pieces(len(row), PREFIX, CHUNK, WINDOW)
         archive = [int(row[p]) for chunk in chunks for p in chunk if p < LENGTH]
-        expected = expected_step(row.tolist(), archive, out.logits[step][0], gate)
+        expected = expected_step(row.tolist(), archive, out.logits[step][0], gate, start=chunks[-1][-1] + 1)
         expected[host.generation_config.suppress_tokens or []] = -torch.inf
         torch.testing.assert_close(out.scores[step][0].softmax(-1), expected.softmax(-1), atol=1e-4, rtol=0)
 

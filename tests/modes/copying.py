@@ -5,10 +5,12 @@ import torch
 
 from hf_crouter.modes import Copy
 from hf_crouter.ngram.archive import ORDERS, Matches
+from hf_crouter.ngram.candidates import Evidence, collect
 from hf_crouter.ngram.gate import Gate, GateConfig
-from hf_crouter.ngram.mixture import collect, gate_features, view_host
+from hf_crouter.ngram.mixture import gate_features, view_host
+from hf_crouter.ngram.raw_text import RawMatch, RawText
 
-from ..ngram.reference import SlowArchive
+from ..ngram.reference import SlowArchive, slow_raw
 from ..tiny import VOCAB, make_history
 
 WINDOW, PREFIX = 8, 3
@@ -60,13 +62,25 @@ def run(host, ids, mask=None, **options):
     return host.generate(ids, attention_mask=mask, **{**OPTIONS, **options})
 
 
-def expected_step(row, archive, logits, gate, stop=(0, 1, 2)):
-    """The mixture by brute force: slow matches, a loop over every candidate."""
+def evidence(archive, suffix, parts=()):
+    """What is known of a text behind its last ids, which are its raw window."""
+    suffix = np.asarray(suffix, np.int64)
+    raw = RawText([np.asarray(part, np.int64) for part in parts], suffix)
+    found = raw.match(archive.pattern(suffix, 64), len(suffix))
+    return Evidence(archive.match(suffix), len(archive), found, raw.upto(len(suffix)))
+
+
+def expected_step(row, archive, logits, gate, stop=(0, 1, 2), start=None):
+    """The mixture by brute force: slow matches, a loop over every candidate. The window begins at `start`."""
     slow = SlowArchive(frozenset(stop)).extended(archive)
     length, positions, followers, counts = slow.match(row[-64:], ORDERS, 64)
-    match = Matches(length, np.array(positions), tuple(np.array(list(f), np.int64) for f in followers),
+    latest = slow.ids[positions[-1]] if positions else -1
+    match = Matches(length, np.array(positions), latest, tuple(np.array(list(f), np.int64) for f in followers),
                     tuple(np.array(list(f.values()), np.float32) for f in followers), tuple(counts))  # fmt: skip
-    candidates = collect([match])
+    row = [int(i) for i in row]
+    parts = [row[:PREFIX], row[PREFIX + len(archive) if start is None else start :]]
+    raw_ids = np.array([i for part in parts for i in part])
+    candidates = collect([Evidence(match, len(archive), RawMatch(*slow_raw(parts, row[-64:], stop)), raw_ids)])
     view, _ = view_host(logits[None], candidates)
     weights = gate(gate_features(candidates, view), candidates.available)[0].exp()
     total = weights[0] * logits.softmax(-1)
@@ -75,4 +89,6 @@ def expected_step(row, archive, logits, gate, stop=(0, 1, 2)):
             share = match.weights[k] / match.weights[k].sum()
             for token, part in zip(match.tokens[k].tolist(), share.tolist(), strict=True):
                 total[token] = total[token] + weights[k + 1] * part
+    if length:
+        total[latest] = total[latest] + weights[-1]
     return total.log()

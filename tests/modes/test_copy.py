@@ -7,11 +7,12 @@ from hf_crouter.errors import InputError
 from hf_crouter.history import attach
 from hf_crouter.modes import Copy, SoftPrompts
 from hf_crouter.ngram.archive import Archive
-from hf_crouter.ngram.mixture import collect, mix
+from hf_crouter.ngram.candidates import collect
+from hf_crouter.ngram.mixture import mix
 
 from .. import reference
 from ..tiny import CHUNK, VOCAB, make_history, tiny_crouter, tiny_host, tiny_projector
-from .copying import NEW, PREFIX, WINDOW, eager_gate, expected_step, gate_of, make, repetitive, run
+from .copying import NEW, PREFIX, WINDOW, eager_gate, evidence, expected_step, gate_of, make, repetitive, run
 
 torch.set_num_threads(1)
 
@@ -43,7 +44,9 @@ class TestMixture:
                 got = out.scores[step][i].log_softmax(-1)
                 wanted = out.logits[step][i].log_softmax(-1)
                 if archive:
-                    wanted = expected_step(row.tolist(), archive, out.logits[step][i], gate_of(history))
+                    wanted = expected_step(
+                        row.tolist(), archive, out.logits[step][i], gate_of(history), start=chunks[-1][-1] + 1
+                    )
                 torch.testing.assert_close(got, wanted, atol=1e-4, rtol=1e-4)
                 changed += bool((got - out.logits[step][i].log_softmax(-1)).abs().max() > 0.1)
         assert changed > NEW // 2
@@ -100,7 +103,7 @@ class TestMixture:
         archive = Archive.empty(VOCAB).extended(repetitive(80)[0][0].numpy())
         suffixes = [repetitive(60, seed=n)[0][0].numpy() for n in range(6)] + [archive.ids[:30].astype(int)]
         scores = torch.randn(len(suffixes), VOCAB)
-        mixture = mix(scores, collect([archive.match(s) for s in suffixes]), eager_gate())
+        mixture = mix(scores, collect([evidence(archive, s) for s in suffixes]), eager_gate())
         whole = mixture.log_probabilities(scores)
         torch.testing.assert_close(whole.exp().sum(-1), torch.ones(len(suffixes)))
         for token in range(0, VOCAB, 5):
@@ -111,9 +114,9 @@ class TestMixture:
     @pytest.mark.parametrize("strength", [0.0, 0.3, 1.0])
     def test_strength_scales_what_is_copied(self, strength):
         archive = Archive.empty(VOCAB).extended(repetitive(80)[0][0].numpy())
-        matches = [archive.match(archive.ids[20:50].astype(int))]
+        known = [evidence(archive, archive.ids[20:50])]
         scores = torch.randn(1, VOCAB, generator=torch.Generator().manual_seed(0))
-        full, part = (mix(scores, collect(matches), eager_gate(), s) for s in (1.0, strength))
+        full, part = (mix(scores, collect(known), eager_gate(), s) for s in (1.0, strength))
         assert part.share.item() == pytest.approx(strength * full.share.item(), abs=1e-5)
         assert part.log_probabilities(scores).exp().sum().item() == pytest.approx(1, abs=1e-5)
 

@@ -9,8 +9,10 @@ from hf_crouter.errors import InputError, MismatchError
 from hf_crouter.hosts.fingerprint import host_fingerprint
 from hf_crouter.hosts.tokenizers import special_ids
 from hf_crouter.ngram.archive import Archive
+from hf_crouter.ngram.candidates import Evidence, collect
 from hf_crouter.ngram.gate import Gate, find_gate
-from hf_crouter.ngram.mixture import collect, mix
+from hf_crouter.ngram.mixture import mix
+from hf_crouter.ngram.raw_text import RawText
 from hf_crouter.ngram.row_archive import Archives
 from hf_crouter.types import Chunk, Row
 
@@ -45,7 +47,11 @@ class TestSources:
                 rebuilt += made.input_ids[0].tolist()[: 90 - chunk.start]
                 weights += made.confidence[0].tolist()[: 90 - chunk.start]
         archive = Archive.empty(VOCAB, (0, 1, 2)).extended(np.array(rebuilt), weights)
-        last = archive.match(out.sequences[0, :-1].numpy())
+        ids = out.sequences[0, :-1].numpy()
+        end = chunks[-1].end
+        raw = RawText([ids[:PREFIX]], ids[end:])
+        found = raw.match(archive.pattern(ids[-64:], 64), len(ids) - end)
+        last = Evidence(archive.match(ids), len(archive), found, raw.upto(len(ids) - end))
         mixture = mix(out.logits[-1], collect([last]), gate_of(history))
         torch.testing.assert_close(
             out.scores[-1].log_softmax(-1), mixture.log_probabilities(out.logits[-1]), atol=1e-3, rtol=1e-3
@@ -138,7 +144,7 @@ class TestGates:
         assert all(
             torch.equal(a, b) for a, b in zip(gate.state_dict().values(), found.state_dict().values(), strict=True)
         )
-        assert not find_gate(crouter, tiny_host(seed=9)).config.sees_host  # the generic one
+        assert find_gate(crouter, tiny_host(seed=9)).config.host_name == ""  # the general one
         with pytest.raises(MismatchError, match="fingerprint"):
             find_gate(crouter, tiny_host(seed=9), tmp_path / "gates" / "tiny")
 
@@ -156,7 +162,10 @@ class TestGates:
         refused("truncated or altered")
         weights.write_bytes(data)
         description.write_text(json.dumps({**json.loads(text), "orders": [1, 2]}))
-        refused("expected a gate of orders")
+        refused("expected a gate of 9 orders and 85 features, got 2 and 85")
+        old = {key: value for key, value in json.loads(text).items() if key != "features"}
+        description.write_text(json.dumps(old))
+        refused("got 9 and those of an earlier version: fit it anew")
         description.write_text(text[: len(text) // 2])
         refused("not a gate's description")
         description.unlink()

@@ -44,9 +44,30 @@ class SlowArchive:
         return length, occurrences(length)[-64:] if length else [], followers, [len(occurrences(k)) for k in orders]
 
 
-def assert_same(matches, expected):
+def slow_raw(parts, suffix, stop_ids=()):
+    """Length, token, occurrences and share of the longest match within one of some parts, read from end to end."""
+    stops = [i for i, token in enumerate(suffix) if token in stop_ids]
+    suffix = [int(i) for i in (suffix[stops[-1] + 1 :] if stops else suffix)][-64:]
+    found = []
+    for part in parts:
+        part = [int(i) for i in part]
+        for at in range(1, len(part)):
+            length = 0
+            while length < min(at, len(suffix)) and part[at - 1 - length] == suffix[-1 - length]:
+                length += 1
+            found.append((length, part[at]))
+    longest = max((length for length, _ in found), default=0)
+    tokens = [token for length, token in found if length == longest and longest]
+    if not tokens:
+        return 0, -1, 0, 0.0
+    return longest, tokens[-1], len(tokens), tokens.count(tokens[-1]) / len(tokens)
+
+
+def assert_same(matches, expected, ids=None):
     length, positions, followers, counts = expected
     assert (matches.length, matches.positions.tolist()) == (length, positions)
+    if ids is not None:
+        assert matches.latest == (ids[positions[-1]] if positions else -1)
     assert matches.occurrences == tuple(counts) and all(type(count) is int for count in matches.occurrences)
     for tokens, weights, wanted in zip(matches.tokens, matches.weights, followers, strict=True):
         assert (tokens.dtype, weights.dtype, len(tokens)) == (np.int64, np.float32, len(wanted))

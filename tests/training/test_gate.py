@@ -5,11 +5,10 @@ import pytest
 import torch
 
 from hf_crouter.errors import InputError
-from hf_crouter.ngram.archive import ORDERS
-from hf_crouter.ngram.gate import HOST_FEATURES, INDEX_FEATURES, Gate, GateConfig
+from hf_crouter.ngram.gate import FEATURES, SOURCES, Gate, GateConfig
 from hf_crouter.training.gate import fit_gate, mixture_log_likelihood
 
-FEATURES, K = INDEX_FEATURES + HOST_FEATURES, len(ORDERS)
+K = SOURCES
 
 
 def examples(useful, count=4000, seed=0):
@@ -48,12 +47,6 @@ def test_the_same_seed_gives_the_same_gate_and_a_saved_one_is_equal(tmp_path):
     first.save(tmp_path)
     for other in (second, Gate.load(tmp_path)):
         assert all(torch.equal(a, b) for a, b in zip(first.parameters(), other.parameters(), strict=True))
-
-
-def test_a_general_gate_reads_the_archive_alone():
-    data, groups = examples(useful=True, count=1000)
-    gate, _ = fit_gate(*data, groups, steps=20, config=GateConfig(sees_host=False))
-    assert gate.up.in_features == INDEX_FEATURES
 
 
 def test_without_candidates_the_host_stays_as_it_is():

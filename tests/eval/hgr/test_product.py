@@ -15,8 +15,10 @@ from hf_crouter import Compact, CompressedHistory, Copy, Retrieve, SoftPrompts
 from hf_crouter.errors import InputError
 from hf_crouter.hosts.tokenizers import special_ids
 from hf_crouter.ngram.archive import Archive
+from hf_crouter.ngram.candidates import Evidence, collect
 from hf_crouter.ngram.gate import Gate, general_gate
-from hf_crouter.ngram.mixture import collect, mix
+from hf_crouter.ngram.mixture import mix
+from hf_crouter.ngram.raw_text import RawText
 from hf_crouter.ngram.scorers import Bm25Scorer, RandomScorer, RecencyScorer
 
 from ..tiny_world import CHUNK, SHAPE, make_rows, slots_of, world
@@ -158,10 +160,14 @@ def by_archive(reader, row, gate):
     row = row.astype(np.int64)
     archive = Archive.empty(len(reader.tokenizer), special_ids(reader.tokenizer, reader.host))
     archive = archive.extended(row[4 : SHAPE.old])
-    matches = [archive.match(row[max(0, end - 64) : end]) for end in range(SHAPE.split, SHAPE.length)]
+    evidence = []
+    for end in range(SHAPE.split, SHAPE.length):
+        raw = RawText((), row[:end])  # anew for every position
+        found = raw.match(archive.pattern(row[:end], 64), end)
+        evidence.append(Evidence(archive.match(row[max(0, end - 64) : end]), len(archive), found, raw.upto(end)))
     with torch.no_grad():
         scores = reader.host(torch.from_numpy(row[None, :-1])).logits[0, -SHAPE.target :]
-        mixture = mix(scores, collect(matches), gate)
+        mixture = mix(scores, collect(evidence), gate)
         targets = torch.from_numpy(row[SHAPE.split :])
         return mixture.of(targets, scores).numpy(), (mixture.greedy() == targets).numpy()
 

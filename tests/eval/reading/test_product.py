@@ -58,7 +58,8 @@ def test_arms_differ(bench):
     # 32 pairs and more are whole chunks here, which no choice, budget or retrieval changes
     whole = {arm for arm in GENERATING if arm.startswith("compact") and not arm.startswith("compact8")}
     copying = {arm for arm in whole if "copy" in arm and "fitted" not in arm}
-    same = [{"copy", "copy_general"}, {"compact8", "compact8_equal"}, copying,
+    beside = {arm for arm in copying if "retrieve" in arm}  # a gate knows what stands raw
+    same = [{"copy", "copy_general"}, {"compact8", "compact8_equal"}, copying - beside, beside,
             {"full", *(arm for arm in whole if "copy" not in arm)}]  # fmt: skip
     for arm, values in losses.items():
         for other, others in losses.items():
