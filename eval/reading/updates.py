@@ -17,11 +17,12 @@ from eval.reading import stale as stale_values
 from eval.reading.bench import Bench, progress_of
 from eval.reading.passkeys import WORDS
 from eval.reading.stale import hidden, written, young_code
+from hf_crouter.errors import InputError
 
 ARMS = ("window", "full", "copy", "copy_fitted", "retrieve2", "retrieve2_copy", "compact32_retrieve2",
         "compact32_retrieve2_copy")  # fmt: skip
 UPDATES = (1, 3, 10, 32, 100)
-KEYS = 4
+KEYS, VALUES = 4, 900  # values differ in a number of three digits
 NOTES = (
     "PI-LLM's setting: four keys are set so many times each, in turns, somewhere in the compressed part, among young "
     "code; the raw window asks for one of them in the words in which it was set. u<updates>.<arm>.new: share of "
@@ -75,15 +76,17 @@ def updated(
         random: draws everything.
 
     Raises:
-        InputError: a prompt that is too short for so many.
+        InputError: more than can differ, or a prompt that is too short for so many.
     """
+    if not 1 <= updates <= VALUES:
+        raise InputError(f"updates: expected 1 to {VALUES} of a key, got {updates}")
     line, question = FORMS[form]
     sep = "_" if form in ("config", "rename") else "-"
     names = random.choice(WORDS, (KEYS, 2), replace=False)
     keys = [sep.join(map(str, pair)) for pair in names]
     pool = random.permutation([word for word in WORDS if word not in names])
     values = [[f"{pool[int(i)]}{int(n)}" for i, n in zip(random.integers(0, len(pool), updates),
-                                                          random.permutation(900)[:updates] + 100, strict=True)]
+                                                          random.permutation(VALUES)[:updates] + 100, strict=True)]
               for _ in keys]  # fmt: skip
     text = "".join(
         line.format(key=keys[k], value=values[k][u]) for u in range(updates) for k in random.permutation(KEYS)
@@ -100,22 +103,23 @@ def updated(
 def measured(bench: Bench, arms: Sequence[str], length: int, updates: Sequence[int], count: int) -> dict[str, float]:
     """`u<updates>.<arm>.new` and `.old` with their intervals."""
     metrics: dict[str, float] = {}
-    forms = list(FORMS)
+    forms, samples = list(FORMS), {}
+    for each in updates:  # all of them before any is read: one that does not fit is told at once
+        samples[each] = []
+        for n in range(count):
+            random = np.random.default_rng([bench.seed, n, each, 29])
+            hay = young_code(bench, length, random)
+            samples[each].append(updated(bench, hay, length, each, forms[n % len(forms)], random))
     with bench.samples("updates") as keep, progress_of("updates", count * len(arms) * len(updates)) as advance:
         for each in updates:
-            samples = []
-            for n in range(count):
-                random = np.random.default_rng([bench.seed, n, each, 29])
-                hay = young_code(bench, length, random)
-                samples.append(updated(bench, hay, length, each, forms[n % len(forms)], random))
             for arm in arms:
-                metrics |= written(bench, arm, samples, f"u{each}.{arm}", keep, advance, updates=each)
+                metrics |= written(bench, arm, samples[each], f"u{each}.{arm}", keep, advance, updates=each)
     return metrics
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments."""
-    stale_values.configure(parser, "updates", ARMS, length=6144, samples=60, batch=20)
+    stale_values.configure(parser, "updates", ARMS, length=8192, samples=60, batch=20)
     parser.add_argument("--updates", type=int, nargs="+", default=list(UPDATES), help="of each key")
 
 

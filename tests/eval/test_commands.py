@@ -5,7 +5,9 @@ import pytest
 from eval import run
 
 
-@pytest.mark.parametrize("module", ["eval.run", "eval.tables", "eval.plots", "eval.documents", "eval.routing.data"])
+@pytest.mark.parametrize(
+    "module", ["eval.run", "eval.tables", "eval.plots", "eval.documents", "eval.gates", "eval.routing.data"]
+)
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
 def test_a_module_that_is_a_command_runs(module, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", [module, "--help"])

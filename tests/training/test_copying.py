@@ -122,7 +122,8 @@ def test_records_are_hidden_in_longer_texts(reader, monkeypatch):
     monkeypatch.setattr(copying, "record_row", lambda *args: made.append(record_row(*args)) or made[-1])
     alone = GateReader(tiny_host(positions=2048), Words(), reader.crouter, window=WINDOW, keep_first=FIRST)
     found = read_examples(alone, [(text(700, seed), f"g{seed}") for seed in range(12)], 30, seed=1)
-    assert 1 <= len(made) < 12 and sum(group.startswith("records") for _, group in found) == len(made)
+    hidden = sum(group.startswith("records") for _, group in found)
+    assert 1 <= hidden <= len(made) < 12  # read with a long window nothing of one may be compressed
     assert all(len(ids) == 700 and 0 < listed <= 420 for ids, listed in made)
 
 

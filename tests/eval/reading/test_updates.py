@@ -36,6 +36,15 @@ def test_a_prompt_that_is_too_short_is_refused(wide):
     hay = np.tile(wide.sets["young"].ids[0].astype(np.int64), 24)
     with pytest.raises(InputError, match="expected prompts that hold"):
         updates.updated(wide, hay, 600, 30, "log", np.random.default_rng(1))
+    for count in (0, 901):
+        with pytest.raises(InputError, match=f"updates: expected 1 to 900 of a key, got {count}"):
+            updates.updated(wide, hay, 6000, count, "log", np.random.default_rng(1))
+
+
+def test_all_prompts_are_made_before_any_is_read(wide, monkeypatch):
+    monkeypatch.setattr(wide, "generate", lambda *args: pytest.fail("read"))
+    with pytest.raises(InputError, match="expected prompts that hold"):
+        updates.measured(wide, ["copy"], 1400, [1, 200], 2)
 
 
 def test_latest_and_older_values_are_counted(wide, monkeypatch, tmp_path):
