@@ -179,7 +179,7 @@ class Reader:
         )
 
     def own_gate(self) -> Gate:
-        """The gate that `copy` reads with: of this host where there is one, else the generic one."""
+        """The gate that `copy` reads with: of this host where there is one, else the general one."""
         return find_gate(self.crouter if self._same_tokens() else None, self.host, tokenizer=self.tokenizer)
 
     def _same_tokens(self) -> bool:

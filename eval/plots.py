@@ -49,7 +49,7 @@ WAYS = (
                                     "compact128_retrieve2"), "#e0559a", "X", ""),
     Way("Retrieve", ("retrieve2", "retrieve4", "retrieve8"), "#1b6ca8", "o"),
     Way("Copy, a gate fitted to the host", ("copy_fitted",), "#c47a00", "v", ""),
-    Way("Copy, the generic gate", ("copy",), "#e6b84c", "v", ""),
+    Way("Copy", ("copy",), "#e6b84c", "v", ""),
     Way("a raw window, longer by as much", (WINDOW, "longer_same_slots", "longer_same_slots_at32",
                                             "longer_same_slots_at128", "longer_same_slots_retrieve2",
                                             "longer_same_slots_retrieve4"), "#777777", "s"),

@@ -36,7 +36,7 @@ NOTES = (
     "choice, teacher-forced; greedy: share of such tokens. slots: positions in the cache before the scored tokens. "
     "Intervals: paired bootstrap clustered by package, or by record of prose; diff.<arm>.<other>: hgr, "
     "linesdiff.<arm>.<other>: lines, minus that of the other. Arms: what the name says, by CompressedHistory.score. "
-    "copy: the gate that comes with the package for this host, else the generic one, which does not see the host; "
+    "copy: the gate that comes with the package; "
     "copy_fitted: a gate fitted on other packages' documents, read by this host. "
     "longer_same_slots: a raw window longer by 8 tokens a chunk, _at128 by 128, _retrieve2 by 1,024; with "
     "copying, chunks behind that window are the archive. soft: soft prompts; shuffled: those of another text, of the "

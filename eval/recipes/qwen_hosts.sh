@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# The figures on larger hosts, and the projector, gate and experts behind them, which do not ship; layer budgets do.
+# The figures on larger hosts, and the projector and experts behind them, which do not ship; layer budgets and the general
+# gate do.
 #   eval/recipes/qwen_hosts.sh STEP WORK [HOST]
-# STEP: data | align | budgets | compaction | collect | questions | near | ruler | peers | experts | report, in this order;
-# all but data and report want an accelerator, compaction alone. WORK: folder for sets and runs. HOST: qwen2.5-coder-1.5b
-# (the default) or -0.5b. `data` needs TEXTS, the folder of the text domains and questions. `peers` runs in an environment
+# STEP: data | align | gates | budgets | compaction | collect | questions | near | drafts | ruler | peers | experts | report,
+# in this order; all but data and report want an accelerator, compaction and drafts alone. WORK: folder for sets and runs. HOST:
+# qwen2.5-coder-1.5b (the default) or -0.5b. `data` needs TEXTS, the folder of the text domains and questions. `peers` runs in an environment
 # of its own (kvpress 0.5.5, transformers 5.2, hqq). PROCESSES share the accelerator in collect, questions and peers (4 by
 # default).
 set -euo pipefail
@@ -17,18 +18,27 @@ in_turn() {  # the same command in several processes, each with its share
 }
 case $step in
 data)  # both hosts share their tokenizer
-  python3 -m eval.documents --host "$host" --out "$sets" --sets young repo gate_code gate_repo --corpus "$work/gate"
+  python3 -m eval.documents --host "$host" --out "$sets" --sets young repo prose gate_code gate_repo gate_prose \
+    --corpus "$work/gate"
   python3 -m eval.run questions prepare --data "$TEXTS" --save "$here/questions" --host "$host"
   python3 -m eval.budget_texts --host "$host" --code "$work/gate" --data "$TEXTS" --out "$work/budget-texts"
   python3 -m eval.routing.pair_texts --data "$TEXTS" --out "$work/pair"
   ;;
-align)  # a projector and a gate, each in a copy of the shipped crouter, so that no arm finds what it should not
+align)  # in a copy of the shipped crouter
   shipped=$(python3 -c "from hf_crouter.crouter.loading import shipped_crouter; print(shipped_crouter())")
-  for part in projector gate; do mkdir -p "$crouter-$part" && cp -r "$shipped/." "$crouter-$part"; done
+  mkdir -p "$crouter-projector" && cp -r "$shipped/." "$crouter-projector"
   python3 -m hf_crouter align --host "$host" --crouter "$crouter-projector" --data "$work/gate" --only projector \
     --seconds 150 --batch-size 4 --learning-rate 1e-3 --hidden-size 512 --bf16 --chunks 1 2 4 8 8 16 --output "$here/align"
-  python3 -m hf_crouter align --host "$host" --crouter "$crouter-gate" --data "$work/gate" --only gate \
-    --gate-documents 240 --chunks 4 8 16 32 --output "$here/align"
+  ;;
+gates)  # recorded with every host in turn; fitted anew over all that are recorded, and without and of this one alone
+  for shard in $(seq 0 $((processes - 1))); do
+    python3 -m eval.gates record --host "$host" --data "$sets" --shard "$shard/$processes" \
+      --out "$work/gates/$host.$shard.safetensors" &
+  done
+  wait
+  python3 -m eval.gates fit "$work"/gates/*.safetensors --out hf_crouter/ngram/general_gate
+  python3 -m eval.gates fit "$work"/gates/*.safetensors --leave-out "$host" --out "$here/unseen"
+  python3 -m eval.gates fit "$work/gates/$host".*.safetensors --out "$here/own"
   ;;
 budgets)  # where `Compact` finds them
   python3 -m hf_crouter budgets --host "$host" --data "$work/budget-texts" --documents 6 --batch-size 6 \
@@ -39,14 +49,21 @@ compaction)  # alone on the accelerator
   ;;
 collect)
   in_turn python3 -m eval.run hgr collect --data "$sets" --save "$here/hgr" --host "$host" --sets young repo \
-    --documents 64 --crouter "$crouter-projector" --gate "$crouter-gate/gates/$host"
+    --documents 64 --crouter "$crouter-projector" --gate "$here/own"
+  in_turn python3 -m eval.run hgr collect --data "$sets" --save "$here/unseen-hgr" --host "$host" --sets young \
+    --documents 64 --crouter none --gate "$here/unseen" --arms window full copy_fitted retrieve2 retrieve2_copy_fitted
   ;;
 questions)
   in_turn python3 -m eval.run questions collect --save "$here/questions" --host "$host" --crouter none --batch 4
   ;;
 near)
-  python3 -m eval.run near-matches --data "$sets" --host "$host" --crouter none --gate "$crouter-gate/gates/$host"
-  python3 -m eval.run updates --data "$sets" --host "$host" --crouter none --gate "$crouter-gate/gates/$host"
+  python3 -m eval.run near-matches --data "$sets" --host "$host" --crouter none
+  python3 -m eval.run updates --data "$sets" --host "$host" --crouter none
+  python3 -m eval.run free --data "$sets" --host "$host" --crouter none
+  ;;
+drafts)
+  python3 -m eval.run reading --parts drafts --host "$host" --crouter none --data "$sets" --arms window copy --free 8 \
+    --tokens 128 --result "reading-drafts-$host"
   ;;
 ruler)
   python3 -m eval.run ruler --host "$host" --crouter none --lengths 8k --chat \
@@ -67,6 +84,8 @@ experts)
 report)
   mv "$here"/hgr/questions.*.json "$here/questions" 2>/dev/null || true  # what the peers answered
   python3 -m eval.run hgr report --data "$sets" --save "$here/hgr" --host "$host" --sets young repo
+  python3 -m eval.run hgr report --data "$sets" --save "$here/unseen-hgr" --host "$host" --sets young \
+    --result "hgr-unseen-$host"
   python3 -m eval.run questions report --save "$here/questions" --host "$host"
   ;;
 *) echo "unknown step $step" >&2; exit 2 ;;

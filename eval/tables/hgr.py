@@ -22,20 +22,21 @@ WAYS = {
     "compact160": "`Compact(160)`",
     "compact8_retrieve2": "`Compact(8), Retrieve(2)`",
     "compact32_retrieve2": "`Compact(32), Retrieve(2)`, the default",
+    "compact32_retrieve2_copy": "`Compact(32), Retrieve(2), Copy()`",
     "compact64_retrieve2": "`Compact(64), Retrieve(2)`",
     "compact96_retrieve1": "`Compact(96), Retrieve(1)`",
     "retrieve2": "`Retrieve(2)`",
     "retrieve4": "`Retrieve(4)`",
     "retrieve8": "`Retrieve(8)`",
-    "compact32_copy": "`Compact(32), Copy()`, the generic gate",
-    "copy": "`Copy()`, the generic gate",
-    "copy_fitted": "`Copy()`, a gate fitted to this host",
-    "retrieve2_copy": "`Retrieve(2), Copy()`, the generic gate",
-    "retrieve2_copy_fitted": "`Retrieve(2), Copy()`, a gate fitted to this host",
+    "compact32_copy": "`Compact(32), Copy()`",
+    "copy": "`Copy()`",
+    "copy_fitted": "`Copy()`, a gate fitted to this host alone",
+    "retrieve2_copy": "`Retrieve(2), Copy()`",
+    "retrieve2_copy_fitted": "`Retrieve(2), Copy()`, a gate fitted to this host alone",
     "soft": "`SoftPrompts()`, a projector fitted to this host",
     "shuffled": "the same with another file's soft prompts",
     "full": "full history",
-    "full_copy": "full history and copying, the generic gate",
+    "full_copy": "full history and copying",
 }
 SMALL_WAYS = {
     "window": "raw window",
@@ -79,11 +80,12 @@ PEERS = {
     "full": "full cache, bf16",
 }
 DIFFERENCES = {  # an arm and the other one
-    "copy.window": ("copying, the generic gate", "raw window"),
-    "copy_fitted.window": ("copying, a fitted gate", "raw window"),
-    "retrieve2_copy.retrieve2": ("retrieval of 2 and copying, the generic gate", "retrieval of 2"),
-    "retrieve2_copy_fitted.retrieve2": ("retrieval of 2 and copying, a fitted gate", "retrieval of 2"),
-    "full_copy.full": ("full history and copying, the generic gate", "full history"),
+    "copy.window": ("copying", "raw window"),
+    "copy_fitted.window": ("copying, a gate fitted to this host alone", "raw window"),
+    "retrieve2_copy.retrieve2": ("retrieval of 2 and copying", "retrieval of 2"),
+    "retrieve2_copy_fitted.retrieve2": ("retrieval of 2 and copying, a gate fitted to this host alone", "retrieval of 2"),
+    "compact32_retrieve2_copy.compact32_retrieve2": ("the defaults and copying", "the defaults"),
+    "full_copy.full": ("full history and copying", "full history"),
     "retrieve2.longer_same_slots_retrieve2": ("retrieval of 2", "a window longer by as much"),
     "retrieve4.longer_same_slots_retrieve4": ("retrieval of 4", "a window longer by as much"),
     "retrieve2.retrieve2_last": ("retrieval of 2", "the last two chunks"),
@@ -104,7 +106,6 @@ DIFFERENCES = {  # an arm and the other one
     "compact96_retrieve1.full": ("compaction to 96 and retrieval of 1", "full history"),
     "compact32_retrieve2.full": ("compaction to 32 and retrieval of 2", "full history"),
     "compact32_retrieve2.retrieve2": ("compaction to 32 and retrieval of 2", "retrieval of 2"),
-    "compact32_copy.compact32": ("compaction to 32 and copying, the generic gate", "compaction to 32"),
 }
 SIZES = {
     "copy": "copying",
@@ -113,6 +114,7 @@ SIZES = {
     "compact32": "compaction to 32",
     "compact128": "compaction to 128",
     "compact32_retrieve2": "compaction to 32 and retrieval of 2, the defaults",
+    "compact32_retrieve2_copy": "the defaults and copying",
     "soft_retrieve2_copy": "soft prompts, retrieval of 2 and copying",
     "longer_same_slots_retrieve2": "a window longer by 1,024 tokens",
     "full": "full history",
@@ -253,3 +255,19 @@ def prose_table(metrics: Metrics) -> list[str]:
     head = ["text", "copying", "copying from rebuilt latents", "with soft prompts and retrieval of 2",
             "loss, raw window", "loss, full history", "documents"]  # fmt: skip
     return table(head, rows if metrics else [])
+
+
+def unseen_table(seen: Metrics, unseen: Metrics, small: Metrics, small_unseen: Metrics) -> list[str]:
+    """The general gate on hosts that it was not fitted on, beside the one that ships and one of the host alone."""
+    rows = []
+    for host, metrics, arm, label in (
+        ("1.5B", seen, "copy", "the general gate, as it ships"),
+        ("1.5B", unseen, "copy_fitted", "a general gate that never saw this host"),
+        ("1.5B", seen, "copy_fitted", "a gate fitted to this host alone"),
+        ("135M", small, "copy", "the general gate, as it ships"),
+        ("135M", small_unseen, "copy_fitted", "a general gate that never saw this host"),
+    ):
+        key = f"young.n8.linesdiff.{arm}.window.mean"
+        rows.append([host, label, share(metrics, f"young.n8.{arm}.hgr"), share(metrics, key, sign=True)])
+    head = ["host", "gate", "HGR over the raw window", "lines, minus the raw window"]
+    return table(head, rows if seen and unseen and small and small_unseen else [])

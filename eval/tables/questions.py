@@ -30,7 +30,7 @@ QUESTION_SCORERS = {
 ANSWERING = {
     "full": "full history",
     "window": "raw window",
-    "copy": "`Copy()`, the generic gate",
+    "copy": "`Copy()`",
     "retrieve2": "`Retrieve(2)`",
     "retrieve4": "`Retrieve(4)`",
     "retrieve8": "`Retrieve(8)`",

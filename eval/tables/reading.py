@@ -12,7 +12,7 @@ READERS = {
     "copy_rebuilt": "copying from rebuilt latents",
     "soft_retrieve2_bm25_copy": "soft prompts + copying + retrieval of 2",
 }
-DRAFTERS = {"copy": "copying", "soft_retrieve2_copy": "soft prompts + copying + retrieval of 2"}
+DRAFTERS = {"window": "raw window", "copy": "copying", "soft_retrieve2_copy": "soft prompts + copying + retrieval of 2"}
 
 
 def nextline_table(metrics: Metrics) -> list[str]:
@@ -67,37 +67,72 @@ def identifiers_table(metrics: Metrics) -> list[str]:
     return lines
 
 
+BESIDE = {  # a reading, and the same with copying
+    "window": "raw window",
+    "copy": "raw window, copying",
+    "retrieve2": "retrieval of 2",
+    "retrieve2_copy": "retrieval of 2, copying",
+    "compact32_retrieve2": "compaction to 32 and retrieval of 2, the defaults",
+    "compact32_retrieve2_copy": "the defaults, copying",
+    "full": "full history",
+}
+
+
 def near_table(*hosts: Metrics) -> list[str]:
     """Records that nearly match: the window holds the corrected value, the compressed past the old one."""
-    ways = {
-        "window": "raw window",
-        "copy": "copying, as it comes",
-        "copy_fitted": "copying, a gate fitted to the host",
-        "retrieve2": "retrieval of 2",
-        "compact32_retrieve2": "compaction to 32 and retrieval of 2, the defaults",
-        "soft_retrieve2_copy": "soft prompts, retrieval of 2 and copying",
-        "full": "full history",
-    }
     rows = [
         [label, *(share(metrics, f"{arm}.{key}", 0) for metrics in hosts for key in ("new", "old"))]
-        for arm, label in ways.items()
+        for arm, label in BESIDE.items()
         if any(f"{arm}.new" in metrics for metrics in hosts)
     ]
-    head = ["what the host reads", *(f"{size}: {value}" for size in ("135M", "1.5B") for value in ("new", "old"))]
+    sizes = ("135M", "0.5B", "1.5B")
+    head = ["what the host reads", *(f"{size}: {value}" for size in sizes for value in ("new", "old"))]
     return table(head, rows if all(hosts) else [])
 
 
-def drafts_table(metrics: Metrics) -> list[str]:
-    """Tokens a step of the host with drafts from the history."""
-    arms = [arm for arm in DRAFTERS if f"drafts.{arm}.tokens_a_step" in metrics]
+def updates_table(metrics: Metrics) -> list[str]:
+    """Keys that are set anew again and again: the latest value, or an older one."""
+    times = [n for n in (1, 3, 10, 32, 100) if f"u{n}.full.new" in metrics]
     rows = [
-        [DRAFTERS[arm], with_interval(metrics, f"drafts.{arm}.tokens_a_step", 1, 2, ""),
-         share(metrics, f"drafts.{arm}.same", 0)]
-        for arm in arms
+        [label, *(share(metrics, f"u{n}.{arm}.{key}", 0) for n in times for key in ("new", "old"))]
+        for arm, label in BESIDE.items()
+        if any(f"u{n}.{arm}.new" in metrics for n in times)
+    ]
+    head = [f"set {n} times: {value}" for n in times for value in ("latest", "older")]
+    return table(["what the host reads", *head], rows)
+
+
+def free_table(metrics: Metrics) -> list[str]:
+    """Free generation: repetition and names, each with the difference to the same reading without copying."""
+    columns = [(name, what) for name in ("young", "prose") for what in ("repetition", "exact")]
+    rows = []
+    for arm, label in BESIDE.items():
+        if f"young.{arm}.repetition" in metrics:
+            keys = [f"{name}.{arm}.{what}" for name, what in columns]
+            plain_ones = [share(metrics, key, 0) for key in keys]
+            more = [share(metrics, f"{key}.minus_plain", 0, sign=True) for key in keys]
+            rows.append([label, *plain_ones])
+            if any(f"{key}.minus_plain" in metrics for key in keys):
+                rows.append(["– the difference", *more])
+    words = {"repetition": "repeated trigrams", "exact": "names that stand in the prompt"}
+    head = [f"{'code' if name == 'young' else 'prose'}: {words[what]}" for name, what in columns]
+    return table(["what the host reads", *head], rows)
+
+
+def drafts_table(*measured: Metrics) -> list[str]:
+    """Tokens a step of the host with drafts from the history, on each device."""
+    rows = [
+        [place, DRAFTERS[arm], with_interval(metrics, f"drafts.{arm}.tokens_a_step", 1, 2, ""),
+         with_interval(metrics, f"drafts.{arm}.speedup", 1, 2, ""), share(metrics, f"drafts.{arm}.same", 0)]
+        for place, metrics in zip(("135M, float32 on a CPU", "1.5B, bfloat16 on a GPU"), measured, strict=False)
+        for arm in DRAFTERS
+        if f"drafts.{arm}.tokens_a_step" in metrics
     ]  # fmt: skip
-    lines = table(["what the host reads", "tokens a step", "prompts with the same tokens, %"], rows)
-    if metrics:
-        ahead, prompts = (number(metrics.get(f"drafts.{key}")) for key in ("ahead", "prompts"))
+    head = ["host", "what it reads", "tokens a step", "seconds without drafts over with", "prompts with the same, %"]
+    lines = table(head, rows)
+    if all(measured):
+        ahead = number(measured[0].get("drafts.ahead"))
+        prompts = " and ".join(number(metrics.get("drafts.prompts")) for metrics in measured)
         lines += ["", f"Up to {ahead} tokens drafted; {prompts} prompts of young code; without drafts 1 token a step."]
     return lines
 

@@ -57,9 +57,16 @@ TABLES = {
     "nextline": Shown("reading", HOST, reading.nextline_table),
     "identifiers": Shown("reading", HOST, reading.identifiers_table),
     "retrieval": Shown("reading", HOST, reading.facts_table),
-    "near-matches": Shown(
-        "near-matches-smollm2-135m near-matches-qwen1.5b", f"{HOST}; {QWEN}", reading.near_table, "near-matches"
+    "hgr-unseen": Shown(
+        "hgr-qwen1.5b hgr-unseen-qwen1.5b hgr-smollm2-135m hgr-unseen-smollm2-135m", f"{QWEN}; {HOST}",
+        hgr.unseen_table, "hgr",
     ),
+    "near-matches": Shown(
+        "near-matches-smollm2-135m near-matches-qwen0.5b near-matches-qwen1.5b", SIZES, reading.near_table,
+        "near-matches",
+    ),
+    "updates": Shown("updates-qwen1.5b", QWEN, reading.updates_table, "updates"),
+    "free": Shown("free-qwen1.5b", QWEN, reading.free_table, "free"),
     "tra-mini": Shown("tra-mini", "none, the crouter alone", reconstruction.tra_table),
     "compress-cpu": Shown("compress-cpu", HOST, cost.compress_table),
     "generation-gpu": Shown("generation-gpu", QWEN, cost.generation_table, "compaction"),
@@ -68,7 +75,7 @@ TABLES = {
     "routing": Shown("routing", HOST, routing.accuracy_table),
     "routing-host": Shown("routing", HOST, routing.host_table),
     "routing-costs": Shown("routing", HOST, routing.cost_table),
-    "drafts": Shown("reading-drafts", HOST, reading.drafts_table, "reading"),
+    "drafts": Shown("reading-drafts reading-drafts-qwen1.5b", f"{HOST}; {QWEN}", reading.drafts_table, "reading"),
     "retrieval-questions": Shown("retrieval-questions", "none, the choice alone", questions.retrieval_table),
     "retrieval-choice": Shown("retrieval-choice", "none, the choice alone", cost.choice_table),
     "ruler-small": Shown("ruler-smollm2-135m", HOST, questions.ruler_table, "ruler"),

@@ -55,7 +55,7 @@ def test_points_are_those_of_the_result():
     points = plots.drawn(made["metrics"])
     by_slots = {row[0]: row for row in points["young.n8.Compact"]}
     assert by_slots[256.0][1] == 0.3 and by_slots[256.0][4] == 0.2  # slots of the raw window are not counted
-    assert [row[0] for row in points["young.n8.Copy, the generic gate"]] == [0.0]
+    assert [row[0] for row in points["young.n8.Copy"]] == [0.0]
     for key in ("young.n8.window", "repo.n40.full"):
         short = {name: value for name, value in made["metrics"].items() if not name.startswith(f"{key}.hgr")}
         with pytest.raises(InputError, match=f"expected {key}.hgr"):
@@ -87,7 +87,7 @@ def test_lines_join_no_gap_and_full_history_is_level():
     assert len(drawn["Compact"].get_xdata()) == 5 and drawn["Compact"].get_linestyle() == "-"
     assert drawn["Compact and Retrieve(2)"].get_linestyle() == "None"
     nothing = [float(tick) for tick in axes.get_xticks()][0]
-    copying, longer = drawn["Copy, the generic gate"].get_xdata(), drawn["a raw window, longer by as much"].get_xdata()
+    copying, longer = drawn["Copy"].get_xdata(), drawn["a raw window, longer by as much"].get_xdata()
     assert abs(copying[0] / nothing - 1) < 0.2 and min(longer) > 2 * nothing * 0.8  # the window itself stands apart
     (full,) = (line for line in axes.lines if line.get_label() == "full history")
     assert len(set(full.get_ydata())) == 1 and [text.get_text() for text in axes.get_xticklabels()][0] == "0"
