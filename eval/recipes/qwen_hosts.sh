@@ -67,7 +67,7 @@ drafts)
   ;;
 ruler)
   python3 -m eval.run ruler --host "$host" --crouter none --lengths 8k --chat \
-    --arms full compact64_retrieve2 compact32_retrieve2 compact128 retrieve2 retrieve4 window
+    --arms full compact64_retrieve2 compact32_retrieve2 compact128 retrieve2 retrieve4 window compact32_retrieve2_copy
   ;;
 peers)
   in_turn python3 -m eval.peers --data "$sets" --sets young repo --questions "$here/questions" --host "$(folder)" \

@@ -83,7 +83,10 @@ DIFFERENCES = {  # an arm and the other one
     "copy.window": ("copying", "raw window"),
     "copy_fitted.window": ("copying, a gate fitted to this host alone", "raw window"),
     "retrieve2_copy.retrieve2": ("retrieval of 2 and copying", "retrieval of 2"),
-    "retrieve2_copy_fitted.retrieve2": ("retrieval of 2 and copying, a gate fitted to this host alone", "retrieval of 2"),
+    "retrieve2_copy_fitted.retrieve2": (
+        "retrieval of 2 and copying, a gate fitted to this host alone",
+        "retrieval of 2",
+    ),
     "compact32_retrieve2_copy.compact32_retrieve2": ("the defaults and copying", "the defaults"),
     "full_copy.full": ("full history and copying", "full history"),
     "retrieve2.longer_same_slots_retrieve2": ("retrieval of 2", "a window longer by as much"),

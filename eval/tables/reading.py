@@ -12,7 +12,11 @@ READERS = {
     "copy_rebuilt": "copying from rebuilt latents",
     "soft_retrieve2_bm25_copy": "soft prompts + copying + retrieval of 2",
 }
-DRAFTERS = {"window": "raw window", "copy": "copying", "soft_retrieve2_copy": "soft prompts + copying + retrieval of 2"}
+DRAFTERS = {
+    "window": "raw window",
+    "copy": "copying",
+    "soft_retrieve2_copy": "soft prompts + copying + retrieval of 2",
+}
 
 
 def nextline_table(metrics: Metrics) -> list[str]:
@@ -92,7 +96,7 @@ def near_table(*hosts: Metrics) -> list[str]:
 
 def updates_table(metrics: Metrics) -> list[str]:
     """Keys that are set anew again and again: the latest value, or an older one."""
-    times = [n for n in (1, 3, 10, 32, 100) if f"u{n}.full.new" in metrics]
+    times = [n for n in (1, 3, 10, 32, 100) if f"u{n}.full.new" in metrics] or [32]
     rows = [
         [label, *(share(metrics, f"u{n}.{arm}.{key}", 0) for n in times for key in ("new", "old"))]
         for arm, label in BESIDE.items()

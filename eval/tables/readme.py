@@ -58,11 +58,15 @@ TABLES = {
     "identifiers": Shown("reading", HOST, reading.identifiers_table),
     "retrieval": Shown("reading", HOST, reading.facts_table),
     "hgr-unseen": Shown(
-        "hgr-qwen1.5b hgr-unseen-qwen1.5b hgr-smollm2-135m hgr-unseen-smollm2-135m", f"{QWEN}; {HOST}",
-        hgr.unseen_table, "hgr",
+        "hgr-qwen1.5b hgr-unseen-qwen1.5b hgr-smollm2-135m hgr-unseen-smollm2-135m",
+        f"{QWEN}; {HOST}",
+        hgr.unseen_table,
+        "hgr",
     ),
     "near-matches": Shown(
-        "near-matches-smollm2-135m near-matches-qwen0.5b near-matches-qwen1.5b", SIZES, reading.near_table,
+        "near-matches-smollm2-135m near-matches-qwen0.5b near-matches-qwen1.5b",
+        SIZES,
+        reading.near_table,
         "near-matches",
     ),
     "updates": Shown("updates-qwen1.5b", QWEN, reading.updates_table, "updates"),

@@ -79,11 +79,13 @@ def test_what_the_readme_claims_of_the_large_host_is_what_the_intervals_say():
         for kind in ("diff", "linesdiff"):
             assert holds_zero(large, f"{name}.{kind}.retrieve2.longer_same_slots_retrieve2")
             assert large[f"{name}.{kind}.retrieve2.retrieve2_random.lo"] > 0
-        # copying: the generic gate gains likelihood over the window and loses lines beside retrieval; the fitted not
-        assert large[f"{name}.diff.copy.window.lo"] > 0 > large[f"{name}.linesdiff.retrieve2_copy.retrieve2.hi"]
-        assert large[f"{name}.linesdiff.full_copy.full.hi"] < 0
-        for arm, other in (("copy_fitted", "window"), ("retrieve2_copy_fitted", "retrieve2")):
-            assert large[f"{name}.linesdiff.{arm}.{other}.lo"] > -0.01
+        # copying: gains over the window, likelihood beside retrieval, nothing beside the default; lines never go
+        assert large[f"{name}.diff.copy.window.lo"] > 0 < large[f"{name}.linesdiff.copy.window.lo"]
+        assert large[f"{name}.diff.retrieve2_copy.retrieve2.lo"] > 0
+        for kind in ("diff", "linesdiff"):
+            assert holds_zero(large, f"{name}.{kind}.compact32_retrieve2_copy.compact32_retrieve2")
+        for other in ("retrieve2", "compact32_retrieve2"):
+            assert large[f"{name}.linesdiff.{other}_copy.{other}.lo"] > -0.005
         # soft prompts: nothing of their own
         assert holds_zero(large, f"{name}.diff.soft.shuffled") and holds_zero(large, f"{name}.soft.hgr")
         assert large[f"{name}.full_quantised4_channels.hgr.lo"] > 0.99
@@ -109,6 +111,25 @@ def test_what_the_readme_claims_of_the_large_host_is_what_the_intervals_say():
         assert holds_zero(asked, f"{name}.16k.diff.retrieve4.full")
     assert holds_zero(asked, "xquad.16k.diff.compact32_retrieve2.full")
     assert asked["nq.16k.diff.compact32_retrieve2.full.hi"] < 0
+
+
+def test_what_the_readme_claims_of_copying():
+    seen, unseen = metrics_of("hgr-qwen1.5b"), metrics_of("hgr-unseen-qwen1.5b")
+    small, small_unseen = metrics_of("hgr-smollm2-135m"), metrics_of("hgr-unseen-smollm2-135m")
+    for shipped, other in ((seen, unseen), (small, small_unseen)):  # nearly as well on a host that it never saw
+        assert other["young.n8.copy_fitted.hgr"] > 0.93 * shipped["young.n8.copy.hgr"]
+        assert other["young.n8.linesdiff.copy_fitted.window.lo"] > 0
+    assert unseen["young.n8.copy_fitted.hgr"] > 0.97 * seen["young.n8.copy_fitted.hgr"]
+    free, again = metrics_of("free-qwen1.5b"), metrics_of("updates-qwen1.5b")
+    for name in ("young", "prose"):  # beside the default more names are right, and prose repeats itself less
+        assert free[f"{name}.compact32_retrieve2_copy.exact.minus_plain.lo"] > 0
+    assert free["prose.compact32_retrieve2_copy.repetition.minus_plain.hi"] < 0
+    near = metrics_of("near-matches-qwen1.5b")
+    assert near["copy.old.lo"] > near["full.old"] > near["window.old"] == 0
+    assert abs(near["compact32_retrieve2_copy.old"] - near["full.old"]) < 0.02
+    for times in (3, 10, 32):
+        assert again[f"u{times}.copy.new"] > 0.5 and again[f"u{times}.full.new"] < 0.02
+        assert again[f"u{times}.compact32_retrieve2_copy.new"] < 0.06
 
 
 def test_what_the_readme_claims_of_rulers_tasks_and_of_time():

@@ -21,8 +21,9 @@ def test_reading(tmp_path):
 
 def test_near_matches(tmp_path):
     write(tmp_path, "near-matches-smollm2-135m", interval("copy.old", 0.96, 0.9, 1.0))
+    write(tmp_path, "near-matches-qwen0.5b", {"copy.old": 0.25})
     write(tmp_path, "near-matches-qwen1.5b", {"copy.new": 0.5})
-    rows = [["copying, as it comes", "–", "96 [90, 100]", "50", "–"]]  # of ways that were measured
+    rows = [["raw window, copying", "–", "96 [90, 100]", "–", "25", "50", "–"]]  # of ways that were measured
     assert rows_of(render("near-matches", tmp_path)) == rows
 
 
@@ -30,7 +31,29 @@ def test_drafts(tmp_path):
     write(
         tmp_path, "reading-drafts", {**interval("drafts.copy.tokens_a_step", 1.5, 1.25, 2.0), "drafts.copy.same": 1.0}
     )
-    assert rows_of(render("drafts", tmp_path)) == [["copying", "1.50 [1.25, 2.00]", "100"]]
+    write(tmp_path, "reading-drafts-qwen1.5b", {"drafts.window.tokens_a_step": 2.0, "drafts.window.speedup": 1.5})
+    assert rows_of(render("drafts", tmp_path)) == [
+        ["135M, float32 on a CPU", "copying", "1.50 [1.25, 2.00]", "–", "100"],
+        ["1.5B, bfloat16 on a GPU", "raw window", "2.00", "1.50", "–"],
+    ]
+
+
+def test_updates(tmp_path):
+    write(tmp_path, "updates-qwen1.5b", {"u3.full.new": 0.25, "u3.full.old": 0.5, "u3.copy.new": 1.0})
+    text = render("updates", tmp_path)
+    assert "| set 3 times: latest | set 3 times: older |" in text
+    assert rows_of(text) == [["raw window, copying", "100", "–"], ["full history", "25", "50"]]
+
+
+def test_free_generation_and_the_difference(tmp_path):
+    metrics = {"young.window.repetition": 0.5, **interval("young.copy.repetition", 0.25, 0.2, 0.3)}
+    metrics |= interval("young.copy.repetition.minus_plain", -0.25, -0.3, -0.2)
+    write(tmp_path, "free-qwen1.5b", metrics)
+    assert rows_of(render("free", tmp_path)) == [
+        ["raw window", "50", "–", "–", "–"],
+        ["raw window, copying", "25 [20, 30]", "–", "–", "–"],
+        ["– the difference", "−25 [−30, −20]", "–", "–", "–"],
+    ]
 
 
 def test_demo(tmp_path):
