@@ -43,7 +43,9 @@ def record(args: argparse.Namespace) -> None:
         rows = Rows.load(args.data, name, tokenizer_fingerprint(tokenizer))
         some = range(len(rows.ids))[: args.documents][shard::shards]
         texts = [(rows.ids[i].astype(np.int64), rows.records[i].cluster) for i in some]
-        found += read_examples(reader, texts, rows.shape.target, seed=shard, title=name)
+        found += read_examples(reader, texts, rows.shape.target, seed=[shard, SETS.index(name)], title=name)
+    if not found:
+        raise InputError(f"record: expected texts in which anything matches, got none in shard {args.shard}")
     parts, groups = zip(*found, strict=True)
     names = sorted(set(groups))
     number = [np.full(len(part.host), names.index(group), np.int32) for part, group in found]
@@ -66,7 +68,7 @@ def read(path: Path) -> tuple[str, list[tuple[GateExamples, str]]]:
             names = json.loads(about["groups"])
             groups = file.get_tensor("groups")
             known = [file.get_tensor(name) for name in GateExamples.__dataclass_fields__]
-    except (OSError, KeyError, ValueError, SafetensorError) as error:
+    except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
         raise InputError(f"{path}: expected a file of eval.gates record, got {error!r}") from error
     parts = [(GateExamples(*(value[groups == n] for value in known)), name) for n, name in enumerate(names)]
     return about["host"], parts
@@ -82,6 +84,9 @@ def fit(args: argparse.Namespace) -> None:
     for path in args.examples:
         host, parts = read(path)
         recorded.setdefault(host, []).extend(parts)
+    unknown = sorted(set(args.leave_out) - set(recorded))
+    if unknown:
+        raise InputError(f"--leave-out: expected hosts among {sorted(recorded)}, got {', '.join(unknown)}")
     hosts = sorted(host for host in recorded if host not in args.leave_out)
     if not hosts:
         raise InputError(f"fit: expected examples of a host that is not left out, got those of {sorted(recorded)}")
@@ -110,7 +115,7 @@ def main(argv: list[str] | None = None) -> int:
     step = steps.add_parser("record")
     step.add_argument("--host", required=True, help="known name, folder or hub name")
     step.add_argument("--data", type=Path, required=True, help="folder of the sets of eval.documents")
-    step.add_argument("--sets", nargs="+", default=list(SETS))
+    step.add_argument("--sets", nargs="+", choices=SETS, default=list(SETS))
     step.add_argument("--documents", type=int, default=200, help="of each set, at most")
     step.add_argument("--shard", default="0/1", help="this process's share: number/of how many")
     step.add_argument("--out", type=Path, required=True, help="file, .safetensors")

@@ -102,7 +102,7 @@ class TestFit:
                 Fitted("gate", "either", "a", "shape"),
                 "gate: fitted to this host or a twin (a, of the same shape; no weights to compare)",
             ),
-            (Fitted("gate", "general"), "gate: general, fitted over several hosts"),
+            (Fitted("gate", "general"), "gate: general, for any host"),
             (Fitted("gate", "other"), "gate: fitted to another host (a host without a name)"),
         ],
     )  # fmt: skip

@@ -99,7 +99,7 @@ class TestGatesAndProjectors:
         assert fits == {"gate": "exact"}, "as before, the very copy's tokenizer is not asked for"
         lines, fits = read(tiny_host(seed=5), None, [Copy(gate=gate)], tokenizer=OTHER)
         assert fits == {"gate": "other"} and "gate: fitted to another host (own)" in lines
-        assert "gate: general, fitted over several hosts" in read(tiny_host(), None, [Copy(gate=Gate())])[0]
+        assert "gate: general, for any host" in read(tiny_host(), None, [Copy(gate=Gate())])[0]
 
     @pytest.mark.parametrize("own_name", ["a", "z"])
     def test_the_very_copys_come_first(self, crouter, own_name):

@@ -27,7 +27,7 @@ NOTES = (
     "words within a sentence), the share that stand in the prompt; only where any is written. minus_plain: the same "
     "prompts read without copying. Intervals: bootstrap, clustered by package or record."
 )
-_NAMES = re.compile(r"\b[A-Za-z]\w*(?:_|(?<=[a-z0-9])[A-Z])\w+\b|(?<=[a-z,] )[A-Z][a-z]{3,}\b")
+_NAMES = re.compile(r"\b_*[A-Za-z]\w*(?:_|(?<=[a-z0-9])[A-Z])\w+\b|(?<=[a-z,] )[A-Z][a-z]{3,}\b")
 
 
 def exactness(made: str, prompt: str) -> float:

@@ -3,8 +3,7 @@
 #   eval/recipes/crouter_code_mini.sh STEP WORK TOKENIZER HOST
 # STEP: prepare | train-a | train-b | align | calibrate | documents | measure. WORK: folder for data and runs. The
 # arguments are those that were used; train-b became the shipped one (NAME=b), by its reconstruction NLL on calibration
-# documents. PROSE: folder of the prose domains, for `documents`. The gates that ship are called shipped and generic in
-# WORK/arms after `measure`; an own one comes from `hf-crouter align --only gate`.
+# documents. PROSE: folder of the prose domains, for `documents`. The general gate is fitted by eval.gates (general_gate.sh).
 set -euo pipefail
 step=$1 work=$2 tokenizer=$3 host=${4:-}
 seconds=${SECONDS_TRAIN:-470} align_seconds=${SECONDS_ALIGN:-240} name=${NAME:-b}

@@ -1,12 +1,11 @@
 #!/usr/bin/env bash
-# The figures on larger hosts, and the projector and experts behind them, which do not ship; layer budgets and the general
-# gate do.
+# The figures on larger hosts, and the projector and experts behind them, which do not ship; layer budgets do.
 #   eval/recipes/qwen_hosts.sh STEP WORK [HOST]
-# STEP: data | align | gates | budgets | compaction | collect | questions | near | drafts | ruler | peers | experts | report,
+# STEP: data | align | budgets | compaction | collect | questions | near | drafts | ruler | peers | experts | report,
 # in this order; all but data and report want an accelerator, compaction and drafts alone. WORK: folder for sets and runs. HOST:
 # qwen2.5-coder-1.5b (the default) or -0.5b. `data` needs TEXTS, the folder of the text domains and questions. `peers` runs in an environment
 # of its own (kvpress 0.5.5, transformers 5.2, hqq). PROCESSES share the accelerator in collect, questions and peers (4 by
-# default).
+# default). OWN and UNSEEN: gates of this host alone and of others alone (general_gate.sh), for `collect`.
 set -euo pipefail
 step=$1 work=$2 host=${3:-qwen2.5-coder-1.5b} processes=${PROCESSES:-4}
 here="$work/$host" sets="$work/sets" crouter="$work/$host/crouter"
@@ -18,8 +17,8 @@ in_turn() {  # the same command in several processes, each with its share
 }
 case $step in
 data)  # both hosts share their tokenizer
-  python3 -m eval.documents --host "$host" --out "$sets" --sets young repo prose gate_code gate_repo gate_prose \
-    --corpus "$work/gate"
+  python3 -m eval.documents --host "$host" --out "$sets" --sets young repo prose gate_code gate_repo \
+    --data "$TEXTS" --corpus "$work/gate"
   python3 -m eval.run questions prepare --data "$TEXTS" --save "$here/questions" --host "$host"
   python3 -m eval.budget_texts --host "$host" --code "$work/gate" --data "$TEXTS" --out "$work/budget-texts"
   python3 -m eval.routing.pair_texts --data "$TEXTS" --out "$work/pair"
@@ -30,16 +29,6 @@ align)  # in a copy of the shipped crouter
   python3 -m hf_crouter align --host "$host" --crouter "$crouter-projector" --data "$work/gate" --only projector \
     --seconds 150 --batch-size 4 --learning-rate 1e-3 --hidden-size 512 --bf16 --chunks 1 2 4 8 8 16 --output "$here/align"
   ;;
-gates)  # recorded with every host in turn; fitted anew over all that are recorded, and without and of this one alone
-  for shard in $(seq 0 $((processes - 1))); do
-    python3 -m eval.gates record --host "$host" --data "$sets" --shard "$shard/$processes" \
-      --out "$work/gates/$host.$shard.safetensors" &
-  done
-  wait
-  python3 -m eval.gates fit "$work"/gates/*.safetensors --out hf_crouter/ngram/general_gate
-  python3 -m eval.gates fit "$work"/gates/*.safetensors --leave-out "$host" --out "$here/unseen"
-  python3 -m eval.gates fit "$work/gates/$host".*.safetensors --out "$here/own"
-  ;;
 budgets)  # where `Compact` finds them
   python3 -m hf_crouter budgets --host "$host" --data "$work/budget-texts" --documents 6 --batch-size 6 \
     --output "hf_crouter/checkpoints/layer-budgets/$host"
@@ -49,9 +38,11 @@ compaction)  # alone on the accelerator
   ;;
 collect)
   in_turn python3 -m eval.run hgr collect --data "$sets" --save "$here/hgr" --host "$host" --sets young repo \
-    --documents 64 --crouter "$crouter-projector" --gate "$here/own"
-  in_turn python3 -m eval.run hgr collect --data "$sets" --save "$here/unseen-hgr" --host "$host" --sets young \
-    --documents 64 --crouter none --gate "$here/unseen" --arms window full copy_fitted retrieve2 retrieve2_copy_fitted
+    --documents 64 --crouter "$crouter-projector" ${OWN:+--gate "$OWN"}
+  if [ -n "${UNSEEN:-}" ]; then
+    in_turn python3 -m eval.run hgr collect --data "$sets" --save "$here/unseen-hgr" --host "$host" --sets young \
+      --documents 64 --crouter none --gate "$UNSEEN" --arms window full copy_fitted retrieve2 retrieve2_copy_fitted
+  fi
   ;;
 questions)
   in_turn python3 -m eval.run questions collect --save "$here/questions" --host "$host" --crouter none --batch 4
@@ -84,8 +75,10 @@ experts)
 report)
   mv "$here"/hgr/questions.*.json "$here/questions" 2>/dev/null || true  # what the peers answered
   python3 -m eval.run hgr report --data "$sets" --save "$here/hgr" --host "$host" --sets young repo
-  python3 -m eval.run hgr report --data "$sets" --save "$here/unseen-hgr" --host "$host" --sets young \
-    --result "hgr-unseen-$host"
+  if [ -d "$here/unseen-hgr" ]; then
+    python3 -m eval.run hgr report --data "$sets" --save "$here/unseen-hgr" --host "$host" --sets young \
+      --result "hgr-unseen-$host"
+  fi
   python3 -m eval.run questions report --save "$here/questions" --host "$host"
   ;;
 *) echo "unknown step $step" >&2; exit 2 ;;

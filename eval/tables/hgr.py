@@ -118,7 +118,6 @@ SIZES = {
     "compact128": "compaction to 128",
     "compact32_retrieve2": "compaction to 32 and retrieval of 2, the defaults",
     "compact32_retrieve2_copy": "the defaults and copying",
-    "soft_retrieve2_copy": "soft prompts, retrieval of 2 and copying",
     "longer_same_slots_retrieve2": "a window longer by 1,024 tokens",
     "full": "full history",
 }

@@ -29,6 +29,7 @@ class Matches:
         length: tokens of the longest match; 0 without one.
         positions: positions in the archive of what followed the longest match, ascending, the latest 64 at most.
         latest: id that stands at the last of them; -1 without a match.
+        latest_weight: of that one, 0 to 1.
         tokens: ids that followed the last k tokens, int64, each once, in no order.
         weights: for each of them the sum of the weights of its occurrences, float32.
         occurrences: how often the last k tokens stood there.
@@ -37,6 +38,7 @@ class Matches:
     length: int
     positions: np.ndarray
     latest: int
+    latest_weight: float
     tokens: tuple[np.ndarray, ...]
     weights: tuple[np.ndarray, ...]
     occurrences: tuple[int, ...]
@@ -189,8 +191,8 @@ class Archive:
             found = self._static.latest(*common[length - 1])
             positions = np.concatenate([found, late[late_lengths >= length]])
         positions = np.sort(positions)[-LATEST:]
-        latest = self._id_at(int(positions[-1])) if len(positions) else -1
-        return Matches(length, positions, latest, *self._by_order(common, early, late, lengths, orders))
+        latest, weight = self._one(int(positions[-1])) if len(positions) else (-1, 0.0)
+        return Matches(length, positions, latest, weight, *self._by_order(common, early, late, lengths, orders))
 
     def source(self, suffix: Any, token: int, tokens: int, after: int | None = None) -> int | None:
         """Position of a token that a text's continuation repeats; None where it could not be copied.
@@ -228,11 +230,14 @@ class Archive:
         best = positions[reach == longest]
         return after + 1 if after is not None and after + 1 in best else int(best.max())
 
-    def _id_at(self, position: int) -> int:
-        """The id at a position of the archive."""
-        if self._static and position < self._sorted:
-            return int(self._static.ids[LONGEST + position])
-        return int(self._tail[LONGEST + position - self._sorted])
+    def _one(self, position: int) -> tuple[int, float]:
+        """Id and weight at a position of the archive."""
+        static, local = self._static, position - self._sorted
+        if static and local < 0:
+            ids, weights, at = static.ids, static.weights, position
+        else:
+            ids, weights, at = self._tail, self._weights, local
+        return int(ids[LONGEST + at]), 1.0 if weights is None else float(weights[at]) / SURE
 
     def pattern(self, suffix: Any, reach: int) -> np.ndarray:
         """What is looked for: a text's last `reach` ids, those behind its last stop id, the newest first."""

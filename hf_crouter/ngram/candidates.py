@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from .archive import ORDERS, Matches
 from .gate import ARCHIVE_FEATURES, FROM_ORDER, INDEX_FEATURES, SOURCES
 from .raw_text import RawMatch
 
+_NO_IDS = np.empty(0, np.int64)
 _LATEST = SOURCES - 1  # the last source: what followed the latest occurrence of the longest match
 
 
@@ -26,14 +27,14 @@ class Evidence:
     Attributes:
         matches: of the archive.
         archived: tokens of it.
-        raw: what the raw text says.
+        raw: what the raw text says; not looked for where the archive matches nothing.
         raw_ids: ids of the raw text, among others that no token has.
     """
 
     matches: Matches
     archived: int
-    raw: RawMatch
-    raw_ids: np.ndarray
+    raw: RawMatch = RawMatch()
+    raw_ids: np.ndarray = field(default_factory=lambda: _NO_IDS)
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,6 +47,7 @@ class Candidates:
         tokens: `[E]`, int64.
         probabilities: `[E]`, float32; they sum to 1 over a position and source.
         available: `[N, K]`, bool: the source has candidates.
+        confidence: `[N, K]`, float32, mean of a source's occurrences, 0 to 1; below 1 for rebuilt tokens alone.
         best: `[N, K]`, int64, the entry of the source's most probable token; 0 where there is none.
         chosen: `[N]`, int64, the most probable token of the longest order; -1 where there is none.
         features: `[N, ARCHIVE_FEATURES]`, float32.
@@ -56,6 +58,7 @@ class Candidates:
     tokens: torch.Tensor
     probabilities: torch.Tensor
     available: torch.Tensor
+    confidence: torch.Tensor
     best: torch.Tensor
     chosen: torch.Tensor
     features: torch.Tensor
@@ -85,12 +88,13 @@ def collect(evidence: Sequence[Evidence]) -> Candidates:
     """Candidates and their features from what is known before N positions; on the CPU."""
     features = np.zeros((len(evidence), ARCHIVE_FEATURES), np.float32)
     available = np.zeros((len(evidence), SOURCES), bool)
+    confidence = np.ones((len(evidence), SOURCES), np.float32)
     best = np.zeros((len(evidence), SOURCES), np.int64)
     chosen = np.full(len(evidence), -1, np.int64)
     tokens, probabilities, cells, sizes, total = [], [], [], [], 0
     for n, known in enumerate(evidence):
         match, tops = known.matches, []
-        ids, shares = np.empty(0, np.int64), np.empty(0, np.float32)  # of the longest order, in the end
+        ids, shares = _NO_IDS, np.empty(0, np.float32)  # of the longest order, in the end
         for k in range(len(ORDERS)):
             if k >= len(match.weights) or not len(match.weights[k]):
                 break
@@ -101,10 +105,10 @@ def collect(evidence: Sequence[Evidence]) -> Candidates:
             ids, occurrences = match.tokens[k], match.occurrences[k]
             tied = np.flatnonzero(weights >= weights.max() * (1 - 1e-6))
             top = int(tied[ids[tied].argmin()])  # whatever order they come in
-            available[n, k], best[n, k] = True, total + top
+            available[n, k], best[n, k], confidence[n, k] = True, total + top, min(1.0, whole / occurrences)
             shares = weights / whole
             features[n, FROM_ORDER * k : FROM_ORDER * (k + 1)] = (
-                1.0, math.log1p(occurrences) / 8, math.log1p(len(weights)) / 8, float(shares[top]), whole / occurrences
+                1.0, math.log1p(occurrences) / 8, math.log1p(len(weights)) / 8, float(shares[top])
             )  # fmt: skip
             tops.append(int(ids[top]))
             tokens.append(ids)
@@ -119,7 +123,9 @@ def collect(evidence: Sequence[Evidence]) -> Candidates:
             math.log2(1 + match.length) / 6, tops.count(tops[-1]) / len(tops), float(match.length >= 32)
         )  # fmt: skip
         features[n, INDEX_FEATURES:] = _beside(known, tops[-1], ids, shares)
-        available[n, _LATEST], best[n, _LATEST] = True, total
+        if not match.latest_weight:
+            continue
+        available[n, _LATEST], best[n, _LATEST], confidence[n, _LATEST] = True, total, match.latest_weight
         tokens.append(np.array([match.latest]))
         probabilities.append(np.ones(1, np.float32))
         cells.append((n, _LATEST))
@@ -132,6 +138,7 @@ def collect(evidence: Sequence[Evidence]) -> Candidates:
         torch.from_numpy(np.concatenate(tokens) if tokens else np.empty(0, np.int64)),
         torch.from_numpy(np.concatenate(probabilities).astype(np.float32) if tokens else np.empty(0, np.float32)),
         torch.from_numpy(available),
+        torch.from_numpy(confidence),
         torch.from_numpy(best),
         torch.from_numpy(chosen),
         torch.from_numpy(features),

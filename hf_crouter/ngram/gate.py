@@ -22,7 +22,7 @@ from .archive import ORDERS
 
 NAME, CONFIG = "gate", "gate.json"
 SOURCES = len(ORDERS) + 1  # what is copied from: what followed each order, or the latest occurrence
-FROM_ORDER, BESIDE, FROM_HOST = 5, 16, 2  # features: of an order, of raw text and sources, of an order and the host
+FROM_ORDER, BESIDE, FROM_HOST = 4, 16, 2  # features: of an order, of raw text and sources, of an order and the host
 INDEX_FEATURES = FROM_ORDER * len(ORDERS) + 3
 ARCHIVE_FEATURES = INDEX_FEATURES + BESIDE
 HOST_FEATURES = FROM_HOST * len(ORDERS) + 3
@@ -36,7 +36,7 @@ class GateConfig:
     Attributes:
         hidden_size: width of its one hidden layer.
         orders: lengths of context that it weighs, beside the latest occurrence.
-        features: what it sees of a position.
+        features: number of what it sees of a position; another number is another version's.
         host_name: of the host that it was fitted on; empty for the general one.
         host_fingerprint: of that host's weights; empty for the general one.
         host_architecture: see `hosts.fingerprint.host_architecture`; empty in files of 0.2 and before.
@@ -83,13 +83,7 @@ class Gate(nn.Module):
         Raises:
             InputError: missing, truncated or altered files, or a gate of another version.
         """
-        known = {f.name for f in fields(GateConfig)}
-
-        def described(record: dict[str, Any]) -> GateConfig:
-            some = {key: record[key] for key in record.keys() & known}
-            return GateConfig(**{"features": 0, **some, "orders": tuple(record["orders"])})  # before 0.3: none named
-
-        config, checksum = read_description(folder, NAME, described)
+        config, checksum = _described(folder)
         if config.orders != ORDERS or config.features != FEATURES:
             raise InputError(
                 f"{Path(folder) / CONFIG}: expected a gate of {len(ORDERS)} orders and {FEATURES} features, got "
@@ -108,6 +102,21 @@ class Gate(nn.Module):
             tokenizer: of the host; looked for beside it where it is needed.
         """
         return fitted(NAME, self.config, in_use(host, tokenizer))
+
+
+def _described(folder: str | Path) -> tuple[GateConfig, str]:
+    """What a gate's folder says of it, whatever its version, and the checksum of its weights.
+
+    Raises:
+        InputError: a missing or damaged description.
+    """
+    known = {f.name for f in fields(GateConfig)}
+
+    def described(record: dict[str, Any]) -> GateConfig:
+        some = {key: record[key] for key in record.keys() & known}
+        return GateConfig(**{"features": 0, **some, "orders": tuple(record["orders"])})  # before 0.3: none named
+
+    return read_description(folder, NAME, described)
 
 
 def general_gate() -> Gate:
@@ -155,6 +164,5 @@ def own_gate(crouter: CRouterModel | None, host: Any, tokenizer: Any = None) -> 
     source = str(getattr(crouter.config, "_name_or_path", "") or "") if crouter is not None else ""
     folders = [path.parent for folder in (crouter_folder(source, "gates") if source else None, SHIPPED)
                if folder is not None for path in sorted(folder.glob(f"gates/*/{CONFIG}"))]  # fmt: skip
-    gates = [Gate.load(folder) for folder in folders]
-    best = best_fit([gate.config for gate in gates], in_use(host, tokenizer))
-    return gates[best] if best is not None else None
+    best = best_fit([_described(folder)[0] for folder in folders], in_use(host, tokenizer))
+    return Gate.load(folders[best]) if best is not None else None  # those of other hosts may be of any version

@@ -2,7 +2,8 @@
 
 `p = w_0 p_host + sum_k w_k p_k`, with `p_k` what followed the last `k` tokens in the archive, and a last `p_k` that is
 certain of what followed the latest occurrence of the longest match. A small gate gives the weights from what is known
-before the token: counts, agreement, the host's certainty, what the raw text says, the confidence of rebuilt tokens.
+before the token: counts, agreement, the host's certainty, what the raw text says. Where tokens were rebuilt, a source
+counts as much as their confidence.
 Axes: `N` positions (rows of a step, or tokens of a text), `K` sources (the orders, and the latest occurrence), `E`
 candidates of all positions, `V` vocabulary.
 
@@ -150,14 +151,15 @@ def mix(scores: torch.Tensor, candidates: Candidates, gate: Gate, strength: floa
         scores: `[N, V]`, logits or log-probabilities; what is -inf stays forbidden.
         candidates: of the same N positions, on the same device.
         gate: gives the weights.
-        strength: factor on every source's weight, 0 to 1.
+        strength: factor on every source's weight, 0 to 1. What a source is not confident of goes to the host as well.
     """
     host, normaliser = view_host(scores, candidates)
     if bool((host.candidates == -math.inf).any()):
         candidates = candidates.allowed(scores > -math.inf)
     weights = gate(gate_features(candidates, host), candidates.available)
-    if strength != 1.0:
-        copied = weights[:, 1:] + (math.log(strength) if strength else -math.inf)
+    factor = strength * candidates.confidence
+    if bool((factor < 1).any()):
+        copied = weights[:, 1:] + factor.log()
         own = torch.log1p(-copied.exp().sum(-1, keepdim=True).clamp(max=1 - 1e-7))
         weights = torch.cat([own, copied], dim=1)
     return Mixture(candidates, host, normaliser, weights, scores.shape[-1])

@@ -2,7 +2,7 @@
 
 Every text is read by `CompressedHistory`, in one of the ways in which the gate will be used: with the window alone or
 a longer one, with chunks retrieved, as by default, with soft prompts where there is a projector. Beside documents
-there are records that are set anew (`records`). The archive holds the true ids or what the crouter rebuilds.
+there are records that are set anew (`records`).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ import torch
 from ..chunking import tokenizer_fingerprint
 from ..compressors.projector import Projector, find_projector
 from ..data.tokens import TokenArray
-from ..errors import InputError, MismatchError
+from ..errors import CapacityError, InputError, MismatchError
 from ..history import CHUNK_LENGTH, CompressedHistory
 from ..hosts.fingerprint import host_architecture, host_fingerprint
 from ..hosts.unwrap import display_name
@@ -34,8 +34,9 @@ from .gate import fit_gate
 from .loop import device_name, make_accelerator
 from .records import record_row
 
-RECORDS, REBUILT = 0.25, 0.2  # records for each document; share of texts whose archive is rebuilt
-ROOM = 256  # tokens of the older part that records are hidden in, at least
+RECORDS = 0.25  # texts with records for each document
+ROOM, TAIL = 256, 192  # tokens of the older part that records are hidden in, and behind it, at least
+RECORD = "records"  # begins the group of each text of records
 LONGER = (64, 512, 1024, 1536)  # tokens by which the window grows in the way "longer"
 
 
@@ -70,18 +71,13 @@ def copied_by_source(candidates: Candidates, targets: torch.Tensor) -> torch.Ten
 
 
 class Recorder:
-    """A mode that changes nothing and notes what a gate would have seen, at positions where anything matches.
-
-    Args:
-        source: of the archive, as in `Copy`.
-    """
+    """A mode that changes nothing and notes what a gate would have seen, at positions where anything matches."""
 
     name: ClassVar[str] = "recorder"
     gives: ClassVar[tuple[Contribution, ...]] = ("scores",)
 
-    def __init__(self, source: Literal["ids", "rebuilt"] = "ids"):
-        self.copy = Copy(source=source, gate=Gate())
-        self.needs_crouter = self.copy.needs_crouter
+    def __init__(self):
+        self.copy, self.needs_crouter = Copy(gate=Gate()), False
         self.examples: list[GateExamples] = []
 
     @classmethod
@@ -126,7 +122,7 @@ class GateReader:
     Args:
         host: a decoder.
         tokenizer: of the host.
-        crouter: cuts the chunks, and rebuilds them; None: chunks of 512 tokens, never rebuilt.
+        crouter: cuts the chunks; None: chunks of 512 tokens.
         crouter_tokenizer: of the crouter.
         projector: makes soft prompts; None leaves the way `soft` out.
         window: raw tokens at the end.
@@ -156,19 +152,29 @@ class GateReader:
         """Tokens of a chunk."""
         return self.crouter.config.chunk_length if self.crouter is not None else CHUNK_LENGTH
 
-    def examples(
-        self, ids: np.ndarray, last: int, way: str, *, rebuilt: bool = False, longer: int = 512
-    ) -> GateExamples | None:
+    def examples(self, ids: np.ndarray, last: int, way: str, *, longer: int = 512) -> GateExamples | None:
         """Examples of the last tokens of a text, at positions where anything matches; None where nothing does.
+
+        A way that does not fit the host's positions gives way to the window alone.
 
         Args:
             ids: of the text, `[T]`.
             last: tokens that are predicted.
             way: one of `ways`.
-            rebuilt: archive what the latents rebuild instead of the true ids.
             longer: tokens by which the raw window grows in the way "longer".
+
+        Raises:
+            CapacityError: not even the window fits the host's positions.
         """
-        recorder = Recorder("rebuilt" if rebuilt else "ids")
+        try:
+            return self._read(ids, last, way, longer)
+        except CapacityError:
+            if way == "window":
+                raise
+            return self._read(ids, last, "window", 0)
+
+    def _read(self, ids: np.ndarray, last: int, way: str, longer: int) -> GateExamples | None:
+        recorder = Recorder()
         history = CompressedHistory(
             self.host,
             self.crouter,
@@ -223,7 +229,7 @@ def read_examples(
     rows: Sequence[tuple[np.ndarray, str]],
     last: int,
     *,
-    seed: int = 0,
+    seed: int | Sequence[int] = 0,
     title: str = "gate",
 ) -> list[tuple[GateExamples, str]]:
     """Examples of documents and of records hidden among them, with their groups.
@@ -244,8 +250,7 @@ def read_examples(
     def add(group: str, ids: np.ndarray, last: int) -> None:
         way = names[int(generator.integers(len(names)))]
         longer = int(generator.choice(LONGER))
-        rebuilt = reader.crouter is not None and bool(generator.random() < REBUILT)
-        examples = reader.examples(ids, last, way, rebuilt=rebuilt, longer=longer)
+        examples = reader.examples(ids, last, way, longer=longer)
         if examples is not None and len(examples.host):
             found.append((examples, group))
 
@@ -254,9 +259,10 @@ def read_examples(
         for n, (ids, group) in enumerate(rows):
             add(group, ids, last)
             end = len(ids) - last - reader.window
-            if generator.random() < RECORDS and end - reader.keep_first >= ROOM:
+            room = end - reader.keep_first >= ROOM and len(ids) - end >= TAIL
+            if generator.random() < RECORDS and room:
                 row, listed = record_row(encode, ids, len(ids), (reader.keep_first, end), generator)
-                add(f"records {n}", row, listed)
+                add(f"{RECORD} {title} {seed} {n}", row, listed)
             shown.advance(1, last)
     return found
 
@@ -280,8 +286,9 @@ def train_gate(
         InputError: examples of fewer than two groups.
     """
     names = {name: number for number, name in enumerate(sorted({group for _, group in examples}))}
-    if len(names) < 2:
-        raise InputError(f"gate: expected documents of at least two groups, got {len(names)}")
+    documents = [name for name in names if not name.startswith(RECORD)]
+    if len(documents) < 2:
+        raise InputError(f"gate: expected documents of at least two groups, got {len(documents)}")
     groups = np.concatenate([np.full(len(part.host), names[group]) for part, group in examples])
     known = GateExamples.joined([part for part, _ in examples])
     features, available, copied, host = (value.to(device) for value in vars(known).values())

@@ -1,6 +1,6 @@
 """Fits the gate of copying: by the likelihood of the mixture, on recorded passes of a host.
 
-Axes: `N` positions, `F` features, `K` orders. What was recorded there suffices: neither host nor archive is run.
+Axes: `N` positions, `F` features, `K` sources. What was recorded there suffices: neither host nor archive is run.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import nn
 from ..errors import InputError
 from ..ngram.gate import Gate, GateConfig
 
-_NEVER = 50.0  # nats by which the host outweighs every order in a gate that copies nothing
+_NEVER = 50.0  # nats by which the host outweighs every source in a gate that copies nothing
 _LEAST = 1e-30  # probability that stands for none: its logarithm is finite
 _BLOCK = 1 << 18  # positions that are evaluated at once
 
@@ -29,8 +29,8 @@ def mixture_log_likelihood(
     Args:
         gate: gives log-weights `[N, 1 + K]`, the host's first.
         features: `[N, F]`, from `gate_features`.
-        available: `[N, K]`, bool: the order has candidates.
-        copied: `[N, K]`, probability that each order gave to what came.
+        available: `[N, K]`, bool: the source has candidates.
+        copied: `[N, K]`, probability that each source gave to what came.
         host: `[N]`, the host's log-probability of it.
     """
     weights = gate(features.float(), available)
@@ -135,8 +135,8 @@ def fit_gate(
 
     Args:
         features: `[N, F]`, from `gate_features`; float16 will do.
-        available: `[N, K]`, bool: the order has candidates.
-        copied: `[N, K]`, probability that each order gave to the token that came.
+        available: `[N, K]`, bool: the source has candidates.
+        copied: `[N, K]`, probability that each source gave to the token that came.
         host: `[N]`, the host's log-probability of it, float32.
         groups: `[N]`, integers; positions of one group are held out together.
         config: of the gate, with the host that it is for.

@@ -108,17 +108,19 @@ def record_row(
             value = _value(str(kinds[k if mixed else 0]), random)
             words = line if random.random() < 0.4 else str(random.choice(REMARKS))
             piece = encode(("" if remarks else "\n") + words.format(key=keys[k], value=value))
-            if len(remarks) + len(piece) <= _REMARKED:
+            if len(remarks) + len(piece) <= min(_REMARKED, (length - older[1]) // 3):
                 held[k] = value
                 remarks += piece
     # one time in four the list is written in other words than the records
     ask = line if random.random() < 0.75 else FORMS[int(random.integers(len(FORMS)))][1]
-    listed = encode("\n" + head.format())
+    listed, said = encode("\n" + head.format()), 0
     for k in random.permutation(list(held)).tolist():
         piece = encode(ask.format(key=keys[k], value=held[k]))
         if len(listed) + len(piece) > min(_LISTED, length - older[1] - len(remarks) - 1):
             break
-        listed += piece
+        listed, said = listed + piece, said + 1
+    if not said:
+        raise InputError(f"records: expected room for a list behind the older part, got {length - older[1]} tokens")
     return _placed(pieces, remarks, listed, other, length, older, random), len(listed)
 
 

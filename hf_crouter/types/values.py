@@ -39,7 +39,7 @@ class Fitted:
             "exact": f"fitted to this very copy of {name}",
             "twin": f"fitted to a twin ({name}, other weights of the same {self.shared})",
             "either": f"fitted to this host or a twin ({name}, of the same {self.shared}; no weights to compare)",
-            "general": "general, fitted over several hosts",
+            "general": "general, for any host",
             "other": f"fitted to another host ({name})",
         }[self.fit]
 

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.numpy import save_file
 
 from eval import gates
 from eval.rows import Record, Rows, Shape
@@ -73,3 +74,14 @@ def test_odd_files_are_refused_in_one_line(tmp_path, capsys):
     assert capsys.readouterr().err.count("\n") == 1
     assert gates.main(["record", "--host", world().host, "--data", str(tmp_path), "--out", str(tmp_path / "x")]) == 2
     assert "expected the set gate_code" in capsys.readouterr().err and not (tmp_path / "x").exists()
+    save_file({"features": np.zeros(3, np.float32)}, tmp_path / "bare.safetensors")
+    assert gates.main(["fit", str(tmp_path / "bare.safetensors"), "--out", str(tmp_path / "out")]) == 2
+    assert "expected a file of eval.gates record" in capsys.readouterr().err
+
+
+def test_what_leaves_nothing_or_names_nobody_is_refused(files, tmp_path, capsys):
+    words = ["record", "--host", world().host, "--data", str(files), "--sets", "gate_code", "--documents", "1",
+             "--shard", "1/2", "--out", str(tmp_path / "x.safetensors")]  # fmt: skip
+    assert gates.main(words) == 2 and "got none in shard 1/2" in capsys.readouterr().err
+    words = ["fit", str(files / "0.safetensors"), "--leave-out", "tiny-hots", "--out", str(tmp_path / "out")]
+    assert gates.main(words) == 2 and "expected hosts among ['tiny-host'], got tiny-hots" in capsys.readouterr().err

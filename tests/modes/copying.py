@@ -62,10 +62,10 @@ def run(host, ids, mask=None, **options):
     return host.generate(ids, attention_mask=mask, **{**OPTIONS, **options})
 
 
-def evidence(archive, suffix, parts=()):
+def evidence(archive, suffix):
     """What is known of a text behind its last ids, which are its raw window."""
     suffix = np.asarray(suffix, np.int64)
-    raw = RawText([np.asarray(part, np.int64) for part in parts], suffix)
+    raw = RawText((), suffix)
     found = raw.match(archive.pattern(suffix, 64), len(suffix))
     return Evidence(archive.match(suffix), len(archive), found, raw.upto(len(suffix)))
 
@@ -75,8 +75,9 @@ def expected_step(row, archive, logits, gate, stop=(0, 1, 2), start=None):
     slow = SlowArchive(frozenset(stop)).extended(archive)
     length, positions, followers, counts = slow.match(row[-64:], ORDERS, 64)
     latest = slow.ids[positions[-1]] if positions else -1
-    match = Matches(length, np.array(positions), latest, tuple(np.array(list(f), np.int64) for f in followers),
-                    tuple(np.array(list(f.values()), np.float32) for f in followers), tuple(counts))  # fmt: skip
+    tokens = tuple(np.array(list(f), np.int64) for f in followers)
+    weights = tuple(np.array(list(f.values()), np.float32) for f in followers)
+    match = Matches(length, np.array(positions), latest, float(length > 0), tokens, weights, tuple(counts))
     row = [int(i) for i in row]
     parts = [row[:PREFIX], row[PREFIX + len(archive) if start is None else start :]]
     raw_ids = np.array([i for part in parts for i in part])

@@ -1,13 +1,17 @@
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
 from tokenizers import AddedToken
 
+from hf_crouter import CompressedHistory
 from hf_crouter.errors import InputError, MismatchError
 from hf_crouter.hosts.fingerprint import host_fingerprint
 from hf_crouter.hosts.tokenizers import special_ids
+from hf_crouter.modes import Copy, Retrieve
+from hf_crouter.modes.copy import Copier
 from hf_crouter.ngram.archive import Archive
 from hf_crouter.ngram.candidates import Evidence, collect
 from hf_crouter.ngram.gate import Gate, find_gate
@@ -16,8 +20,9 @@ from hf_crouter.ngram.raw_text import RawText
 from hf_crouter.ngram.row_archive import Archives
 from hf_crouter.types import Chunk, Row
 
+from ..ngram.reference import slow_raw
 from ..tiny import CHUNK, VOCAB, make_history, tiny_crouter, tiny_host, tiny_projector
-from .copying import NEW, PREFIX, WINDOW, eager_gate, gate_of, make, repetitive, run
+from .copying import NEW, PREFIX, WINDOW, eager_gate, evidence, gate_of, make, repetitive, run
 
 torch.set_num_threads(1)
 
@@ -56,6 +61,46 @@ class TestSources:
         torch.testing.assert_close(
             out.scores[-1].log_softmax(-1), mixture.log_probabilities(out.logits[-1]), atol=1e-3, rtol=1e-3
         )
+
+    def test_what_is_uncertain_is_copied_less(self):
+        ids, scores = np.array([5, 6, 7, 9, 5, 6, 8, 9]), torch.randn(1, 97)
+        gate, shares = eager_gate(), []
+        for confidence in (1.0, 0.8, 0.4, 0.2):
+            archive = Archive.empty(97).extended(ids, [confidence] * len(ids))
+            candidates = collect([evidence(archive, [5, 6])])
+            shares.append(mix(scores, candidates, gate).share.item())
+        assert shares == pytest.approx([shares[0] * part for part in (1.0, 0.8, 0.4, 0.2)], rel=0.01)
+        archive = Archive.empty(97).extended(ids, [1, 1, 1, 1, 1, 1, 0, 1])
+        candidates = collect([evidence(archive, [5, 6])])
+        assert not candidates.available[0, -1], "the latest is not believed at all"
+        assert mix(scores, candidates, gate).copied(torch.tensor([8])).item() == 0
+
+    def test_what_stands_raw_is_looked_for_where_the_host_reads_it(self, host, crouter, monkeypatch):
+        seen, look = [], Copier.look
+
+        def spied(copier, cache, input_ids, columns):
+            found = look(copier, cache, input_ids, columns)
+            for i, row in enumerate(cache.rows):
+                ids = input_ids[i, row.pad :].tolist()
+                chunks = [ids[row.chunks[n].start : row.chunks[n].end] for n in row.retrieved]
+                for n, column in enumerate(columns):
+                    known, end = found[i * len(columns) + n], column - row.pad
+                    if known.matches.length:
+                        parts = [ids[: row.prefix], *chunks, ids[row.raw_start : end]]
+                        wanted = slow_raw(parts, ids[:end], copier.archives.empty.archive.stop_ids)
+                        got = (known.raw.length, known.raw.token, known.raw.occurrences, known.raw.share)
+                        assert got == pytest.approx(wanted)
+                        seen.append(len(chunks))
+            return found
+
+        monkeypatch.setattr(Copier, "look", spied)
+        history = CompressedHistory(
+            host, crouter, modes=[Retrieve(2), Copy(gate=eager_gate(bias=-8.0))], window=WINDOW, keep_first=PREFIX
+        )
+        ids, mask = repetitive(110, 70)
+        run(host, ids, mask, logits_processor=[history])
+        history.score(ids, last=40, attention_mask=mask)
+        assert len(seen) > 50 and max(seen) == 2
 
     def test_the_report_counts_what_was_copied_and_where_from(self, host, crouter):
         history = make(host, crouter, copy_gate=eager_gate(bias=-8.0))
@@ -145,6 +190,14 @@ class TestGates:
             torch.equal(a, b) for a, b in zip(gate.state_dict().values(), found.state_dict().values(), strict=True)
         )
         assert find_gate(crouter, tiny_host(seed=9)).config.host_name == ""  # the general one
+        # one of another version that is another host's disturbs nobody; the host's own is refused
+        other = json.loads((tmp_path / "gates/tiny/gate.json").read_text())
+        folder = tmp_path / "gates" / "old"
+        shutil.copytree(tmp_path / "gates" / "tiny", folder)
+        old = {key: value for key, value in other.items() if key != "features"} | {"host_fingerprint": "elsewhere"}
+        (folder / "gate.json").write_text(json.dumps({**old, "host_architecture": "", "host_tokenizer": ""}))
+        assert find_gate(crouter, host).config.host_name == "tiny"
+        assert find_gate(crouter, tiny_host(seed=9)).config.host_name == ""
         with pytest.raises(MismatchError, match="fingerprint"):
             find_gate(crouter, tiny_host(seed=9), tmp_path / "gates" / "tiny")
 
@@ -162,7 +215,7 @@ class TestGates:
         refused("truncated or altered")
         weights.write_bytes(data)
         description.write_text(json.dumps({**json.loads(text), "orders": [1, 2]}))
-        refused("expected a gate of 9 orders and 85 features, got 2 and 85")
+        refused("expected a gate of 9 orders and 76 features, got 2 and 76")
         old = {key: value for key, value in json.loads(text).items() if key != "features"}
         description.write_text(json.dumps(old))
         refused("got 9 and those of an earlier version: fit it anew")

@@ -63,11 +63,12 @@ def slow_raw(parts, suffix, stop_ids=()):
     return longest, tokens[-1], len(tokens), tokens.count(tokens[-1]) / len(tokens)
 
 
-def assert_same(matches, expected, ids=None):
+def assert_same(matches, expected, slow=None):
     length, positions, followers, counts = expected
     assert (matches.length, matches.positions.tolist()) == (length, positions)
-    if ids is not None:
-        assert matches.latest == (ids[positions[-1]] if positions else -1)
+    if slow is not None:
+        assert matches.latest == (slow.ids[positions[-1]] if positions else -1)
+        assert matches.latest_weight == pytest.approx(slow.weights[positions[-1]] if positions else 0.0)
     assert matches.occurrences == tuple(counts) and all(type(count) is int for count in matches.occurrences)
     for tokens, weights, wanted in zip(matches.tokens, matches.weights, followers, strict=True):
         assert (tokens.dtype, weights.dtype, len(tokens)) == (np.int64, np.float32, len(wanted))

@@ -57,3 +57,9 @@ def test_no_wording_is_one_that_is_measured():
 def test_a_text_without_room_is_refused():
     with pytest.raises(InputError, match="expected room for one"):
         record_row(encode, OTHER, 40, (4, 12), np.random.default_rng(0))
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_a_short_window_holds_what_it_can(seed):
+    ids, listed = record_row(encode, OTHER, 900, (4, 700), np.random.default_rng(seed))
+    assert ids.shape == (900,) and 0 < listed < 200

@@ -15,6 +15,7 @@ def test_names_are_looked_up_in_the_prompt():
     prompt = "def read_rows(path):\n    rowCount = 3\nand then Anna met Robert"
     assert free.exactness("read_rows(rowCount)", prompt) == 1.0
     assert free.exactness("read_rows(row_count) + read_rows", prompt) == 0.5, "each name once"
+    assert free.exactness("_read_rows(rowCount)", prompt) == 0.5, "a leading underscore is part of the name"
     assert free.exactness("he saw Anna and Rupert there", prompt) == 0.5
     assert math.isnan(free.exactness("a + b < 3", prompt)) and math.isnan(free.exactness("The end", prompt))
 
