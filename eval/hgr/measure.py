@@ -184,11 +184,10 @@ def _full_copy(
             past = row[shape.prefix : len(row) - shape.target - shape.window]
             archive = Archive.empty(own.shape[-1], stop_ids).extended(past)
             first = len(row) - shape.target
-            raw, evidence = RawText((), row.astype(np.int64)), []
-            for end in range(first, len(row)):
-                suffix = row[max(0, end - LONGEST) : end]
-                found = raw.match(archive.pattern(suffix, LONGEST), end)
-                evidence.append(Evidence(archive.match(suffix), len(archive), found, raw.upto(end)))
+            raw = RawText((), row.astype(np.int64))
+            evidence = [
+                Evidence.of(archive, row[max(0, end - LONGEST) : end], raw, end) for end in range(first, len(row))
+            ]
             said, right = [], []
             for start in range(0, shape.target, BLOCK):
                 view, chosen = own[start : start + BLOCK], wanted[start : start + BLOCK]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -14,9 +15,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from eval.arms import Reader
+from eval.arms import GENERATING, Reader
 from eval.rows import Record, Rows, Shape
+from hf_crouter.chunking import tokenizer_fingerprint
+from hf_crouter.crouter.loading import load_crouter
 from hf_crouter.generation.report import HistoryReport
+from hf_crouter.hosts.loading import load_host
 from hf_crouter.hosts.positions import max_positions
 from hf_crouter.utils.progress import Progress
 
@@ -171,6 +175,30 @@ def batches(count: int, size: int) -> Iterator[slice]:
     """Slices that cover `count` rows."""
     for first in range(0, count, size):
         yield slice(first, min(first + size, count))
+
+
+def bench_arguments(parser: argparse.ArgumentParser, name: str, arms: Sequence[str], sets: str, batch: int) -> None:
+    """Adds the arguments that `opened` reads, and arms and result; `batch` on an accelerator."""
+    parser.add_argument("--data", type=Path, required=True, help=f"folder of the sets of eval.documents: {sets}")
+    parser.add_argument("--host", default="smollm2-135m", help="known name, folder or hub name")
+    parser.add_argument("--crouter", help="the shipped one by default; none: arms that need one are left out")
+    parser.add_argument("--gate", type=Path, help="folder of a gate that was fitted for this host")
+    parser.add_argument("--arms", nargs="+", choices=GENERATING, default=list(arms))
+    parser.add_argument("--batch", type=int, default=batch if torch.cuda.device_count() > 0 else 2,
+                        help="prompts at once")  # fmt: skip
+    parser.add_argument("--save", type=Path, help="folder for single samples, JSON lines")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--result", help=f"{name}-HOST by default")
+
+
+def opened(args: argparse.Namespace, sets: Sequence[str]) -> Bench:
+    """A bench with the sets, of the arguments of `bench_arguments`."""
+    cuda = torch.cuda.is_available()
+    device = "cuda" if cuda else "cpu"
+    host, tokenizer = load_host(args.host, device, torch.bfloat16 if cuda else torch.float32)
+    crouter = None if args.crouter == "none" else load_crouter(args.crouter, device)[0]
+    rows = {name: Rows.load(args.data, name, tokenizer_fingerprint(tokenizer)) for name in sets}
+    return Bench(Reader(host, tokenizer, crouter, args.gate), rows, args.batch, args.save, args.seed)
 
 
 def group(record: Record) -> str:

@@ -5,20 +5,14 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
-import torch
 
-from eval.arms import GENERATING, Reader
-from eval.reading.bench import Bench, batches, group, progress_of
+from eval.reading.bench import Bench, batches, bench_arguments, group, opened, progress_of
 from eval.reading.measures import repeated_trigrams
 from eval.results import host_key, host_note, write_result
-from eval.rows import Rows, Shape
-from eval.statistics import clustered_interval, mean_with_interval
-from hf_crouter.chunking import tokenizer_fingerprint
-from hf_crouter.crouter.loading import load_crouter
-from hf_crouter.hosts.loading import load_host
+from eval.rows import Shape
+from eval.statistics import mean_with_interval
 
 ARMS = ("window", "copy", "retrieve2", "retrieve2_copy", "compact32_retrieve2", "compact32_retrieve2_copy")
 NOTES = (
@@ -73,44 +67,26 @@ def _compared(
     key: str, values: np.ndarray, plain: np.ndarray | None, groups: Sequence[str], seed: int
 ) -> dict[str, float]:
     """A mean with its interval, and the paired difference to another reading with its own."""
-    some = np.flatnonzero(np.isfinite(values))
-    if not len(some):
-        return {}
-    metrics = mean_with_interval(key, values[some].tolist(), [groups[i] for i in some], seed)
-    both = some[:0] if plain is None else np.flatnonzero(np.isfinite(values) & np.isfinite(plain))
-    if plain is None or not len(both):
-        return metrics
-    change = (values - plain)[both]
-    mean, low, high = clustered_interval(lambda draw: float(change[draw].mean()), [groups[i] for i in both], seed=seed)
-    return metrics | {f"{key}.minus_plain": mean, f"{key}.minus_plain.lo": low, f"{key}.minus_plain.hi": high}
+    metrics: dict[str, float] = {}
+    for name, some in ((key, values), (f"{key}.minus_plain", None if plain is None else values - plain)):
+        if some is not None:
+            there = np.flatnonzero(np.isfinite(some))
+            metrics |= mean_with_interval(name, some[there].tolist(), [groups[i] for i in there], seed)
+    return metrics
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments."""
-    parser.add_argument("--data", type=Path, required=True, help="folder of the sets of eval.documents: young, prose")
-    parser.add_argument("--host", default="smollm2-135m", help="known name, folder or hub name")
-    parser.add_argument("--crouter", help="the shipped one by default; none: arms that need one are left out")
-    parser.add_argument("--gate", type=Path, help="folder of a gate that was fitted for this host")
-    parser.add_argument("--arms", nargs="+", choices=GENERATING, default=list(ARMS))
+    bench_arguments(parser, "free", ARMS, "young, prose", batch=30)
     parser.add_argument("--sets", nargs="+", choices=("young", "prose"), default=["young", "prose"])
     parser.add_argument("--documents", type=int, default=60, help="of each set")
     parser.add_argument("--tokens", type=int, default=200, help="written freely")
-    parser.add_argument("--batch", type=int, default=30 if torch.cuda.is_available() else 2, help="prompts at once")
-    parser.add_argument("--save", type=Path, help="folder for single samples, JSON lines")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--result", help="free-HOST by default")
 
 
 def run(args: argparse.Namespace) -> None:
     """Measures and writes the result."""
-    cuda = torch.cuda.is_available()
-    device = "cuda" if cuda else "cpu"
-    host, tokenizer = load_host(args.host, device, torch.bfloat16 if cuda else torch.float32)
-    crouter = None if args.crouter == "none" else load_crouter(args.crouter, device)[0]
-    reader = Reader(host, tokenizer, crouter, args.gate)
-    sets = {name: Rows.load(args.data, name, tokenizer_fingerprint(tokenizer)) for name in args.sets}
-    bench = Bench(reader, sets, args.batch, args.save, args.seed)
-    metrics = free(bench, Shape(), reader.readable(args.arms), args.documents, args.tokens)
+    bench = opened(args, args.sets)
+    metrics = free(bench, Shape(), bench.reader.readable(args.arms), args.documents, args.tokens)
     config = {key: getattr(args, key) for key in ("sets", "documents", "tokens", "batch")}
     result = args.result or f"free-{host_key(args.host)}"
     print(write_result(result, metrics, seed=args.seed, config=config, notes=f"{host_note(args.host)} {NOTES}"))

@@ -4,21 +4,14 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-import torch
 
-from eval.arms import GENERATING, Reader
-from eval.reading.bench import PREFIX, Bench, batches
+from eval.reading.bench import PREFIX, Bench, batches, bench_arguments, opened
 from eval.results import host_key, host_note, write_result
-from eval.rows import Rows
 from eval.statistics import mean_with_interval
-from hf_crouter.chunking import tokenizer_fingerprint
-from hf_crouter.crouter.loading import load_crouter
 from hf_crouter.errors import InputError
-from hf_crouter.hosts.loading import load_host
 
 
 class Asked(Protocol):
@@ -107,18 +100,9 @@ def configure(
     parser: argparse.ArgumentParser, name: str, arms: Sequence[str], length: int, samples: int, batch: int
 ) -> None:
     """Adds the arguments; `batch` on an accelerator."""
-    parser.add_argument("--data", type=Path, required=True, help="folder of the sets of eval.documents: young")
-    parser.add_argument("--host", default="smollm2-135m", help="known name, folder or hub name")
-    parser.add_argument("--crouter", help="the shipped one by default; none: arms that need one are left out")
-    parser.add_argument("--gate", type=Path, help="folder of a gate that was fitted for this host")
-    parser.add_argument("--arms", nargs="+", choices=GENERATING, default=list(arms))
+    bench_arguments(parser, name, arms, "young", batch)
     parser.add_argument("--length", type=int, default=length, help="tokens of a prompt")
     parser.add_argument("--samples", type=int, default=samples, help="prompts")
-    parser.add_argument("--batch", type=int, default=batch if torch.cuda.device_count() > 0 else 2,
-                        help="prompts at once")  # fmt: skip
-    parser.add_argument("--save", type=Path, help="folder for single samples, JSON lines")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--result", help=f"{name}-HOST by default")
 
 
 def run(
@@ -134,14 +118,8 @@ def run(
         measure: gives the metrics of the arms that can be read.
         **config: what shaped it beside length, samples and window.
     """
-    cuda = torch.cuda.is_available()
-    device = "cuda" if cuda else "cpu"
-    host, tokenizer = load_host(args.host, device, torch.bfloat16 if cuda else torch.float32)
-    crouter = None if args.crouter == "none" else load_crouter(args.crouter, device)[0]
-    reader = Reader(host, tokenizer, crouter, args.gate)
-    sets = {"young": Rows.load(args.data, "young", tokenizer_fingerprint(tokenizer))}
-    bench = Bench(reader, sets, args.batch, args.save, args.seed)
-    metrics = measure(bench, reader.readable(args.arms))
-    config = {"length": args.length, "samples": args.samples, "window": reader.window, **config}
+    bench = opened(args, ["young"])
+    metrics = measure(bench, bench.reader.readable(args.arms))
+    config = {"length": args.length, "samples": args.samples, "window": bench.window, **config}
     result = args.result or f"{name}-{host_key(args.host)}"
     print(write_result(result, metrics, seed=args.seed, config=config, notes=f"{host_note(args.host)} {notes}"))

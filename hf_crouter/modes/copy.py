@@ -138,19 +138,12 @@ class Copier:
             begin = row.pad + row.raw_start
             first = max(row.pad, min(begin, columns[0] - LONGEST))
             recent, archive = ids[first : columns[-1]].cpu().numpy(), of_row.archive
-            raw = None
+            prefix = ids[row.pad : row.pad + (row.prefix or 0)].cpu().numpy()
+            chunks = [row.chunks[n].host_ids.numpy() for n in row.retrieved]
+            raw = RawText([prefix, *chunks], recent[begin - first :])
             for column in columns:
                 suffix = recent[max(0, column - LONGEST - first) : column - first]
-                matches = archive.match(suffix)
-                if not matches.length:
-                    evidence.append(Evidence(matches, len(archive)))
-                    continue
-                if raw is None:
-                    prefix = ids[row.pad : row.pad + (row.prefix or 0)].cpu().numpy()
-                    chunks = [row.chunks[n].host_ids.numpy() for n in row.retrieved]
-                    raw = RawText([prefix, *chunks], recent[begin - first :])
-                found = raw.match(archive.pattern(suffix, LONGEST), column - begin)
-                evidence.append(Evidence(matches, len(archive), found, raw.upto(column - begin)))
+                evidence.append(Evidence.of(archive, suffix, raw, column - begin))
         return evidence
 
     def of_rows(self, cache: CacheView) -> list[RowArchive]:

@@ -12,9 +12,10 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import torch
 
-from .archive import ORDERS, Matches
+from .archive import ORDERS, Archive, Matches
 from .gate import ARCHIVE_FEATURES, FROM_ORDER, INDEX_FEATURES, SOURCES
-from .raw_text import RawMatch
+from .raw_text import RawMatch, RawText
+from .suffix_index import LONGEST
 
 _NO_IDS = np.empty(0, np.int64)
 _LATEST = SOURCES - 1  # the last source: what followed the latest occurrence of the longest match
@@ -35,6 +36,14 @@ class Evidence:
     archived: int
     raw: RawMatch = RawMatch()
     raw_ids: np.ndarray = field(default_factory=lambda: _NO_IDS)
+
+    @classmethod
+    def of(cls, archive: Archive, suffix: np.ndarray, raw: RawText, window: int) -> Evidence:
+        """What an archive and the raw text with the first `window` tokens of its window say behind some last ids."""
+        matches = archive.match(suffix)
+        if not matches.length:
+            return cls(matches, len(archive))
+        return cls(matches, len(archive), raw.match(archive.pattern(suffix, LONGEST), window), raw.upto(window))
 
 
 @dataclass(frozen=True, eq=False)
