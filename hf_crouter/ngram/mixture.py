@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 
 from .candidates import Candidates
-from .gate import SOURCES, Gate
+from .gate import SOURCES, STANDS, Gate
 
 _SEEN = math.log(0.01)
 _LOWEST = torch.finfo(torch.float32).min
@@ -72,7 +72,19 @@ def gate_features(candidates: Candidates, host: HostView) -> torch.Tensor:
     agrees = candidates.chosen == host.token
     rest = torch.stack([host.entropy / 8, host.best.exp(), agrees.float()], dim=1)
     parts = [candidates.features, expected.view(positions, SOURCES)[:, :orders], top[:, :orders], rest]
-    return torch.cat(parts, dim=1)
+    return torch.cat([*parts, *(_stands(candidates.raw_ids, token) for token in (candidates.chosen, host.token))], dim=1)
+
+
+def _stands(raw_ids: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """`[N, STANDS]`: whether a token `[N]` stands in the raw text `[N, T]`, how often, and how far from its end."""
+    if not raw_ids.shape[1]:
+        return torch.zeros(len(tokens), STANDS, device=raw_ids.device)
+    found = raw_ids == tokens[:, None].to(raw_ids.dtype)
+    count = found.sum(1).float()
+    back = torch.arange(raw_ids.shape[1], 0, -1, dtype=torch.float32, device=raw_ids.device)
+    nearest = torch.where(found, back, math.inf).amin(1)  # 1: the last token of the text
+    distance = torch.where(count > 0, (1 + nearest).log2() / 12, 0.0)
+    return torch.stack([(count > 0).float(), count.log1p() / 6, distance], dim=1)
 
 
 @dataclass(frozen=True, eq=False)
