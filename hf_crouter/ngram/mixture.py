@@ -71,8 +71,9 @@ def gate_features(candidates: Candidates, host: HostView) -> torch.Tensor:
         top = torch.where(candidates.available, probability[candidates.best], 0.0)
     agrees = candidates.chosen == host.token
     rest = torch.stack([host.entropy / 8, host.best.exp(), agrees.float()], dim=1)
-    parts = [candidates.features, expected.view(positions, SOURCES)[:, :orders], top[:, :orders], rest]
-    return torch.cat([*parts, *(_stands(candidates.raw_ids, token) for token in (candidates.chosen, host.token))], dim=1)
+    stands = [_stands(candidates.raw_ids, token) for token in (candidates.chosen, host.token)]
+    parts = [candidates.features, expected.view(positions, SOURCES)[:, :orders], top[:, :orders], rest, *stands]
+    return torch.cat(parts, dim=1)
 
 
 def _stands(raw_ids: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:

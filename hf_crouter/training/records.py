@@ -1,8 +1,8 @@
 """Records that are set anew: text in which only the latest value of a key is right, for training the gate of copying.
 
 Keys are set once or many times in the older part of a text, in every other text some once more in its raw window, in
-the same words or as a remark; then they are listed with the values that hold. Everything is drawn, offline. Other wordings are for
-measuring (`eval.reading`): none of theirs may be added here.
+the same words or as a remark; then they are listed with the values that hold. Everything is drawn, offline. Other
+wordings are for measuring (`eval.reading`): none of theirs may be added here.
 """
 
 from __future__ import annotations
