@@ -59,7 +59,6 @@ class Candidates:
         confidence: `[N, K]`, float32, mean of a source's occurrences, 0 to 1; below 1 for rebuilt tokens alone.
         best: `[N, K]`, int64, the entry of the source's most probable token; 0 where there is none.
         chosen: `[N]`, int64, the most probable token of the longest order; -1 where there is none.
-        raw_ids: `[N, T]`, int32, ids of the raw text, the latest last; negative where there is no token.
         features: `[N, ARCHIVE_FEATURES]`, float32.
     """
 
@@ -71,7 +70,6 @@ class Candidates:
     confidence: torch.Tensor
     best: torch.Tensor
     chosen: torch.Tensor
-    raw_ids: torch.Tensor
     features: torch.Tensor
 
     def __len__(self) -> int:
@@ -82,15 +80,13 @@ class Candidates:
         """The same on a device."""
         return Candidates(**{name: value.to(device) for name, value in vars(self).items()})
 
-    def allowed(self, mask: torch.Tensor) -> Candidates:
-        """Without the candidates that a mask `[N, V]` forbids; the others share their probability."""
-        keep = mask[self.positions, self.tokens]
-        if bool(keep.all()):
-            return self
+    def allowed(self, keep: torch.Tensor) -> Candidates:
+        """Without the candidates that a mask `[E]` leaves out; the others of their source share its probability."""
         cells = self.positions * SOURCES + self.sources
-        kept = torch.zeros(self.available.numel(), device=keep.device)
-        kept.index_add_(0, cells, self.probabilities * keep)
-        probabilities = torch.where(keep, self.probabilities, 0.0) / kept[cells].clamp(min=1e-12)
+        lost = torch.zeros(self.available.numel(), device=keep.device)
+        lost.index_add_(0, cells, torch.where(keep, 0.0, self.probabilities))
+        kept = torch.zeros_like(lost).index_add_(0, cells, keep.float())
+        probabilities = torch.where(keep, self.probabilities / (1 - lost[cells]).clamp(min=1e-12), 0.0)
         available = self.available & (kept > 0).view_as(self.available)
         return replace(self, probabilities=probabilities, available=available)
 
@@ -102,7 +98,6 @@ def collect(evidence: Sequence[Evidence]) -> Candidates:
     confidence = np.ones((len(evidence), SOURCES), np.float32)
     best = np.zeros((len(evidence), SOURCES), np.int64)
     chosen = np.full(len(evidence), -1, np.int64)
-    raw_ids = np.full((len(evidence), max((len(known.raw_ids) for known in evidence), default=0)), -1, np.int32)
     tokens, probabilities, cells, sizes, total = [], [], [], [], 0
     for n, known in enumerate(evidence):
         match, tops = known.matches, []
@@ -131,7 +126,6 @@ def collect(evidence: Sequence[Evidence]) -> Candidates:
         if not tops:
             continue
         chosen[n] = tops[-1]
-        raw_ids[n, raw_ids.shape[1] - len(known.raw_ids) :] = known.raw_ids
         features[n, FROM_ORDER * len(ORDERS) : INDEX_FEATURES] = (
             math.log2(1 + match.length) / 6, tops.count(tops[-1]) / len(tops), float(match.length >= 32)
         )  # fmt: skip
@@ -154,7 +148,6 @@ def collect(evidence: Sequence[Evidence]) -> Candidates:
         torch.from_numpy(confidence),
         torch.from_numpy(best),
         torch.from_numpy(chosen),
-        torch.from_numpy(raw_ids),
         torch.from_numpy(features),
     )
 
@@ -182,6 +175,7 @@ def _beside(known: Evidence, chosen: int, ids: np.ndarray, shares: np.ndarray) -
         float(raw.length > 0 and raw.token != chosen),
         math.log1p(raw.occurrences) / 6,
         raw.share,
+        float((known.raw_ids == chosen).any()),
         float(match.latest == chosen),
         share(match.latest),
         math.log2(1 + known.archived - int(match.positions[-1])) / 20,

@@ -22,11 +22,10 @@ from .archive import ORDERS
 
 NAME, CONFIG = "gate", "gate.json"
 SOURCES = len(ORDERS) + 1  # what is copied from: what followed each order, or the latest occurrence
-FROM_ORDER, BESIDE, FROM_HOST = 4, 15, 2  # features: of an order, of raw text and sources, of an order and the host
-STANDS = 3  # features of where a token stands in the raw text: the archive's, and the host's
+FROM_ORDER, BESIDE, FROM_HOST = 4, 16, 2  # features: of an order, of raw text and sources, of an order and the host
 INDEX_FEATURES = FROM_ORDER * len(ORDERS) + 3
 ARCHIVE_FEATURES = INDEX_FEATURES + BESIDE
-HOST_FEATURES = FROM_HOST * len(ORDERS) + 3 + 2 * STANDS
+HOST_FEATURES = FROM_HOST * len(ORDERS) + 3
 FEATURES = ARCHIVE_FEATURES + HOST_FEATURES
 
 

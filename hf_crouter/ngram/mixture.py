@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 
 from .candidates import Candidates
-from .gate import SOURCES, STANDS, Gate
+from .gate import SOURCES, Gate
 
 _SEEN = math.log(0.01)
 _LOWEST = torch.finfo(torch.float32).min
@@ -71,21 +71,8 @@ def gate_features(candidates: Candidates, host: HostView) -> torch.Tensor:
         top = torch.where(candidates.available, probability[candidates.best], 0.0)
     agrees = candidates.chosen == host.token
     rest = torch.stack([host.entropy / 8, host.best.exp(), agrees.float()], dim=1)
-    stands = [_stands(candidates.raw_ids, token) for token in (candidates.chosen, host.token)]
-    parts = [candidates.features, expected.view(positions, SOURCES)[:, :orders], top[:, :orders], rest, *stands]
+    parts = [candidates.features, expected.view(positions, SOURCES)[:, :orders], top[:, :orders], rest]
     return torch.cat(parts, dim=1)
-
-
-def _stands(raw_ids: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """`[N, STANDS]`: whether a token `[N]` stands in the raw text `[N, T]`, how often, and how far from its end."""
-    if not raw_ids.shape[1]:
-        return torch.zeros(len(tokens), STANDS, device=raw_ids.device)
-    found = raw_ids == tokens[:, None].to(raw_ids.dtype)
-    count = found.sum(1).float()
-    back = torch.arange(raw_ids.shape[1], 0, -1, dtype=torch.float32, device=raw_ids.device)
-    nearest = torch.where(found, back, math.inf).amin(1)  # 1: the last token of the text
-    distance = torch.where(count > 0, (1 + nearest).log2() / 12, 0.0)
-    return torch.stack([(count > 0).float(), count.log1p() / 6, distance], dim=1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -167,12 +154,10 @@ def mix(scores: torch.Tensor, candidates: Candidates, gate: Gate, strength: floa
         strength: factor on every source's weight, 0 to 1. What a source is not confident of goes to the host as well.
     """
     host, normaliser = view_host(scores, candidates)
-    if bool((host.candidates == -math.inf).any()):
-        candidates = candidates.allowed(scores > -math.inf)
+    candidates = candidates.allowed(host.candidates > -math.inf)
     weights = gate(gate_features(candidates, host), candidates.available)
+    own, copied = weights[:, :1], weights[:, 1:]
     factor = strength * candidates.confidence
-    if bool((factor < 1).any()):
-        copied = weights[:, 1:] + factor.log()
-        own = torch.log1p(-copied.exp().sum(-1, keepdim=True).clamp(max=1 - 1e-7))
-        weights = torch.cat([own, copied], dim=1)
+    back = (copied.exp() * (1 - factor)).sum(1, keepdim=True)  # to the host
+    weights = torch.cat([torch.logaddexp(own, back.log()), copied + factor.log()], dim=1)
     return Mixture(candidates, host, normaliser, weights, scores.shape[-1])

@@ -34,7 +34,7 @@ from .gate import fit_gate
 from .loop import device_name, make_accelerator
 from .records import record_row
 
-RECORDS = 0.5  # texts with records for each document
+RECORDS = 0.25  # texts with records for each document
 ROOM, TAIL = 256, 192  # tokens of the older part that records are hidden in, and behind it, at least
 RECORD = "records"  # begins the group of each text of records
 LONGER = (64, 512, 1024, 1536)  # tokens by which the window grows in the way "longer"

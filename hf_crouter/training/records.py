@@ -1,8 +1,8 @@
 """Records that are set anew: text in which only the latest value of a key is right, for training the gate of copying.
 
-Keys are set once or many times in the older part of a text, in every other text some once more in its raw window, in
-the same words or as a remark; then they are listed with the values that hold. Everything is drawn, offline. Other
-wordings are for measuring (`eval.reading`): none of theirs may be added here.
+Keys are set once or many times in the older part of a text, some once more in its raw window, in the same words or as
+a remark; then all of them are listed with the values that hold. Everything is drawn, offline. Other wordings are for
+measuring (`eval.reading`): none of theirs may be added here.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _KEYS: dict[str, Callable[[str, str], str]] = {
     "person": lambda a, b: f"{a.capitalize()} {b.capitalize()}",
     "plain": lambda a, b: f"{a} {b}",
 }
-FORMS = (  # how keys are spelt, how one is set ({number} is the key's for good), what stands before the list
+FORMS = (  # how keys are spelt, how one is set, what stands before the list of all
     ("upper", "export {key}={value}\n", "# environment\n"),
     ("camel", '  "{key}": {value},\n', "{{\n"),
     ("snake", "self.{key} = {value}\n", "def state(self):\n"),
@@ -42,15 +42,10 @@ FORMS = (  # how keys are spelt, how one is set ({number} is the key's for good)
     ("person", "{key} ({value})\n", "Members\n"),
     ("snake", "from core import {value} as {key}\n", "# imports\n"),
     ("dot", "12:04 WARN {key} changed: {value}\n", "tail of the journal\n"),
-    ("dash", '<part no="{number}" name="{key}" bin="{value}"/>\n', "<parts>\n"),
-    ("plain", "{key}; {number}; {value}; in use\n", "article; no; place; state\n"),
-    ("snake", "{{{number}, '{key}', {value}}},\n", "static rows = {{\n"),
-    ("person", "ticket {number} of {key} is with {value}\n", "Open tickets:\n"),
 )
 REMARKS = ("Note: {key} changed to {value}.\n", "{key} was wrong above, use {value}.\n", "(update) {key}: {value}\n",
-           "As of today {key} is {value}\n", "TODO fix: {key} should be {value}\n",
-           "We gave {value} to {key} instead.\n", "Please replace what stands at {key} by {value}:\n")  # fmt: skip
-_NUMBERS_OF_KEYS, _TIMES_SET = (2, 3, 4, 6, 8, 12, 20), (1, 1, 1, 2, 3, 5, 9, 17, 33, 60)
+           "As of today {key} is {value}\n", "TODO fix: {key} should be {value}\n")  # fmt: skip
+_NUMBERS_OF_KEYS, _TIMES_SET = (2, 3, 4, 6, 8, 12, 20), (1, 1, 2, 3, 5, 9, 17, 33, 60)
 _LISTED, _REMARKED = 420, 300  # tokens of the list and of the remarks, at most
 
 
@@ -94,39 +89,33 @@ def record_row(
     number = int(random.choice(_NUMBERS_OF_KEYS))
     pairs = random.permutation(len(_WORDS) ** 2)[:number]
     keys = [_KEYS[style](_WORDS[p // len(_WORDS)], _WORDS[p % len(_WORDS)]) for p in pairs]
-    numbers = random.integers(100, 99_999, number).tolist()
     times, room = int(random.choice(_TIMES_SET)), (older[1] - older[0]) * 5 // 8
     held: dict[int, str] = {}
     pieces: list[list[int]] = []
     for _ in range(times):
         for k in random.permutation(number).tolist():
             value = _value(str(kinds[k if mixed else 0]), random)
-            piece = encode(line.format(key=keys[k], value=value, number=numbers[k]))
+            piece = encode(line.format(key=keys[k], value=value))
             if sum(map(len, pieces)) + len(piece) <= room:
                 held[k] = value
                 pieces.append(piece)
     if not held:
         raise InputError(f"records: expected room for one in {older[1] - older[0]} tokens, got too little")
     remarks: list[int] = []
-    again = random.uniform(0.2, 1.0) if random.random() < 0.5 else 0.0  # share of keys that the window sets once more
-    corrected: list[int] = []
+    again = random.random() / 2 if random.random() < 0.5 else 0.0  # share of keys that the window sets once more
     for k in random.permutation(list(held)).tolist():
         if random.random() < again:
             value = _value(str(kinds[k if mixed else 0]), random)
             words = line if random.random() < 0.4 else str(random.choice(REMARKS))
-            piece = encode(("" if remarks else "\n") + words.format(key=keys[k], value=value, number=numbers[k]))
+            piece = encode(("" if remarks else "\n") + words.format(key=keys[k], value=value))
             if len(remarks) + len(piece) <= min(_REMARKED, (length - older[1]) // 3):
                 held[k] = value
-                corrected.append(k)
                 remarks += piece
-    # one time in four the list is written in other words than the records; what was corrected stands in it first
-    # as often as not, for much else may be listed and the list may end before
+    # one time in four the list is written in other words than the records
     ask = line if random.random() < 0.75 else FORMS[int(random.integers(len(FORMS)))][1]
-    first = corrected if random.random() < 0.5 else []
-    order = [*first, *(k for k in random.permutation(list(held)).tolist() if k not in first)]
     listed, said = encode("\n" + head.format()), 0
-    for k in order:
-        piece = encode(ask.format(key=keys[k], value=held[k], number=numbers[k]))
+    for k in random.permutation(list(held)).tolist():
+        piece = encode(ask.format(key=keys[k], value=held[k]))
         if len(listed) + len(piece) > min(_LISTED, length - older[1] - len(remarks) - 1):
             break
         listed, said = listed + piece, said + 1

@@ -80,7 +80,7 @@ def expected_step(row, archive, logits, gate, stop=(0, 1, 2), start=None):
     match = Matches(length, np.array(positions), latest, float(length > 0), tokens, weights, tuple(counts))
     row = [int(i) for i in row]
     parts = [row[:PREFIX], row[PREFIX + len(archive) if start is None else start :]]
-    raw_ids = np.array([*parts[0], -2, *parts[1]])  # a seam between them
+    raw_ids = np.array([i for part in parts for i in part])
     candidates = collect([Evidence(match, len(archive), RawMatch(*slow_raw(parts, row[-64:], stop)), raw_ids)])
     view, _ = view_host(logits[None], candidates)
     weights = gate(gate_features(candidates, view), candidates.available)[0].exp()

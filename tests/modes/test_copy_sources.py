@@ -215,7 +215,7 @@ class TestGates:
         refused("truncated or altered")
         weights.write_bytes(data)
         description.write_text(json.dumps({**json.loads(text), "orders": [1, 2]}))
-        refused("expected a gate of 9 orders and 81 features, got 2 and 81")
+        refused("expected a gate of 9 orders and 76 features, got 2 and 76")
         old = {key: value for key, value in json.loads(text).items() if key != "features"}
         description.write_text(json.dumps(old))
         refused("got 9 and those of an earlier version: fit it anew")

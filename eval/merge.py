@@ -1,0 +1,73 @@
+"""Joins parts of a result that several processes measured: `python -m eval.merge NAME PART.json...`.
+
+What a part measured replaces or joins what `eval/results/NAME.json` holds of it; the rest stays. Commands, commits and
+devices of all are named.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from eval.results import FOLDER
+from hf_crouter.errors import InputError
+from hf_crouter.utils.io import write_json
+
+_NAMED = ("command", "commit", "device")  # said of every part
+
+
+def merged(name: str, parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """One result of several: the later one's figures count where two have the same.
+
+    Args:
+        name: of the result.
+        parts: results, of one seed and with the same notes but for those of the first.
+
+    Raises:
+        InputError: seeds differ.
+    """
+    seeds = {part["seed"] for part in parts}
+    if len(seeds) != 1:
+        raise InputError(f"{name}: expected parts of one seed, got {sorted(seeds)}")
+    result = {**parts[-1], "name": name, "date": max(part["date"] for part in parts), "config": {}, "metrics": {}}
+    for key in _NAMED:
+        said = [one for part in parts for one in part[key].split(", " if key != "command" else "; ")]
+        result[key] = ("; " if key == "command" else ", ").join(dict.fromkeys(said))
+    for part in parts:
+        result["metrics"] |= part["metrics"]
+        for key, value in part["config"].items():
+            old = result["config"].get(key)
+            both = isinstance(old, list) and isinstance(value, list)
+            result["config"][key] = list(dict.fromkeys([*old, *value])) if both else value
+    return result
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Joins the parts; exit status 2 on bad input."""
+    parser = argparse.ArgumentParser(prog="python -m eval.merge", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("name", help="of the result in eval/results; made where there is none")
+    parser.add_argument("parts", type=Path, nargs="+", help="files of results")
+    parser.add_argument(
+        "--drop", nargs="+", default=[], help="what keys of the result begin with that no longer count"
+    )
+    args = parser.parse_args(argv)
+    path = FOLDER / f"{args.name}.json"
+    try:
+        found = [json.loads(p.read_text(encoding="utf-8")) for p in [*([path] if path.exists() else []), *args.parts]]
+        result = merged(args.name, found)
+    except (OSError, ValueError, KeyError, InputError) as error:
+        print(f"eval.merge: error: {error!r}" if isinstance(error, KeyError) else f"eval.merge: error: {error}",
+              file=sys.stderr)  # fmt: skip
+        return 2
+    result["metrics"] = {k: v for k, v in result["metrics"].items() if not k.startswith(tuple(args.drop))}
+    write_json(path, result)
+    print(path)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
