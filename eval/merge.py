@@ -17,7 +17,7 @@ from eval.results import FOLDER
 from hf_crouter.errors import InputError
 from hf_crouter.utils.io import write_json
 
-_NAMED = ("command", "commit", "device")  # said of every part
+_NAMED = {"command": "; ", "commit": ", ", "device": "; "}  # said of every part, and what stands between
 
 
 def merged(name: str, parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -34,9 +34,11 @@ def merged(name: str, parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
     if len(seeds) != 1:
         raise InputError(f"{name}: expected parts of one seed, got {sorted(seeds)}")
     result = {**parts[-1], "name": name, "date": max(part["date"] for part in parts), "config": {}, "metrics": {}}
-    for key in _NAMED:
-        said = [one for part in parts for one in part[key].split(", " if key != "command" else "; ")]
-        result[key] = ("; " if key == "command" else ", ").join(dict.fromkeys(said))
+    for key, between in _NAMED.items():
+        said = ""
+        for part in parts:
+            said += f"{between * bool(said)}{part[key]}" if part[key] not in said else ""
+        result[key] = said
     for part in parts:
         result["metrics"] |= part["metrics"]
         for key, value in part["config"].items():

@@ -16,7 +16,8 @@ def test_later_figures_count_and_everything_is_named():
     found = merge.merged("y", [first, second])
     assert found["metrics"] == {"a.new": 0.1, "b.new": 0.4} and found["config"] == {"updates": [1, 3, 10], "length": 5}
     assert (found["name"], found["command"], found["commit"]) == ("y", "c; c2", "1, 2")
-    assert (found["device"], found["date"]) == ("d, e", "2026-01-02")
+    assert (found["device"], found["date"]) == ("d, e", "2026-01-02")  # d is one of those
+    assert merge.merged("y", [first, part({}, device="f, 2 cores")])["device"] == "d, e; f, 2 cores"
 
 
 def test_the_command(tmp_path, monkeypatch, capsys):
