@@ -127,6 +127,9 @@ def test_what_the_readme_claims_of_copying():
     near = metrics_of("near-matches-qwen1.5b")
     assert near["copy.old.lo"] > near["full.old"] > near["window.old"] == 0
     assert abs(near["compact32_retrieve2_copy.old"] - near["full.old"]) < 0.02
+    assert abs(near["retrieve2_copy.old"] - near["full.old"]) < 0.02
+    near = metrics_of("near-matches-smollm2-135m")
+    assert near["retrieve2_copy.old.lo"] > near["retrieve2.old.hi"]
     for times in (3, 10, 32):
         assert again[f"u{times}.copy.new"] > 0.5 and again[f"u{times}.full.new"] < 0.02
         assert again[f"u{times}.compact32_retrieve2_copy.new"] < 0.06
