@@ -21,11 +21,11 @@ _NAMED = {"command": "; ", "commit": ", ", "device": "; "}  # said of every part
 
 
 def merged(name: str, parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """One result of several: the later one's figures count where two have the same.
+    """One result of several: later figures count where two have the same; notes and versions are the first's.
 
     Args:
         name: of the result.
-        parts: results, of one seed and with the same notes but for those of the first.
+        parts: results, of one seed.
 
     Raises:
         InputError: seeds differ.
@@ -33,11 +33,12 @@ def merged(name: str, parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
     seeds = {part["seed"] for part in parts}
     if len(seeds) != 1:
         raise InputError(f"{name}: expected parts of one seed, got {sorted(seeds)}")
-    result = {**parts[-1], "name": name, "date": max(part["date"] for part in parts), "config": {}, "metrics": {}}
+    result = {**parts[0], "name": name, "date": max(part["date"] for part in parts), "config": {}, "metrics": {}}
     for key, between in _NAMED.items():
         said = ""
-        for part in parts:
-            said += f"{between * bool(said)}{part[key]}" if part[key] not in said else ""
+        for one in (one for part in parts for one in part[key].split(between)):
+            if f", {one}, " not in f", {said.replace(between, ', ')}, ":  # devices have commas of their own
+                said += between * bool(said) + one
         result[key] = said
     for part in parts:
         result["metrics"] |= part["metrics"]
@@ -53,17 +54,15 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m eval.merge", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("name", help="of the result in eval/results; made where there is none")
     parser.add_argument("parts", type=Path, nargs="+", help="files of results")
-    parser.add_argument(
-        "--drop", nargs="+", default=[], help="what keys of the result begin with that no longer count"
-    )
+    parser.add_argument("--drop", nargs="+", default=[], help="beginnings of keys that no longer count")
     args = parser.parse_args(argv)
     path = FOLDER / f"{args.name}.json"
     try:
         found = [json.loads(p.read_text(encoding="utf-8")) for p in [*([path] if path.exists() else []), *args.parts]]
         result = merged(args.name, found)
     except (OSError, ValueError, KeyError, InputError) as error:
-        print(f"eval.merge: error: {error!r}" if isinstance(error, KeyError) else f"eval.merge: error: {error}",
-              file=sys.stderr)  # fmt: skip
+        reason = f"expected files of results, got one without {error}" if isinstance(error, KeyError) else error
+        print(f"eval.merge: error: {reason}", file=sys.stderr)
         return 2
     result["metrics"] = {k: v for k, v in result["metrics"].items() if not k.startswith(tuple(args.drop))}
     write_json(path, result)

@@ -83,10 +83,11 @@ class Candidates:
     def allowed(self, keep: torch.Tensor) -> Candidates:
         """Without the candidates that a mask `[E]` leaves out; the others of their source share its probability."""
         cells = self.positions * SOURCES + self.sources
-        lost = torch.zeros(self.available.numel(), device=keep.device)
-        lost.index_add_(0, cells, torch.where(keep, 0.0, self.probabilities))
-        kept = torch.zeros_like(lost).index_add_(0, cells, keep.float())
-        probabilities = torch.where(keep, self.probabilities / (1 - lost[cells]).clamp(min=1e-12), 0.0)
+        allowed = torch.where(keep, self.probabilities, 0.0)
+        kept = torch.zeros(self.available.numel(), device=keep.device).index_add_(0, cells, allowed)
+        lost = torch.zeros_like(kept).index_add_(0, cells, (~keep).float())
+        share = torch.where(lost > 0, kept, 1.0)  # exactly as it was where nothing is left out
+        probabilities = allowed / share[cells].clamp(min=1e-12)
         available = self.available & (kept > 0).view_as(self.available)
         return replace(self, probabilities=probabilities, available=available)
 

@@ -20,6 +20,13 @@ def test_later_figures_count_and_everything_is_named():
     assert merge.merged("y", [first, part({}, device="f, 2 cores")])["device"] == "d, e; f, 2 cores"
 
 
+def test_what_only_begins_alike_is_named_too_and_the_first_notes_stay():
+    first, second = part({}, command="run --arms window copy", commit="1+"), part({}, command="run --arms window")
+    found = merge.merged("y", [{**first, "notes": "first", "versions": {"torch": "2"}}, second])
+    assert found["command"] == "run --arms window copy; run --arms window" and found["commit"] == "1+, 1"
+    assert (found["notes"], found["versions"]) == ("first", {"torch": "2"})
+
+
 def test_the_command(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(merge, "FOLDER", tmp_path)
     (tmp_path / "y.json").write_text(json.dumps(part({"a.new": 0.1, "old.new": 0.2}, name="y")))

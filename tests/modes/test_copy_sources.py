@@ -1,5 +1,6 @@
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -74,6 +75,24 @@ class TestSources:
         candidates = collect([evidence(archive, [5, 6])])
         assert not candidates.available[0, -1], "the latest is not believed at all"
         assert mix(scores, candidates, gate).copied(torch.tensor([8])).item() == 0
+
+    def test_a_forbidden_token_leaves_its_probability_to_what_is_believed(self):
+        ids, scores, gate = np.array([5, 6, 7, 9, 5, 6, 8, 9]), torch.randn(1, 97), eager_gate()
+        believed, doubted = (
+            collect([evidence(Archive.empty(97).extended(ids, [1, 1, 1, 1, 1, 1, weight, 1]), [5, 6])])
+            for weight in (1, 0)
+        )
+        torch.testing.assert_close(believed.allowed(believed.tokens > 0).probabilities, believed.probabilities)
+        scores[0, 7] = -torch.inf
+        mixture = mix(scores, believed, gate)
+        assert mixture.copied(torch.tensor([8])).item() == pytest.approx(mixture.share.item())
+        for candidates in (believed, doubted):  # 8 is no candidate of the latter: its occurrence is not believed
+            whole = mix(scores, candidates, gate).log_probabilities(scores).exp()
+            assert whole.sum().item() == pytest.approx(1) and whole[0, 7] == 0
+        rare = replace(believed, probabilities=torch.where(believed.tokens == 7, 1 - 1e-9, 1e-9))
+        beside = (rare.tokens == 8) & torch.isin(rare.sources, rare.sources[rare.tokens == 7])
+        shares = rare.allowed(rare.tokens != 7).probabilities[beside]
+        assert len(shares) and shares.tolist() == pytest.approx([1.0] * len(shares))
 
     def test_what_stands_raw_is_looked_for_where_the_host_reads_it(self, host, crouter, monkeypatch):
         seen, look = [], Copier.look
