@@ -95,8 +95,6 @@ def _add(args: argparse.Namespace) -> int:
     output = str(data_folder(args.name).parent)
     arguments.data = prepared_data(args.corpus, arguments.data, output, models.crouter_tokenizer)
     record = train_expert(args.name, arguments, models)
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
     if args.json:
         print_json({"name": args.name, **record})
         return 0

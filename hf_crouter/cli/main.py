@@ -61,6 +61,13 @@ def _give_up_stdout() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+def _leave_processes() -> None:
+    """Ends what connects the processes of a training; one that exits connected can be aborted by its own threads."""
+    distributed = sys.modules.get("torch.distributed")  # torch itself is not imported here
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command.
 
@@ -106,3 +113,5 @@ def main(argv: Sequence[str] | None = None) -> int:
         if error.filename and error.strerror:
             return _fail(f"{error.filename}: {error.strerror}")
         return _fail(str(error))
+    finally:
+        _leave_processes()

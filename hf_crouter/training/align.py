@@ -385,5 +385,4 @@ def train_alignment(arguments: AlignArguments) -> dict[str, Any]:
     if accelerator.is_main_process:
         projector.save(folder, training=record)
     accelerator.wait_for_everyone()
-    accelerator.end_training()
     return {"path": str(folder), **record}

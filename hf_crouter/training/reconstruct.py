@@ -191,7 +191,6 @@ def train_reconstruction(arguments: ReconstructArguments) -> dict[str, Any]:
                 calibration.save(folder)
             (folder / "training.json").write_text(json.dumps([*history, record], indent=1) + "\n")
     accelerator.wait_for_everyone()
-    accelerator.end_training()
     return record
 
 

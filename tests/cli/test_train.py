@@ -1,4 +1,7 @@
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -79,6 +82,19 @@ def test_plain_output_is_one_line_a_part(corpus, tiny_host, tmp_path, capsys):
     projector, gate = capsys.readouterr().out.splitlines()
     assert projector.startswith(f"{crouter}/projectors/tiny-host: ")
     assert gate.startswith(f"{crouter}/gates/tiny-host: ") and gate.endswith("on those held out")
+
+
+@pytest.mark.slow
+def test_two_processes_train_one_stage_after_the_other(corpus, tiny_host, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert main(train(corpus, run, "--steps", "2")) == 0
+    words = align(run / "crouter", tiny_host, tmp_path / "a", "--data", str(run / "data"), "--steps", "2")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+    command = [*launch, "-m", "hf_crouter", *words]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (run / "crouter/projectors/tiny-host").is_dir() and (run / "crouter/gates/tiny-host").is_dir()
 
 
 def test_training_goes_on_from_a_crouter_with_its_own_tokenizer(corpus, tmp_path, capsys):

@@ -57,3 +57,4 @@ def main(folder):
 if __name__ == "__main__":
     torch.set_num_threads(1)
     main(Path(sys.argv[1]))
+    torch.distributed.destroy_process_group()  # else a thread of it can abort a process that exits
