@@ -131,7 +131,7 @@ class CompressedHistory(HistoryProcessor):
         if call.states is None:
             width = call.prompt or input_ids.shape[1]
             same = self.policy.chunker.same_tokenizer
-            call.states = self._opened(Opening(scores.shape[-1], width, call.rows, None, same))
+            call.states = self._opened(Opening(scores.shape[-1], width, call.rows, None, same, call.grows))
         raw = call.raw_scores if call.raw_scores is not None else scores
         changed: torch.Tensor = raw
         for state in call.states:

@@ -63,6 +63,7 @@ class Call:
         options: what else it was called with, by name.
         plain: nothing can be compressed in it and it is out of the ordinary: the host reads it as if alone.
         compresses: it is long enough for something to be compressed.
+        grows: every step's ids are those of the step before and one more token a row.
         ends_apart: its rows end one by one, and are padded behind their ends.
         own_positions: the host gives its slots positions of its own before anything is compressed.
         columns: most columns of ids that the host will read; None where that is not known.
@@ -81,6 +82,7 @@ class Call:
     options: Mapping[str, Any] = field(default_factory=dict)
     plain: bool = False
     compresses: bool = True
+    grows: bool = False
     ends_apart: bool = False
     own_positions: bool = False
     columns: int | None = None

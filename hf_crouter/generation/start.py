@@ -61,8 +61,8 @@ def decide(host: Any, call: Call, config: GenerationConfig, inputs: dict[str, An
     if obstacle is not None and serves:
         raise InputError(obstacle)
     call.plain = obstacle is not None
-    alone = mode in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
-    call.ends_apart = not call.plain and alone and len(rows) * (config.num_return_sequences or 1) > 1
+    call.grows = mode in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
+    call.ends_apart = not call.plain and call.grows and len(rows) * (config.num_return_sequences or 1) > 1
     if serves:
         check_reading(host)
     if call.compresses:

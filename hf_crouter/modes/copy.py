@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -14,13 +14,15 @@ from ..compressors.rebuild import Rebuilder
 from ..errors import InputError
 from ..fitting import HostInUse
 from ..hosts.tokenizers import local_tokenizer, special_ids
-from ..ngram.candidates import Candidates, Evidence, collect
+from ..ngram.candidates import Evidence, Proposals, collect
+from ..ngram.device_index import DeviceSearch, searched_there
 from ..ngram.gate import Gate, find_gate, own_gate
 from ..ngram.mixture import Mixture, mix
 from ..ngram.raw_text import RawText
 from ..ngram.row_archive import Archives, RowArchive
 from ..ngram.suffix_index import LONGEST
 from ..types import CacheView, Contribution, CopiedToken, Opening, Parts, Row, ScoreUse, Setting
+from .receipts import BranchingReceipts, GrowingReceipts, Receipts
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,7 @@ class Copy:
                 rebuild = Rebuilder(setting.crouter, None if opening.same_tokenizer else (own, setting.tokenizer))
             archives = Archives(opening.vocab_size, stop_ids, self.exclude, rebuild)
             archived = None if self.generated else opening.archived or opening.width
-            return Copier(archives, gate, self.strength, opening.width, archived, opening.prompts)
+            return Copier(archives, gate, self.strength, opening.width, archived, opening.prompts, opening.grows)
 
         return Parts(scores=opened, fitted=(gate.fitted(host),))
 
@@ -115,6 +117,7 @@ class Copier:
         width: columns of the prompt.
         archived: columns that may be archived, the first ones, of all rows or of each; None: all.
         prompts: rows of the prompt; beams and several sequences make more of them.
+        grows: see `Opening`.
     """
 
     def __init__(
@@ -125,20 +128,23 @@ class Copier:
         width: int,
         archived: int | Sequence[int] | None,
         prompts: int = 1,
+        grows: bool = False,
     ):
         self.archives, self.gate, self.strength, self.width = archives, gate, strength, width
-        self.archived, self.prompts = archived, prompts
-        self._brought: dict[tuple[int, int, int], dict[int, int]] = {}  # tokens, and the archive's at that time
-        self._sources: dict[tuple[int, int, int], tuple[int, int | None]] = {}
+        self.archived, self.prompts, self.grows = archived, prompts, grows
+        self._receipts: Receipts = GrowingReceipts() if grows else BranchingReceipts(prompts)
+        self._sources: dict[Hashable, tuple[int, int | None]] = {}
+        self._searched: DeviceSearch | None = None
 
     def look(self, cache: CacheView, input_ids: torch.Tensor, columns: Sequence[int]) -> list[Evidence]:
         """What is known before each of some columns of `input_ids`, row after row: `rows * len(columns)` of them."""
         evidence = []
-        for row, of_row, ids in zip(cache.rows, self.of_rows(cache), input_ids, strict=True):
+        host_ids = input_ids[:, : columns[-1]].cpu()
+        for row, of_row, ids in zip(cache.rows, self.of_rows(cache), host_ids, strict=True):
             begin = row.pad + row.raw_start
             first = max(row.pad, min(begin, columns[0] - LONGEST))
-            recent, archive = ids[first : columns[-1]].cpu().numpy(), of_row.archive
-            prefix = ids[row.pad : row.pad + (row.prefix or 0)].cpu().numpy()
+            recent, archive = ids[first:].numpy(), of_row.archive
+            prefix = ids[row.pad : row.pad + (row.prefix or 0)].numpy()
             chunks = [row.chunks[n].host_ids.numpy() for n in row.retrieved]
             raw = RawText([prefix, *chunks], recent[begin - first :])
             for column in columns:
@@ -154,64 +160,65 @@ class Copier:
             cache.rows, cache.ids, [n - row.pad for n, row in zip(limits, cache.rows, strict=True)]
         )
 
-    def mix(self, evidence: Sequence[Evidence], scores: torch.Tensor) -> Mixture | None:
+    def mix(self, proposals: Proposals | None, scores: torch.Tensor) -> Mixture | None:
         """Scores `[N, V]` and the archives together; None where nothing matched."""
-        if not any(known.matches.length for known in evidence):
+        if proposals is None:
             return None
-        return mix(scores, collect(evidence).to(scores.device), self.gate.to(scores.device), self.strength)
+        return mix(scores, proposals, self.gate.to(scores.device), self.strength)
 
     @torch.no_grad()
     def step(self, cache: CacheView, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """The scores `[B, V]` of one step with copying mixed in; the same ones where nothing matches."""
-        mixture = self.mix(self.look(cache, input_ids, [input_ids.shape[1]]), scores)
+        mixture = self.mix(self._proposed(cache, input_ids, scores.device), scores)
         if mixture is None:
             return scores
         mixed, brought = mixture.with_sources(scores)
-        self._note(mixture.candidates, brought, self.of_rows(cache), input_ids)
+        sizes = [len(found.archive) for found in self.of_rows(cache)]
+        self._receipts.note(mixture.candidates, brought, sizes, input_ids)
         return mixed.to(scores.dtype)
 
-    def _note(
-        self, entries: Candidates, brought: torch.Tensor, of_rows: Sequence[RowArchive], input_ids: torch.Tensor
-    ) -> None:
-        """Remembers which tokens would come from the archive: the report asks for those that were taken."""
-        which = brought.nonzero()[:, 0]
-        for position, token in set(
-            zip(entries.positions[which].tolist(), entries.tokens[which].tolist(), strict=True)
-        ):
-            prompt = position * self.prompts // len(input_ids)
-            known = self._brought.setdefault((prompt, *_step_key(input_ids[position])), {})
-            known[token] = len(of_rows[position].archive)
+    def _proposed(self, cache: CacheView, input_ids: torch.Tensor, device: torch.device) -> Proposals | None:
+        """What the archives propose after the last column; None where nothing matches."""
+        if not searched_there(device):
+            return proposed(self.look(cache, input_ids, [input_ids.shape[1]]), device)
+        archives = [found.archive for found in self.of_rows(cache)]
+        if not any(map(len, archives)):
+            return None
+        if self._searched is None:
+            self._searched = DeviceSearch(device, self.grows)
+        return self._searched(archives, cache.rows, input_ids.to(device))
 
     def rescore(
         self, cache: CacheView, input_ids: torch.Tensor, columns: Sequence[int], scores: torch.Tensor
     ) -> Mixture | None:
         """See `ScoreState.rescore`."""
-        return self.mix(self.look(cache, input_ids, columns), scores)
+        return self.mix(proposed(self.look(cache, input_ids, columns), scores.device), scores)
 
     def use(self, cache: CacheView, sequences: torch.Tensor, first: int = 0) -> ScoreUse:
         """See `ScoreState.use`."""
         of_rows = self.of_rows(cache)
         archives = list({id(found.archive): found.archive for found in of_rows}.values())  # beams share theirs
         copied = []
-        for i in range(len(sequences)) if self._brought else ():
+        self._receipts.settle(sequences)
+        for i in range(len(sequences)):
             number = i * len(cache.rows) // len(sequences)  # several sequences of a prompt share its past
-            copied += self._copied(i, number, i * self.prompts // len(sequences), cache.rows[number], of_rows[number],
-                                   sequences[i].cpu(), max(first, self.width))  # fmt: skip
-        sizes = ([len(a) for a in archives], [a.nbytes for a in archives], [a.index_bytes for a in archives])
-        return ScoreUse(tuple(copied), *map(sum, sizes))
+            copied += self._copied(i, number, cache.rows[number], of_rows[number], sequences[i].cpu(),
+                                   max(first, self.width))  # fmt: skip
+        indexes = sum(archive.index_bytes for archive in archives)
+        indexes += self._searched.nbytes if self._searched is not None else 0
+        return ScoreUse(tuple(copied), sum(map(len, archives)), sum(archive.nbytes for archive in archives), indexes)
 
     def _copied(
-        self, sequence: int, number: int, prompt: int, row: Row, found: RowArchive, ids: torch.Tensor, first: int
+        self, sequence: int, number: int, row: Row, found: RowArchive, ids: torch.Tensor, first: int
     ) -> Iterator[CopiedToken]:
         """The tokens of one sequence from column `first` on that came from the archive."""
         for column in range(first, len(ids)):
-            key = (prompt, *_step_key(ids[:column]))
-            token = int(ids[column])
-            tokens = self._brought.get(key, {}).get(token)
+            tokens = self._receipts.size(sequence, ids, column)
             if tokens is None:
                 continue
+            key, token = self._receipts.key(sequence, ids, column), int(ids[column])
             if self._sources.get(key, (None,))[0] != token:
-                before = self._sources.get((prompt, *_step_key(ids[: column - 1])), (None, None))
+                before = self._sources.get(self._receipts.key(sequence, ids, column - 1), (None, None))
                 after = before[1] if before[0] == int(ids[column - 1]) else None
                 recent = ids[max(row.pad, column - LONGEST) : column].numpy()
                 self._sources[key] = token, found.archive.source(recent, token, tokens, after)
@@ -222,6 +229,6 @@ class Copier:
                 yield CopiedToken(sequence, number, column - row.pad, chunk, source)
 
 
-def _step_key(ids: torch.Tensor) -> tuple[int, int]:
-    """Tells steps of different rows apart without reading all their ids."""
-    return len(ids), hash(ids[-LONGEST:].cpu().numpy().tobytes())
+def proposed(evidence: Sequence[Evidence], device: torch.device) -> Proposals | None:
+    """What is known as candidates on a device; None where nothing matched."""
+    return collect(evidence).to(device) if any(known.matches.length for known in evidence) else None

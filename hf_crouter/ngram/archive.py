@@ -104,6 +104,22 @@ class Archive:
         return tail
 
     @property
+    def usable(self) -> np.ndarray:
+        """Which tokens may be proposed, bool `[tokens]`."""
+        flags = np.ones(len(self), bool)
+        if self._static and self._static.proposable is not None:
+            flags[: self._sorted] = self._static.proposable
+        if self._proposable is not None:
+            flags[self._sorted :] = self._proposable
+        return flags
+
+    @property
+    def confidences(self) -> np.ndarray | None:
+        """Weight of each token in 255ths, uint8 `[tokens]`; None: all are certain."""
+        early, late = self._static.weights if self._static else None, len(self) - self._sorted
+        return _joined(early, self._sorted, self._weights, late, SURE, np.uint8)
+
+    @property
     def nbytes(self) -> int:
         """Bytes of ids, weights and flags, without the index."""
         arrays = [self._tail, self._weights, self._proposable]

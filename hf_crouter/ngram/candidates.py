@@ -1,6 +1,6 @@
 """What the archive proposes at some positions, and what a gate is told of it.
 
-Axes as in `mixture`: `N` positions, `K` sources, `E` candidates of all positions, `V` vocabulary.
+Axes as in `mixture`: `N` positions, `K` sources, `E` candidates of all positions, `U` of each, `V` vocabulary.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -46,20 +47,94 @@ class Evidence:
         return cls(matches, len(archive), raw.match(archive.pattern(suffix, LONGEST), window), raw.upto(window))
 
 
+class Proposals(Protocol):
+    """What the archive proposes at N positions.
+
+    Values of candidates have a shape `C` of their own: `[E]` where candidates of all positions stand one behind the
+    other (`Candidates`), `[N, U]` where every position has as many (`grid.GridCandidates`).
+    """
+
+    @property
+    def available(self) -> torch.Tensor:
+        """`[N, K]`, bool: the source has candidates."""
+        ...
+
+    @property
+    def confidence(self) -> torch.Tensor:
+        """`[N, K]`, float32: mean of a source's occurrences, 0 to 1; below 1 for rebuilt tokens alone."""
+        ...
+
+    @property
+    def chosen(self) -> torch.Tensor:
+        """`[N]`, int64: the most probable token of the longest order; -1 where there is none."""
+        ...
+
+    @property
+    def features(self) -> torch.Tensor:
+        """`[N, ARCHIVE_FEATURES]`, float32."""
+        ...
+
+    def __len__(self) -> int:
+        """Number of positions N."""
+        ...
+
+    def at(self, scores: torch.Tensor) -> torch.Tensor:
+        """`C`: the entries of `[N, V]` or, one a position, of `[N]`."""
+        ...
+
+    def expected(self, values: torch.Tensor) -> torch.Tensor:
+        """`[N, K]`: the mean of values `C` under each source."""
+        ...
+
+    def of_best(self, values: torch.Tensor) -> torch.Tensor:
+        """`[N, K]`: the value `C` of each source's most probable token; 0 where it has none."""
+        ...
+
+    def allowed(self, keep: torch.Tensor) -> Proposals:
+        """Without the candidates that a mask `C` leaves out; the others of their source share its probability."""
+        ...
+
+    def added(self, weights: torch.Tensor) -> torch.Tensor:
+        """`C`: probability that each gets from sources that weigh `[N, K]`."""
+        ...
+
+    def of(self, targets: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """`[N]`: the sum of values `C` at one token a position."""
+        ...
+
+    def best(self, own: torch.Tensor, added: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """`[N]` each: the highest log-probability of a candidate and the token that has it; -inf where there is none.
+
+        Args:
+            own: `C`, log-probability that the host gives, its weight counted.
+            added: `C`, see there.
+        """
+        ...
+
+    def mixed(self, own: torch.Tensor, added: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probabilities `[N, V]` of host and archive, and `C`: log-probability that a token gets from the archive.
+
+        Args:
+            own: `[N, V]`, the host's, its weight counted; written to.
+            added: `C`, see there.
+        """
+        ...
+
+
 @dataclass(frozen=True, eq=False)
 class Candidates:
-    """What the archive proposes at N positions, flat.
+    """What the archive proposes at N positions, flat; see `Proposals`.
 
     Attributes:
         positions: `[E]`, int64, ascending.
         sources: `[E]`, int64, index of the order, or K - 1 for the latest occurrence.
         tokens: `[E]`, int64.
         probabilities: `[E]`, float32; they sum to 1 over a position and source.
-        available: `[N, K]`, bool: the source has candidates.
-        confidence: `[N, K]`, float32, mean of a source's occurrences, 0 to 1; below 1 for rebuilt tokens alone.
-        best: `[N, K]`, int64, the entry of the source's most probable token; 0 where there is none.
-        chosen: `[N]`, int64, the most probable token of the longest order; -1 where there is none.
-        features: `[N, ARCHIVE_FEATURES]`, float32.
+        available: see `Proposals`.
+        confidence: likewise.
+        best_entry: `[N, K]`, int64, the entry of the source's most probable token; 0 where there is none.
+        chosen: see `Proposals`.
+        features: likewise.
     """
 
     positions: torch.Tensor
@@ -68,7 +143,7 @@ class Candidates:
     probabilities: torch.Tensor
     available: torch.Tensor
     confidence: torch.Tensor
-    best: torch.Tensor
+    best_entry: torch.Tensor
     chosen: torch.Tensor
     features: torch.Tensor
 
@@ -80,16 +155,68 @@ class Candidates:
         """The same on a device."""
         return Candidates(**{name: value.to(device) for name, value in vars(self).items()})
 
+    @property
+    def cells(self) -> torch.Tensor:
+        """`[E]`: the position and source of each, as an index into `[N * K]`."""
+        return self.positions * SOURCES + self.sources
+
+    def by_source(self, values: torch.Tensor) -> torch.Tensor:
+        """`[N, K]`: sums of values `[E]`."""
+        flat = torch.zeros(len(self) * SOURCES, device=values.device, dtype=values.dtype)
+        return flat.index_add_(0, self.cells, values).view(-1, SOURCES)
+
+    def at(self, scores: torch.Tensor) -> torch.Tensor:
+        """See `Proposals.at`."""
+        return scores[self.positions, self.tokens] if scores.ndim == 2 else scores[self.positions]
+
+    def expected(self, values: torch.Tensor) -> torch.Tensor:
+        """See `Proposals.expected`."""
+        return self.by_source(self.probabilities * values)
+
+    def of_best(self, values: torch.Tensor) -> torch.Tensor:
+        """See `Proposals.of_best`."""
+        if not len(values):
+            return torch.zeros(self.available.shape, device=values.device)
+        return torch.where(self.available, values[self.best_entry], 0.0)
+
     def allowed(self, keep: torch.Tensor) -> Candidates:
-        """Without the candidates that a mask `[E]` leaves out; the others of their source share its probability."""
-        cells = self.positions * SOURCES + self.sources
+        """See `Proposals.allowed`."""
         allowed = torch.where(keep, self.probabilities, 0.0)
-        kept = torch.zeros(self.available.numel(), device=keep.device).index_add_(0, cells, allowed)
-        lost = torch.zeros_like(kept).index_add_(0, cells, (~keep).float())
+        kept, lost = self.by_source(allowed), self.by_source((~keep).float())
         share = torch.where(lost > 0, kept, 1.0)  # exactly as it was where nothing is left out
-        probabilities = allowed / share[cells].clamp(min=1e-12)
-        available = self.available & (kept > 0).view_as(self.available)
-        return replace(self, probabilities=probabilities, available=available)
+        probabilities = allowed / share.flatten()[self.cells].clamp(min=1e-12)
+        return replace(self, probabilities=probabilities, available=self.available & (kept > 0))
+
+    def added(self, weights: torch.Tensor) -> torch.Tensor:
+        """See `Proposals.added`."""
+        return weights[self.positions, self.sources] * self.probabilities
+
+    def of(self, targets: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """See `Proposals.of`."""
+        hit = targets[self.positions] == self.tokens
+        return torch.zeros(len(self), device=values.device).index_add_(0, self.positions, values * hit)
+
+    def best(self, own: torch.Tensor, added: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `Proposals.best`."""
+        highest = torch.full((len(self),), -math.inf, device=own.device)
+        token = torch.zeros(len(self), dtype=torch.long, device=own.device)
+        if not len(self.tokens):
+            return highest, token
+        cells, inverse = torch.unique(torch.stack([self.positions, self.tokens]), dim=1, return_inverse=True)
+        total = torch.zeros(cells.shape[1], device=own.device).index_add_(0, inverse, added)
+        hosts = torch.full_like(total, -math.inf).index_put_((inverse,), own)
+        total = torch.logaddexp(hosts, total.log())
+        highest.scatter_reduce_(0, cells[0], total, "amax")
+        top = total == highest[cells[0]]
+        token[cells[0][top]] = cells[1][top]
+        return highest, token
+
+    def mixed(self, own: torch.Tensor, added: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `Proposals.mixed`."""
+        at = (self.positions, self.tokens)
+        extra = torch.zeros_like(own).index_put_(at, added, accumulate=True)
+        copied = extra[at].log()
+        return own.index_put_(at, torch.logaddexp(own[at], copied)), copied  # a token's sources write the same
 
 
 def collect(evidence: Sequence[Evidence]) -> Candidates:

@@ -5,7 +5,7 @@ certain of what followed the latest occurrence of the longest match. A small gat
 before the token: counts, agreement, the host's certainty, what the raw text says. Where tokens were rebuilt, a source
 counts as much as their confidence.
 Axes: `N` positions (rows of a step, or tokens of a text), `K` sources (the orders, and the latest occurrence), `E`
-candidates of all positions, `V` vocabulary.
+candidates of all positions, `C` their shape (see `candidates.Proposals`), `V` vocabulary.
 
 Source of the mixture: kNN-LM (arXiv 1911.00172) and the infinity-gram (arXiv 2401.17377); gate and features are ours.
 """
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .candidates import Candidates
+from .candidates import Proposals
 from .gate import SOURCES, Gate
 
 _SEEN = math.log(0.01)
@@ -30,7 +30,7 @@ class HostView:
     """What the gate sees of the host's distribution at N positions.
 
     Attributes:
-        candidates: `[E]`, log-probability of each candidate.
+        candidates: `C`, log-probability of each candidate.
         best: `[N]`, highest log-probability.
         token: `[N]`, int64, the token that has it.
         entropy: `[N]`, nats.
@@ -42,7 +42,7 @@ class HostView:
     entropy: torch.Tensor
 
 
-def view_host(scores: torch.Tensor, candidates: Candidates) -> tuple[HostView, torch.Tensor]:
+def view_host(scores: torch.Tensor, candidates: Proposals) -> tuple[HostView, torch.Tensor]:
     """Reads logits `[N, V]` (or log-probabilities) at the candidates; also gives the normaliser `[N]`."""
     parts: list[tuple[torch.Tensor, ...]] = []
     for start in range(0, len(scores), BLOCK):
@@ -54,25 +54,17 @@ def view_host(scores: torch.Tensor, candidates: Candidates) -> tuple[HostView, t
         entropy = normaliser - (shares * part.clamp(min=_LOWEST)).sum(-1)  # 0 times -inf is 0
         parts.append((normaliser, log_best, token, entropy))
     normaliser, best, token, entropy = (torch.cat(values) for values in zip(*parts, strict=True))
-    at = scores[candidates.positions, candidates.tokens].float() - normaliser[candidates.positions]
+    at = candidates.at(scores).float() - candidates.at(normaliser)
     return HostView(at, best, token, entropy), normaliser
 
 
-def gate_features(candidates: Candidates, host: HostView) -> torch.Tensor:
+def gate_features(candidates: Proposals, host: HostView) -> torch.Tensor:
     """`[N, ARCHIVE_FEATURES + HOST_FEATURES]`, float32: all that a gate sees."""
-    positions, orders = len(candidates), SOURCES - 1
-    probability = host.candidates.exp()
-    device = probability.device
-    expected = torch.zeros(positions * SOURCES, device=device)
-    cells = candidates.positions * SOURCES + candidates.sources
-    expected.index_add_(0, cells, candidates.probabilities * probability)
-    top = torch.zeros(positions, SOURCES, device=device)
-    if len(probability):
-        top = torch.where(candidates.available, probability[candidates.best], 0.0)
+    orders, probability = SOURCES - 1, host.candidates.exp()
     agrees = candidates.chosen == host.token
     rest = torch.stack([host.entropy / 8, host.best.exp(), agrees.float()], dim=1)
-    parts = [candidates.features, expected.view(positions, SOURCES)[:, :orders], top[:, :orders], rest]
-    return torch.cat(parts, dim=1)
+    expected, top = candidates.expected(probability), candidates.of_best(probability)
+    return torch.cat([candidates.features, expected[:, :orders], top[:, :orders], rest], dim=1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,7 +79,7 @@ class Mixture:
         vocab_size: V.
     """
 
-    candidates: Candidates
+    candidates: Proposals
     host: HostView
     normaliser: torch.Tensor
     weights: torch.Tensor
@@ -99,23 +91,19 @@ class Mixture:
         return -torch.expm1(self.weights[:, 0])
 
     def added(self) -> torch.Tensor:
-        """`[E]`, probability that each candidate gets from the archive."""
-        entries = self.candidates
-        return self.weights[entries.positions, entries.sources + 1].exp() * entries.probabilities
+        """`C`, probability that each candidate gets from the archive."""
+        return self.candidates.added(self.weights[:, 1:].exp())
 
     def log_probabilities(self, scores: torch.Tensor) -> torch.Tensor:
         """The whole mixture, `[N, V]`, float32; positions without candidates keep the host's."""
         return self.with_sources(scores)[0]
 
     def with_sources(self, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The whole mixture, and `[E]`, bool: the archive brings the candidate, to 1 in 100 or more."""
-        entries = self.candidates
-        at = (entries.positions, entries.tokens)
+        """The whole mixture, and `C`, bool: the archive brings the candidate, to 1 in 100 or more."""
         own = scores.float() - (self.normaliser - self.weights[:, 0])[:, None]
-        extra = torch.zeros_like(own).index_put_(at, self.added(), accumulate=True)
-        kept, brought = own[at], extra[at].log()
-        # a token's sources write the same
-        return own.index_put_(at, torch.logaddexp(kept, brought)), (brought > kept) & (brought > _SEEN)
+        whole, copied = self.candidates.mixed(own, self.added())
+        kept = self.host.candidates + self.candidates.at(self.weights[:, 0])
+        return whole, (copied > kept) & (copied > _SEEN)
 
     def of(self, targets: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Log-probability of one token a position, `[N]`."""
@@ -124,27 +112,16 @@ class Mixture:
 
     def copied(self, targets: torch.Tensor) -> torch.Tensor:
         """Probability that a token a position gets from the archive, `[N]`."""
-        entries = self.candidates
-        hit = targets[entries.positions] == entries.tokens
-        return torch.zeros_like(self.normaliser).index_add_(0, entries.positions, self.added() * hit)
+        return self.candidates.of(targets, self.added())
 
     def greedy(self) -> torch.Tensor:
         """The most probable token, `[N]`: the host's own or a candidate."""
-        entries = self.candidates
-        best, token = self.host.best + self.weights[:, 0], self.host.token.clone()
-        if not len(entries.tokens):
-            return token
-        cells, inverse = torch.unique(torch.stack([entries.positions, entries.tokens]), dim=1, return_inverse=True)
-        total = torch.zeros(cells.shape[1], device=best.device).index_add_(0, inverse, self.added())
-        own = torch.full_like(total, -math.inf).index_put_((inverse,), self.host.candidates)
-        total = torch.logaddexp(own + self.weights[cells[0], 0], total.log())
-        highest = torch.full_like(best, -math.inf).scatter_reduce_(0, cells[0], total, "amax")
-        top = (total == highest[cells[0]]) & (total > best[cells[0]])
-        token[cells[0][top]] = cells[1][top]
-        return token
+        own = self.host.candidates + self.candidates.at(self.weights[:, 0])
+        highest, token = self.candidates.best(own, self.added())
+        return torch.where(highest > self.host.best + self.weights[:, 0], token, self.host.token)
 
 
-def mix(scores: torch.Tensor, candidates: Candidates, gate: Gate, strength: float = 1.0) -> Mixture:
+def mix(scores: torch.Tensor, candidates: Proposals, gate: Gate, strength: float = 1.0) -> Mixture:
     """Weighs host and archive.
 
     Args:

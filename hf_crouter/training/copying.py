@@ -25,7 +25,7 @@ from ..hosts.fingerprint import host_architecture, host_fingerprint
 from ..hosts.unwrap import display_name
 from ..modes import Copy, Retrieve, SoftPrompts, resolve_modes
 from ..ngram.candidates import Candidates, collect
-from ..ngram.gate import SOURCES, Gate, GateConfig
+from ..ngram.gate import Gate, GateConfig
 from ..ngram.mixture import gate_features, view_host
 from ..types import CacheView, Contribution, Mode, Parts, ScoreState, ScoreUse, Setting
 from ..utils.progress import Progress
@@ -64,10 +64,7 @@ class GateExamples:
 
 def copied_by_source(candidates: Candidates, targets: torch.Tensor) -> torch.Tensor:
     """`[N, K]`: the probability that each source gives to one token at each of N positions."""
-    hit = targets[candidates.positions] == candidates.tokens
-    cells = candidates.positions * SOURCES + candidates.sources
-    flat = torch.zeros(len(candidates) * SOURCES, device=targets.device)
-    return flat.index_add_(0, cells, candidates.probabilities * hit).view(-1, SOURCES)
+    return candidates.expected(targets[candidates.positions] == candidates.tokens)
 
 
 class Recorder:

@@ -272,6 +272,7 @@ class Opening:
         prompts: rows of the prompt; beams and several sequences make more of them.
         archived: columns of each row that are a given text; None: the prompt's.
         same_tokenizer: whether chunks hold the host's own ids.
+        grows: whether every step's ids are those of the step before and one more token a row: no beams, no drafts.
     """
 
     vocab_size: int
@@ -279,6 +280,7 @@ class Opening:
     prompts: int
     archived: tuple[int, ...] | None = None
     same_tokenizer: bool = True
+    grows: bool = False
 
 
 ScoreMode = Callable[[Opening], ScoreState]
