@@ -169,6 +169,7 @@ class Copier:
     @torch.no_grad()
     def step(self, cache: CacheView, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """The scores `[B, V]` of one step with copying mixed in; the same ones where nothing matches."""
+        self._receipts.chosen(input_ids)
         mixture = self.mix(self._proposed(cache, input_ids, scores.device), scores)
         if mixture is None:
             return scores

@@ -14,6 +14,10 @@ from ..ngram.suffix_index import LONGEST
 class Receipts(Protocol):
     """What a copier notes at every step."""
 
+    def chosen(self, input_ids: torch.Tensor) -> None:
+        """Called at every step before anything is searched, with what stands there `[B, T]`."""
+        ...
+
     def note(self, proposals: Proposals, brought: torch.Tensor, sizes: Sequence[int], input_ids: torch.Tensor) -> None:
         """Remembers which tokens would come from the archive.
 
@@ -51,20 +55,20 @@ class GrowingReceipts:
 
     def note(self, proposals: Proposals, brought: torch.Tensor, sizes: Sequence[int], input_ids: torch.Tensor) -> None:
         """See `Receipts.note`."""
-        self._close(input_ids)
         self._open = input_ids.shape[1], proposals, brought, tuple(sizes)
 
-    def _close(self, ids: torch.Tensor) -> None:
-        if self._open is None or ids.shape[1] <= self._open[0]:
+    def chosen(self, input_ids: torch.Tensor) -> None:
+        """See `Receipts.chosen`."""
+        if self._open is None or input_ids.shape[1] <= self._open[0]:
             return
         column, proposals, brought, sizes = self._open
-        targets = ids[:, column].to(brought.device)
+        targets = input_ids[:, column].to(brought.device)
         self._taken.append((column, proposals.of(targets, brought.float()) > 0, sizes))
         self._open = None
 
     def settle(self, sequences: torch.Tensor) -> None:
         """See `Receipts.settle`."""
-        self._close(sequences)
+        self.chosen(sequences)
         if self._taken:
             taken = torch.stack([hits for _, hits, _ in self._taken]).tolist()
             self._known |= {column: (hits, sizes)
@@ -92,6 +96,9 @@ class BranchingReceipts:
         self.prompts = prompts
         self._brought: dict[Hashable, dict[int, int]] = {}  # tokens, and the archive's at that time
         self._sequences = prompts
+
+    def chosen(self, input_ids: torch.Tensor) -> None:
+        """See `Receipts.chosen`; nothing is open."""
 
     def note(self, proposals: Proposals, brought: torch.Tensor, sizes: Sequence[int], input_ids: torch.Tensor) -> None:
         """See `Receipts.note`."""

@@ -10,9 +10,8 @@ tokens.
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
@@ -24,9 +23,10 @@ from .gate import SOURCES
 from .grid import GridCandidates
 from .suffix_index import LATEST, LONGEST, SURE
 
-_NOTHING, _BREAK, _END = -1, -2, -3  # ids of no token: before a text, between its parts, behind a pattern
+_NOTHING, _BREAK, _END = -1, -2, -3  # ids of no token: around a text, between its parts, behind a pattern
 _BLOCK = 1 << 20  # positions of all rows whose last tokens are compared at once
 _ROUND = 8  # sizes are rounded up to an eighth of their power of two, so that shapes change seldom
+_STEPS = 64  # tokens that a raw text has room for beside those that it holds, at least
 
 
 def searched_there(device: torch.device) -> bool:
@@ -34,8 +34,94 @@ def searched_there(device: torch.device) -> bool:
     return device.type != "cpu"
 
 
+@dataclass(frozen=True, eq=False)
+class _Tables:
+    """What stands on the device, written in place.
+
+    Attributes:
+        ids: `[B, P]`, int32, of the archives.
+        slots: `[B, P]`, int32: where in `tokens` each stands.
+        usable: `[B, P]`, uint8: 1 where it may be proposed.
+        weights: `[B, P]`, int32: confidence in 255ths where it may be.
+        tokens: `[B, U]`, int64: distinct ids of each archive, ascending.
+        sizes: `[B]`, int64: tokens of each archive.
+        lengths: `[B, P]`, uint8: tokens before each position that agree with the row's last ones.
+        pattern: `[B, LONGEST]`, int64: the row's last ids, the newest first, those behind a stop id are none.
+        text: `[B, R]`, int64: what the host reads raw, a break behind each part before the window.
+        ends: `[B, 1]`, int64: tokens of that text.
+    """
+
+    ids: torch.Tensor
+    slots: torch.Tensor
+    usable: torch.Tensor
+    weights: torch.Tensor
+    tokens: torch.Tensor
+    sizes: torch.Tensor
+    lengths: torch.Tensor
+    pattern: torch.Tensor
+    text: torch.Tensor
+    ends: torch.Tensor
+
+    @classmethod
+    def empty(cls, rows: int, positions: int, tokens: int, text: int, device: torch.device) -> _Tables:
+        """Tables of nothing, of some sizes."""
+
+        def full(*shape: int, dtype: torch.dtype = torch.long, value: int = 0) -> torch.Tensor:
+            return torch.full(shape, value, dtype=dtype, device=device)
+
+        return cls(
+            ids=full(rows, positions, dtype=torch.int32, value=_NOTHING),
+            slots=full(rows, positions, dtype=torch.int32),
+            usable=full(rows, positions, dtype=torch.uint8),
+            weights=full(rows, positions, dtype=torch.int32),
+            tokens=full(rows, tokens),
+            sizes=full(rows),
+            lengths=full(rows, positions, dtype=torch.uint8),
+            pattern=full(rows, LONGEST, value=_END),
+            text=full(rows, text, value=_NOTHING),
+            ends=full(rows, 1),
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all."""
+        return sum(getattr(self, f.name).nbytes for f in fields(self))
+
+    def set_archive(self, row: int, made: tuple[torch.Tensor, ...], size: int) -> None:
+        """Writes what `_of_archive` made, and how far each position matches the row's pattern."""
+        ids, slots, usable, weights, tokens = made
+        for table, values, rest in ((self.ids, ids, _NOTHING), (self.slots, slots, 0), (self.usable, usable, 0),
+                                    (self.weights, weights, 0), (self.tokens, tokens, 0)):  # fmt: skip
+            table[row, : len(values)] = values
+            table[row, len(values) :] = rest
+        self.sizes[row] = size
+        self.lengths[row] = match_lengths(self.ids[row : row + 1], self.pattern[row : row + 1])[0]
+
+    def set_text(self, row: int, text: torch.Tensor) -> None:
+        """Writes a row's raw text."""
+        self.text[row, : len(text)] = text
+        self.text[row, len(text) :] = _NOTHING
+        self.ends[row] = len(text)
+
+    def advance(self, newest: torch.Tensor, stops: torch.Tensor) -> None:
+        """Every row has one more token `[B]`: a match goes on where its archive says the same.
+
+        Args:
+            newest: `[B]`.
+            stops: `[V]`, bool: no match reaches over these.
+        """
+        stopped = stops[newest][:, None]
+        older = self.pattern[:, :-1].masked_fill(stopped, _END)
+        first = newest[:, None].masked_fill(stopped, _END)
+        self.pattern.copy_(torch.cat([first, older], 1))
+        longer = torch.where(self.ids == first, (self.lengths + 1).clamp(max=LONGEST), 0)
+        self.lengths.copy_(F.pad(longer[:, :-1], (1, 0)))
+        self.text.scatter_(1, self.ends, newest[:, None])
+        self.ends.add_(1)
+
+
 class DeviceSearch:
-    """Searches a call's archives at one step after the other; what stays the same between two is kept.
+    """Searches a call's archives at one step after the other; only what has changed is written anew.
 
     Args:
         device: to search on.
@@ -44,69 +130,68 @@ class DeviceSearch:
 
     def __init__(self, device: torch.device, grows: bool):
         self.device, self.grows = device, grows
-        self._index: DeviceIndex | None = None
-        self._raw: RawTexts | None = None
-        self._before: tuple = ()  # what the raw texts are made of
-        self._width = 0  # of the latest search
+        reached = np.searchsorted(np.array(ORDERS), np.arange(LONGEST + 1), side="right")
+        self._reached = torch.from_numpy(reached).to(device)  # [LONGEST + 1], orders within a match of each length
+        self._stops: torch.Tensor | None = None
+        self._tables: _Tables | None = None
+        self._archives: list[Archive] = []
+        self._made: dict[int, tuple[torch.Tensor, ...]] = {}  # of an archive, which several rows may share
+        self._raw: list[tuple] = []  # what each row's raw text is made of
+        self._ends: list[int] = []  # tokens of it
+        self._width = 0  # columns of the ids at the latest search
 
     @property
     def nbytes(self) -> int:
         """Bytes on the device."""
-        return self._index.nbytes if self._index is not None else 0
+        return self._tables.nbytes if self._tables is not None else 0
 
     def __call__(self, archives: Sequence[Archive], rows: Sequence[Row], input_ids: torch.Tensor) -> GridCandidates:
         """What follows the last column of `input_ids [B, T]`."""
-        known = self._index is not None and len(archives) == len(self._index.archives)
-        known = known and all(map(operator.is_, archives, self._index.archives))  # pyright: ignore
-        if self._index is None or not known:
-            self._index = DeviceIndex(archives, self.device)
-        before = tuple((row.pad, row.prefix, row.raw_start, row.retrieved) for row in rows)
-        if self._raw is None or not self.grows or before != self._before:
-            self._raw, self._before = RawTexts.of(rows, input_ids), before
-        one_more = self.grows and known and input_ids.shape[1] == self._width + 1
-        self._width = input_ids.shape[1]
-        return self._index.search(input_ids, self._raw, one_more)
+        self._follow(archives, rows, input_ids)
+        assert self._tables is not None
+        sure = all(archive.confidences is None for archive in archives)
+        return _candidates(self._tables, self._reached, sure)
 
+    def _follow(self, archives: Sequence[Archive], rows: Sequence[Row], input_ids: torch.Tensor) -> None:
+        """Brings the tables behind the last column."""
+        if self._stops is None:
+            flags = torch.zeros(archives[0].vocab_size, dtype=torch.bool)
+            flags[sorted(archives[0].stop_ids)] = True
+            self._stops = flags.to(self.device)
+        raw = [(row.pad, row.prefix, row.raw_start, row.retrieved) for row in rows]
+        width, tables = input_ids.shape[1], self._tables
+        on = tables is not None and self.grows and width == self._width + 1 and len(raw) == len(self._raw)
+        if on:
+            self._ends = [end + 1 for end in self._ends]
+        wanted = [n for n, archive in enumerate(archives) if not on or archive is not self._archives[n]]
+        read = [n for n, key in enumerate(raw) if not on or key != self._raw[n]]
+        texts = {n: _raw_text(rows[n], input_ids[n]) for n in read}
+        made = {id(archives[n]): self._of(archives[n]) for n in wanted}
+        ends = [len(texts[n]) if n in texts else self._ends[n] for n in range(len(rows))]
+        need = [max(map(len, archives)), max((len(of[4]) for of in made.values()), default=0), max(ends)]
+        have = [tables.ids.shape[1], tables.tokens.shape[1], tables.text.shape[1]] if tables is not None else [0] * 3
+        if tables is None or len(tables.ids) != len(rows) or any(a > b for a, b in zip(need, have, strict=True)):
+            need[2] += _STEPS
+            positions, tokens, text = (max(old, rounded(new)) for new, old in zip(need, have, strict=True))
+            tables = self._tables = _Tables.empty(len(rows), positions, tokens, text, self.device)
+            on, wanted, read = False, list(range(len(rows))), list(range(len(rows)))
+        pads = torch.tensor([[row.pad] for row in rows]).to(self.device) if not on else None
+        if on:
+            tables.advance(input_ids[:, -1], self._stops)
+        elif pads is not None:
+            tables.pattern.copy_(_pattern(input_ids, pads, self._stops))
+        for n in wanted:
+            tables.set_archive(n, made.get(id(archives[n])) or self._of(archives[n]), len(archives[n]))
+        for n in read:
+            tables.set_text(n, texts[n] if n in texts else _raw_text(rows[n], input_ids[n]))
+        self._archives, self._raw, self._ends, self._width = list(archives), raw, ends, width
+        kept = set() if self.grows else set(map(id, archives))  # rows that go on have theirs in the tables
+        self._made = {key: of for key, of in self._made.items() if key in kept}
 
-@dataclass(frozen=True, eq=False)
-class RawTexts:
-    """What the host reads raw in every row; see `raw_text.RawText`.
-
-    Attributes:
-        before: `[B, n]`, int64: each row's beginning and retrieved chunks, a break behind each, from the right.
-        pads: `[B, 1]`, int64: padding columns of `input_ids`.
-        starts: `[B, 1]`, int64: column at which its window begins.
-        first: the first of them.
-    """
-
-    before: torch.Tensor
-    pads: torch.Tensor
-    starts: torch.Tensor
-    first: int
-
-    @classmethod
-    def of(cls, rows: Sequence[Row], input_ids: torch.Tensor) -> RawTexts:
-        """Of the rows of a cache, whose ids begin those in `[B, T]`."""
-        device, texts = input_ids.device, []
-        seam = torch.full((1,), _BREAK, device=device)
-        for row, ids in zip(rows, input_ids, strict=True):
-            pieces = [ids[row.pad : row.pad + (row.prefix or 0)], seam]
-            for number in row.retrieved:
-                pieces += [row.chunks[number].host_ids.to(device), seam]
-            texts.append(torch.cat(pieces))
-        length = rounded(max(map(len, texts)))
-        before = torch.stack([F.pad(text, (length - len(text), 0), value=_NOTHING) for text in texts])
-        places = torch.tensor([(row.pad, row.pad + row.raw_start) for row in rows], device=device)
-        first = min(row.pad + row.raw_start for row in rows)
-        return cls(before, places[:, :1], places[:, 1:], first)
-
-    def upto(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """`[B, R]`: the texts behind `input_ids [B, T]`; what is no token is negative."""
-        width = input_ids.shape[1]
-        first = max(0, width - rounded(width - self.first))
-        columns = torch.arange(first, width, device=input_ids.device)
-        window = torch.where(columns >= self.starts, input_ids[:, first:], _BREAK)
-        return torch.cat([self.before, window], 1)
+    def _of(self, archive: Archive) -> tuple[torch.Tensor, ...]:
+        if id(archive) not in self._made:
+            self._made[id(archive)] = _of_archive(archive, self.device)
+        return self._made[id(archive)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,161 +216,111 @@ class _RawMatches:
         return cls(length.long(), token, count, same / count.clamp(min=1))
 
 
-class DeviceIndex:
-    """The archives of B rows, and where their last tokens stood in them.
+def _candidates(tables: _Tables, reached: torch.Tensor, sure: bool) -> GridCandidates:
+    """What follows the rows' last tokens.
 
     Args:
-        archives: of the rows; equal objects share what is made of them.
-        device: to search on.
+        tables: behind the last token.
+        reached: `[LONGEST + 1]`, how many orders a match of each length reaches.
+        sure: all that is archived is certain.
     """
+    text, raw = tables.text, _RawMatches.of(tables.text, tables.pattern)
+    rows, slots, orders = len(text), tables.tokens.shape[1], len(ORDERS)
+    lengths = (tables.lengths * tables.usable).long()
+    cells = reached[lengths] * slots + tables.slots
+    counts = _by_order(cells, tables.usable.int(), rows, slots)
+    weights = counts * SURE if sure else _by_order(cells, tables.weights, rows, slots)
+    occurrences, whole = counts.sum(2), weights.sum(2)
+    distinct = (counts > 0).sum(2)
+    places = torch.arange(slots, device=lengths.device)
+    best = (weights.long() * slots + (slots - 1 - places)).argmax(2)  # of equal ones the smallest token
+    available = whole > 0
+    shares = weights / whole.clamp(min=1)[..., None]
+    length = lengths.amax(1)
+    found = (lengths == length[:, None]) & (lengths > 0)
+    latest = torch.where(found, torch.arange(lengths.shape[1], device=lengths.device), 0).amax(1)
+    latest_slot = tables.slots.gather(1, latest[:, None]).long()
+    latest_weight = torch.where(length > 0, tables.weights.gather(1, latest[:, None])[:, 0] / SURE, 0.0)
+    some = available.sum(1)  # orders
+    last = (some - 1).clamp(min=0)[:, None]
+    tops = tables.tokens.gather(1, best)
+    chosen = torch.where(some > 0, tops.gather(1, last)[:, 0], -1)
+    certain = (latest_weight > 0) & (some > 0)
+    one = (places == latest_slot).float() * certain[:, None]
+    confidence = whole / (SURE * occurrences.clamp(min=1))
+    of_last = shares.gather(1, last[..., None].expand(-1, -1, slots))[:, 0]
+    by_order = torch.stack(
+        [
+            available.float(),
+            occurrences.log1p() / 8,
+            distinct.log1p() / 8,
+            shares.gather(2, best[..., None])[..., 0],
+        ],
+        2,
+    )
+    by_order = by_order * available[..., None]
+    agree = ((tops == chosen[:, None]) & available).sum(1) / some.clamp(min=1)
+    latest_token = tables.tokens.gather(1, latest_slot)
+    length, matched = length.long(), some > 0
+    features = torch.stack(
+        [
+            (1 + length).log2() / 6,
+            agree,
+            (length >= 32).float(),
+            (raw.length > 0).float(),
+            (1 + raw.length).log2() / 6,
+            (raw.length >= length).float(),
+            ((raw.length - length) / 8).clamp(-1, 1),
+            (raw.token == chosen).float(),
+            ((raw.length > 0) & (raw.token != chosen)).float(),
+            raw.occurrences.log1p() / 6,
+            raw.share,
+            (text == chosen[:, None]).any(1).float(),
+            (latest_token[:, 0] == chosen).float(),
+            of_last.gather(1, latest_slot)[:, 0],
+            (1 + tables.sizes - latest).log2() / 20,
+            found.sum(1).clamp(max=LATEST).log1p() / 4,
+            (distinct.gather(1, last)[:, 0] > 1).float(),
+            torch.where(tables.tokens == raw.token[:, None], of_last, 0).sum(1),
+            (raw.token == latest_token[:, 0]).float(),
+        ],
+        1,
+    )
+    features = torch.cat([by_order.flatten(1), features], 1) * matched[:, None]
+    assert confidence.shape[1] == orders == SOURCES - 1
+    return GridCandidates(
+        tables.tokens,
+        torch.cat([shares, one[:, None]], 1),
+        torch.cat([available, certain[:, None]], 1),
+        torch.cat([torch.where(available, confidence, 1.0), torch.where(certain, latest_weight, 1.0)[:, None]], 1),
+        torch.cat([best, latest_slot], 1),
+        chosen,
+        features,
+    )
 
-    def __init__(self, archives: Sequence[Archive], device: torch.device):
-        self.archives = tuple(archives)
-        made: dict[int, tuple[torch.Tensor, ...]] = {}
-        for archive in archives:
-            if id(archive) not in made:
-                made[id(archive)] = _of_archive(archive, device)
-        rows = [made[id(archive)] for archive in archives]
-        positions = rounded(max(len(row[0]) for row in rows))
-        tokens = rounded(max(len(row[3]) for row in rows))
 
-        def stacked(which: int, size: int, value: int) -> torch.Tensor:
-            return torch.stack([F.pad(row[which], (0, size - len(row[which])), value=value) for row in rows])
+def _by_order(cells: torch.Tensor, values: torch.Tensor, rows: int, slots: int) -> torch.Tensor:
+    """`[B, orders, U]`, int32: sums of values `[B, P]` over the matches of at least each order."""
+    exact = torch.zeros(rows, (len(ORDERS) + 1) * slots, dtype=torch.int32, device=cells.device)
+    exact = exact.scatter_add_(1, cells, values).view(rows, -1, slots)[:, 1:]
+    return exact.flip(1).cumsum(1, dtype=torch.int32).flip(1)
 
-        self.ids = stacked(0, positions, _NOTHING)  # [B, P]
-        self.slots = stacked(1, positions, 0)  # [B, P], where in `tokens` each stands
-        self.weights = stacked(2, positions, 0)  # [B, P], 255ths; 0 where nothing may be proposed
-        self.tokens = stacked(3, tokens, 0)  # [B, U]
-        self.usable = stacked(4, positions, 0)  # [B, P]
-        self.sure = all(archive.confidences is None for archive in archives)
-        self.sizes = torch.tensor([len(archive) for archive in archives], device=device)
-        stops = sorted(archives[0].stop_ids)
-        self.stops = torch.zeros(archives[0].vocab_size, dtype=torch.bool)
-        self.stops[stops] = True
-        self.stops = self.stops.to(device)
-        reached = np.searchsorted(np.array(ORDERS), np.arange(LONGEST + 1), side="right")
-        self.reached = torch.from_numpy(reached).to(device)  # [LONGEST + 1], orders within a match of each length
-        self.lengths: torch.Tensor | None = None  # [B, P], as of the latest search
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes on the device."""
-        arrays = (self.ids, self.slots, self.weights, self.tokens, self.usable, self.lengths, self.stops)
-        return sum(array.nbytes for array in arrays if array is not None)
+def _raw_text(row: Row, ids: torch.Tensor) -> torch.Tensor:
+    """What the host reads raw of a row with ids `[T]`, see `raw_text.RawText`."""
+    seam = torch.full((1,), _BREAK, dtype=torch.long, device=ids.device)
+    pieces = [ids[row.pad : row.pad + (row.prefix or 0)], seam]
+    for number in row.retrieved:
+        pieces += [row.chunks[number].host_ids.to(ids.device), seam]
+    return torch.cat([*pieces, ids[row.pad + row.raw_start :]])
 
-    def __len__(self) -> int:
-        """Archived tokens of the longest archive."""
-        return max(map(len, self.archives))
 
-    def search(self, input_ids: torch.Tensor, raw: RawTexts, one_more: bool = False) -> GridCandidates:
-        """What follows the rows' last tokens.
-
-        Args:
-            input_ids: `[B, T]`.
-            raw: what the host reads raw in each row.
-            one_more: the ids are those of the latest search and one more token a row.
-        """
-        pattern = self.pattern(input_ids, raw.pads)
-        if one_more and self.lengths is not None:
-            self.lengths = self._grown(pattern[:, :1])
-        else:
-            self.lengths = match_lengths(self.ids, pattern)
-        text = raw.upto(input_ids)
-        return self._candidates(self.lengths, text, _RawMatches.of(text, pattern))
-
-    def pattern(self, input_ids: torch.Tensor, pads: torch.Tensor) -> torch.Tensor:
-        """`[B, LONGEST]`: the rows' last ids, the newest first; those behind a stop id or in the padding are none."""
-        recent = input_ids[:, -LONGEST:].flip(1)
-        columns = torch.arange(input_ids.shape[1] - 1, input_ids.shape[1] - 1 - recent.shape[1], -1,
-                               device=input_ids.device)  # fmt: skip
-        ends = (self.stops[recent] | (columns < pads)).cummax(1).values
-        return F.pad(recent.masked_fill(ends, _END), (0, LONGEST - recent.shape[1]), value=_END)
-
-    def _grown(self, newest: torch.Tensor) -> torch.Tensor:
-        """Lengths once the rows have one more token `[B, 1]`: a match goes on where the archive says the same."""
-        assert self.lengths is not None
-        longer = torch.where(self.ids == newest, (self.lengths + 1).clamp(max=LONGEST), 0)
-        return F.pad(longer[:, :-1], (1, 0))
-
-    def _candidates(self, lengths: torch.Tensor, text: torch.Tensor, raw: _RawMatches) -> GridCandidates:
-        rows, slots, orders = len(lengths), self.tokens.shape[1], len(ORDERS)
-        lengths = (lengths * self.usable).long()
-        cells = self.reached[lengths] * slots + self.slots
-        counts = self._by_order(cells, self.usable.int(), rows, slots)
-        weights = counts * SURE if self.sure else self._by_order(cells, self.weights, rows, slots)
-        occurrences, whole = counts.sum(2), weights.sum(2)
-        distinct = (counts > 0).sum(2)
-        places = torch.arange(slots, device=lengths.device)
-        best = (weights.long() * slots + (slots - 1 - places)).argmax(2)  # of equal ones the smallest token
-        available = whole > 0
-        shares = weights / whole.clamp(min=1)[..., None]
-        length = lengths.amax(1)
-        found = (lengths == length[:, None]) & (lengths > 0)
-        latest = torch.where(found, torch.arange(lengths.shape[1], device=lengths.device), 0).amax(1)
-        latest_slot = self.slots.gather(1, latest[:, None]).long()
-        latest_weight = torch.where(length > 0, self.weights.gather(1, latest[:, None])[:, 0] / SURE, 0.0)
-        some = available.sum(1)  # orders
-        last = (some - 1).clamp(min=0)[:, None]
-        tops = self.tokens.gather(1, best)
-        chosen = torch.where(some > 0, tops.gather(1, last)[:, 0], -1)
-        certain = (latest_weight > 0) & (some > 0)
-        one = (places == latest_slot).float() * certain[:, None]
-        confidence = whole / (SURE * occurrences.clamp(min=1))
-        of_last = shares.gather(1, last[..., None].expand(-1, -1, slots))[:, 0]
-        by_order = torch.stack(
-            [
-                available.float(),
-                occurrences.log1p() / 8,
-                distinct.log1p() / 8,
-                shares.gather(2, best[..., None])[..., 0],
-            ],
-            2,
-        )
-        by_order = by_order * available[..., None]
-        agree = ((tops == chosen[:, None]) & available).sum(1) / some.clamp(min=1)
-        latest_token = self.tokens.gather(1, latest_slot)
-        length, matched = length.long(), some > 0
-        features = torch.stack(
-            [
-                (1 + length).log2() / 6,
-                agree,
-                (length >= 32).float(),
-                (raw.length > 0).float(),
-                (1 + raw.length).log2() / 6,
-                (raw.length >= length).float(),
-                ((raw.length - length) / 8).clamp(-1, 1),
-                (raw.token == chosen).float(),
-                ((raw.length > 0) & (raw.token != chosen)).float(),
-                raw.occurrences.log1p() / 6,
-                raw.share,
-                (text == chosen[:, None]).any(1).float(),
-                (latest_token[:, 0] == chosen).float(),
-                of_last.gather(1, latest_slot)[:, 0],
-                (1 + self.sizes - latest).log2() / 20,
-                found.sum(1).clamp(max=LATEST).log1p() / 4,
-                (distinct.gather(1, last)[:, 0] > 1).float(),
-                torch.where(self.tokens == raw.token[:, None], of_last, 0).sum(1),
-                (raw.token == latest_token[:, 0]).float(),
-            ],
-            1,
-        )
-        features = torch.cat([by_order.flatten(1), features], 1) * matched[:, None]
-        assert confidence.shape[1] == orders == SOURCES - 1
-        return GridCandidates(
-            self.tokens,
-            torch.cat([shares, one[:, None]], 1),
-            torch.cat([available, certain[:, None]], 1),
-            torch.cat([torch.where(available, confidence, 1.0), torch.where(certain, latest_weight, 1.0)[:, None]], 1),
-            torch.cat([best, latest_slot], 1),
-            chosen,
-            features,
-        )
-
-    def _by_order(self, cells: torch.Tensor, values: torch.Tensor, rows: int, slots: int) -> torch.Tensor:
-        """`[B, orders, U]`, int32: sums of values `[B, P]` over the matches of at least each order."""
-        exact = torch.zeros(rows, (len(ORDERS) + 1) * slots, dtype=torch.int32, device=cells.device)
-        exact = exact.scatter_add_(1, cells, values).view(rows, -1, slots)[:, 1:]
-        return exact.flip(1).cumsum(1, dtype=torch.int32).flip(1)
+def _pattern(input_ids: torch.Tensor, pads: torch.Tensor, stops: torch.Tensor) -> torch.Tensor:
+    """`[B, LONGEST]`: the rows' last ids, the newest first; those behind a stop id or in the padding are none."""
+    recent, width = input_ids[:, -LONGEST:].flip(1), input_ids.shape[1]
+    columns = torch.arange(width - 1, width - 1 - recent.shape[1], -1, device=input_ids.device)
+    ends = (stops[recent] | (columns < pads)).cummax(1).values
+    return F.pad(recent.masked_fill(ends, _END), (0, LONGEST - recent.shape[1]), value=_END)
 
 
 def match_lengths(text: torch.Tensor, pattern: torch.Tensor) -> torch.Tensor:
@@ -315,10 +350,10 @@ def rounded(size: int) -> int:
 
 
 def _of_archive(archive: Archive, device: torch.device) -> tuple[torch.Tensor, ...]:
-    """Ids, where each stands among the distinct ones, weights, these, and what may be proposed."""
+    """Ids, where each stands among the distinct ones, what may be proposed, weights, and these."""
     ids = torch.from_numpy(archive.ids.astype(np.int32)).to(device)
     usable = torch.from_numpy(archive.usable).to(device)
     confidences = archive.confidences
     weights = usable * SURE if confidences is None else torch.from_numpy(confidences).to(device) * usable
     tokens, slots = torch.unique(ids, return_inverse=True)
-    return ids, slots.int(), weights.int(), tokens.long(), usable.to(torch.uint8)
+    return ids, slots.int(), usable.to(torch.uint8), weights.int(), tokens.long()
