@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -93,8 +94,8 @@ def check_length(host: Any, policy: ContextPolicy, prefix: int, prompt: int, new
 
 def check_capacity(
     host: Any, policy: ContextPolicy, prefix: int, rows: Sequence[Row], codes: Sequence[torch.Tensor]
-) -> None:
-    """Refuses more slots than the positions that the host was trained on.
+) -> int:
+    """Refuses more slots than the positions that the host was trained on; gives how many more tokens a row may have.
 
     Args:
         host: the plain host.
@@ -108,13 +109,14 @@ def check_capacity(
     """
     positions = _positions(host, policy)
     if not positions:
-        return
+        return sys.maxsize
     slots = max(len(row) for row in codes)
     if policy.true_positions:
         own = (row_positions(row, some) for row, some in zip(rows, codes, strict=True) if row.end is None)
         slots = max((int(some[-1]) + 1 for some in own if len(some)), default=0)
     if slots > positions:
         raise _too_many(host, policy, prefix, slots)
+    return positions - slots
 
 
 def check_read(host: Any, policy: ContextPolicy, prefix: int, slots: int) -> None:

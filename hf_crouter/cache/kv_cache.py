@@ -25,6 +25,8 @@ from .layout import PAD, STALE, entry_chunk
 from .pairs import MadePairs, PairPlaces
 from .positions import pair_moves
 
+ROOM = 64  # columns for which there is room behind a table that grows
+
 
 def is_recording(cache: Cache) -> bool:
     """Whether assisted decoding has armed the cache to take drafts back."""
@@ -43,6 +45,8 @@ class CompressedCache(Cache):
         made_by: key of what made its entries; None where nothing is known yet.
         places: of key-value pairs, before the slots; None where entries are no pairs, or there are none yet.
         room: slots of each layer of a static cache that are kept for pairs.
+        quiet: columns of ids below which the rows stay as they are, with one slot more a column.
+        step_masks: what was made for the latest forward of one column.
     """
 
     rows: tuple[Row, ...] = ()
@@ -53,6 +57,8 @@ class CompressedCache(Cache):
     made_by: object = None
     places: PairPlaces | None = None
     room: tuple[int, ...] = ()
+    quiet: int = 0
+    step_masks: object = None
 
     @property
     def width(self) -> int:
@@ -174,6 +180,14 @@ class CompressedCache(Cache):
         self._cut(columns)
         return columns
 
+    def append(self, input_ids: torch.Tensor) -> None:
+        """Takes the tokens behind those that the slots stand for, each row's in the window, as `input_ids [B, T]`."""
+        pads = torch.tensor([row.pad for row in self.rows])[:, None]
+        codes = torch.arange(self.width, input_ids.shape[1]) - pads
+        self.layout = _appended(self.layout, codes)
+        self.experts = _appended(self.experts, self.experts[:, -1:].expand_as(codes))
+        self.ids, self.peak = input_ids, max(self.peak, self.layout.shape[1] + self.pair_slots)
+
     def _cut(self, columns: int) -> None:
         self.layout, self.experts = self.layout[:, :columns], self.experts[:, :columns]
 
@@ -185,7 +199,7 @@ class CompressedCache(Cache):
             input_ids: `[B, T]`, of which nothing stands in the cache yet.
             made_by: key of what makes its entries.
         """
-        self.rows, self.made_by, self.ids = tuple(rows), made_by, input_ids[:, :0]
+        self.rows, self.made_by, self.ids, self.quiet = tuple(rows), made_by, input_ids[:, :0], 0
         self.layout = self.experts = torch.empty(len(self.rows), 0, dtype=torch.long)
 
     def mark_ends(self, columns: Sequence[int]) -> None:
@@ -239,7 +253,7 @@ class CompressedCache(Cache):
             index = row.index if row.index is not None and kept >= len(row.index) else None
             prefix, compact = (row.prefix, row.compact) if chunks else (None, False)
             rows.append(Row(pad, prefix, chunks, index=index, compact=compact))
-        self.rows, self.layout = tuple(rows), layout
+        self.rows, self.layout, self.quiet = tuple(rows), layout, 0
         if self.places is not None:
             self.places = self.places.cut([len(row.chunks) for row in rows])
 
@@ -292,6 +306,19 @@ class CompressedCache(Cache):
         if not filled or max(filled) != self.layout.shape[1]:
             slots, most = self.layout.shape[1], max(filled, default=0)
             raise InputError(f"host: expected {slots} slots in the cache that it was given, got {most}")
+
+
+def _appended(table: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+    """A table `[B, S]` with columns `[B, n]` behind it, in a buffer that has room for more."""
+    size, more = table.shape[1], new.shape[1]
+    buffer = getattr(table, "_in_buffer", None)
+    if buffer is None or size + more > buffer.shape[1]:
+        buffer = table.new_empty(len(table), size + more + ROOM)
+        buffer[:, :size] = table
+    buffer[:, size : size + more] = new
+    view = buffer[:, : size + more]
+    view._in_buffer = buffer  # pyright: ignore[reportAttributeAccessIssue]
+    return view
 
 
 Layer = tuple[torch.Tensor, torch.Tensor]

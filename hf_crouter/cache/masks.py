@@ -21,7 +21,7 @@ from transformers import StaticCache
 from ..hosts.attention import EAGER, attention_met, sliding_layers
 from ..hosts.devices import input_device
 from ..types import Row
-from .kv_cache import CompressedCache
+from .kv_cache import ROOM, CompressedCache
 from .layout import PAD
 from .pairs import PairPlaces
 from .positions import key_positions, slot_positions
@@ -162,6 +162,79 @@ def _seen(rows: tuple[Row, ...], at: torch.Tensor) -> torch.Tensor:
     return torch.tensor(ends)[:, None] <= at[:, :, None]
 
 
+class StepMasks(LayerMasks):
+    """Masks and positions of forwards of one token a row, as long as the rows stay as they are: little is made anew.
+
+    A later token sees what the first one sees, and the tokens between.
+
+    Args:
+        host: the plain host; without sliding layers.
+        cache: a dynamic one, whose `layout` already holds the first token's slot.
+        device: of the host's inputs.
+    """
+
+    def __init__(self, host: Any, cache: CompressedCache, device: torch.device):
+        self.rows, self.device, self.first = cache.rows, device, cache.layout.shape[1]
+        self.floats = host.dtype if _implementation(host) == EAGER else None
+        positions = slot_positions(cache.rows, cache.layout, cache.places is not None, key_positions(host))
+        self.positions = positions[:, -1:].to(device)
+        most = [sys.maxsize if row.end is None else key_positions(host) or sys.maxsize for row in cache.rows]
+        self.most = torch.tensor(most, device=device)[:, None] - 1 if min(most) < sys.maxsize else None
+        self.leading = (cache.layout == PAD).sum(1)
+        self.padded = bool(self.leading.any())
+        self.known: dict[tuple[int, int], torch.Tensor | None] = {}
+        self.real: torch.Tensor | None = None
+        if cache.places is not None:
+            self.places, self.slides = cache.places, ()
+            self.seen = _seen(cache.rows, cache.layout[:, -1:])
+            self.open = not self.padded and bool(self.seen.all())
+
+    def holds(self, cache: CompressedCache) -> bool:
+        """Whether the rows are still what they were."""
+        return cache.rows is self.rows and cache.layout.shape[1] >= self.first
+
+    def positions_at(self, slots: int) -> torch.Tensor:
+        """Position of each row's last token, `[B, 1]`, where so many slots stand."""
+        found = self.positions + (slots - self.first)
+        return found if self.most is None else torch.minimum(found, self.most)
+
+    def slots(self, slots: int) -> torch.Tensor | None:
+        """The mask `[B, slots]`, int64, of a cache without pairs; None without padding."""
+        if not self.padded:
+            return None
+        if self.real is None or self.real.shape[1] < slots:
+            self.real = self._raw(slots + ROOM).long()
+        return self.real[:, :slots]
+
+    def _raw(self, slots: int) -> torch.Tensor:
+        return torch.arange(slots, device=self.device) >= self.leading.to(self.device)[:, None]
+
+    @property
+    def queries(self) -> int:
+        """One."""
+        return 1
+
+    @property
+    def stand_in(self) -> torch.Tensor:
+        """See `LayerMasks.stand_in`."""
+        return torch.ones(len(self.rows), 1, 1, 1, dtype=torch.bool, device=self.device)
+
+    def of(self, layer: int, keys: int) -> torch.Tensor | None:
+        """See `LayerMasks.of`."""
+        owner = self.places.owners[layer] if layer < self.places.layers else None
+        if self.open and (owner is None or self.places.is_whole(layer)):
+            return None
+        key = id(owner), 0
+        if key not in self.known or self.known[key].shape[3] < keys:  # pyright: ignore[reportOptionalMemberAccess]
+            count = owner.shape[1] if owner is not None else 0
+            mask = self._raw(keys - count + ROOM)
+            if owner is not None and count:
+                pairs = self.seen[:, 0].gather(1, owner.clamp(min=0)) & (owner >= 0)
+                mask = torch.cat([pairs.to(self.device), mask], 1)
+            self.known[key] = _in_dtype(mask[:, None, None], self.floats)
+        return self.known[key][..., :keys]  # pyright: ignore[reportOptionalSubscript]
+
+
 class PieceMasks:
     """Masks of a read of one piece over pairs and raw tokens, all of which it sees, as it sees itself: causally.
 
@@ -224,6 +297,12 @@ def mask_and_positions(
         Mask of all slots `[B, S]`, None without padding, or with pairs one a layer; and positions `[B, columns]`.
     """
     pairs = cache.places is not None
+    if columns == 1 and not isinstance(cache, StaticCache) and not any(sliding_layers(host)):
+        step = cache.step_masks
+        if not isinstance(step, StepMasks) or not step.holds(cache):
+            step = cache.step_masks = StepMasks(host, cache, device)
+        slots = cache.layout.shape[1]
+        return step if pairs else step.slots(slots), step.positions_at(slots)
     positions = slot_positions(cache.rows, cache.layout, pairs, key_positions(host))
     some = positions[:, positions.shape[1] - columns :]
     some = some.clone(memory_format=torch.contiguous_format).to(device)  # a changing stride would recompile every step

@@ -77,19 +77,24 @@ class ContextPolicy:
         """
         return self.prefix(ids[: max(prompt, self.fewest)].tolist())
 
-    def may_change(self, row: Row, length: int) -> bool:
-        """Whether a row of so many tokens may compress a chunk, or choose chunks to stand raw, that it has not yet."""
+    def changes_at(self, row: Row) -> int:
+        """Tokens of a row, in its call, below which it neither compresses another chunk nor chooses others to be raw.
+
+        It may stay as it is beyond that.
+        """
         if row.prefix is None:
-            return length >= self.fewest
-        if length >= self._compact_at(row):
-            return True
-        rest, step = length - row.raw_start, self.chunker.step
-        if row.pending is None and rest // step > row.probed // step:
-            return True
-        if row.pending is not None and length - row.pending.end >= self.window:
-            return True
-        last = row.retrievals[-1].at if row.retrievals else 0
-        return self.retriever is not None and length // self.retriever.every > last // self.retriever.every
+            return self.fewest
+        choices: list[Retrieval | WindowRoute] = [*row.retrievals[-1:], *row.routes[-1:]]
+        if any(choice.at < row.prompt for choice in choices):  # its prompt is still being read
+            return 0
+        if row.pending is not None:
+            at = row.pending.end + self.window
+        else:
+            at = row.raw_start + (row.probed // self.chunker.step + 1) * self.chunker.step
+        if self.retriever is not None and row.chunks:
+            last = row.retrievals[-1].at if row.retrievals else 0
+            at = min(at, (last // self.retriever.every + 1) * self.retriever.every)
+        return min(at, self._compact_at(row))
 
     def extend(self, row: Row, ids: torch.Tensor) -> Row:
         """The row with every chunk that its tokens call for, entries not made yet, and whether it is compact.

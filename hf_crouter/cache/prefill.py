@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -60,7 +61,12 @@ def prefill(
     width = input_ids.shape[1]
     if main is not None and isinstance(cache, DynamicCache):  # of a static one the count stands on the device
         cache.check_filled()
-    if ends is not None and any(row.end is None and policy.may_change(row, verified - row.pad) for row in cache.rows):
+    if main is not None and width < cache.quiet and width - main == cache.width:
+        cache.append(input_ids)
+        return main, cache.layout.shape[1] - main
+    if ends is not None and any(
+        row.end is None and verified - row.pad >= policy.changes_at(row) for row in cache.rows
+    ):
         cache.mark_ends(ends())  # asked only where it matters, since asking waits for the device
     before = cache.rows
     tokens = [input_ids[i, row.pad : row.pad + row.end if row.end is not None else verified]
@@ -69,8 +75,9 @@ def prefill(
     rows = policy.route(rows, tokens)
     rows = with_entries(host, policy, cache, rows, tokens)
     codes = _codes(policy, cache, rows, width, main)
+    left = sys.maxsize
     if any(row.chunks for row in rows):  # without, the host's own limits hold
-        check_capacity(host, policy, max(row.prefix or 0 for row in rows), rows, codes)
+        left = check_capacity(host, policy, max(row.prefix or 0 for row in rows), rows, codes)
     layout = stack_rows(codes, 0 if any(row.chunks for row in rows) else width)
     served = [row_experts(row, code) for row, code in zip(rows, codes, strict=True)]
     experts = stack_experts(served, layout.shape[1])
@@ -104,6 +111,10 @@ def prefill(
             cache.crop(0)  # sliding layers expect it between two forwards
     cache.layout, cache.experts = layout, experts
     cache.ids, cache.peak = input_ids, max(cache.peak, slots + cache.pair_slots)
+    cache.quiet = 0
+    if (compressed or not cache.places) and rope_switch(host) is None:
+        changes = (row.pad + policy.changes_at(row) for row in rows if row.end is None)
+        cache.quiet = min(*changes, width + left + 1, sys.maxsize)
     return main, kept
 
 
