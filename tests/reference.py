@@ -50,7 +50,7 @@ def retrieved(row, prompt, prefix, chunk, window, k, every, last):
     chosen, before = [], 0
     for length in range(prompt, len(row) + 1):
         chunks = pieces(length, prefix, chunk, window)[1]
-        if length == prompt or length % every == 0 or len(chunks) > before:
+        if (length - prompt) % every == 0 or len(chunks) > before:
             ids = [[row[position] for position in positions] for positions in chunks]
             scores = bm25(ids, row[max(0, length - last) : length]) if ids else []
             best = sorted(range(len(ids)), key=lambda i: (scores[i], i), reverse=True)[:k]

@@ -92,8 +92,8 @@ class ContextPolicy:
         else:
             at = row.raw_start + (row.probed // self.chunker.step + 1) * self.chunker.step
         if self.retriever is not None and row.chunks:
-            last = row.retrievals[-1].at if row.retrievals else 0
-            at = min(at, (last // self.retriever.every + 1) * self.retriever.every)
+            every = self.retriever.every
+            at = min(at, _anchor(row, row.retrievals[-1].at, every) + every if row.retrievals else 0)
         return min(at, self._compact_at(row))
 
     def extend(self, row: Row, ids: torch.Tensor) -> Row:
@@ -149,7 +149,8 @@ class ContextPolicy:
     def retrieve(self, row: Row, ids: torch.Tensor) -> Row:
         """The row with the chunks that its tokens up to the last anchor call back.
 
-        Anchors are the row's lengths at which a choice is made.
+        Anchors are the row's lengths at which a choice is made: counted from its prompt's end, so that rows of a batch
+        choose in the same step and are read anew in one forward.
 
         Args:
             row: its chunks, as `extend` gives them.
@@ -161,7 +162,7 @@ class ContextPolicy:
         retriever = self.retriever
         if retriever is None or not row.chunks:
             return row
-        at = len(ids) - len(ids) % retriever.every
+        at = _anchor(row, len(ids), retriever.every)
         last = row.retrievals[-1] if row.retrievals else None
         if last is not None and last.count == len(row.chunks) and last.at >= min(row.prompt, len(ids)):
             at = max(at, last.at)
@@ -258,7 +259,7 @@ class ContextPolicy:
         compact = self._compact_at(row)
         if self.retriever is None:
             return compact
-        return min(compact, (length // self.retriever.every + 1) * self.retriever.every)
+        return min(compact, _anchor(row, length, self.retriever.every) + self.retriever.every)
 
     def _settled_at(self, row: Row, ids: torch.Tensor) -> int:
         """Tokens of the row at which its chunks were what they are: the prompt's end, or the last compaction."""
@@ -275,6 +276,12 @@ class ContextPolicy:
         while length < len(ids) and self.chunker.next_chunk(known[:length], chunk.start) is None:
             length += step - (length - chunk.start) % step
         return min(length, len(ids))
+
+
+def _anchor(row: Row, length: int, every: int) -> int:
+    """The last anchor of a row of so many tokens."""
+    begin = row.prompt if length >= row.prompt else 0
+    return length - (length - begin) % every
 
 
 def ids_key(ids: torch.Tensor) -> bytes:

@@ -20,8 +20,7 @@ class Retrieve:
 
     Attributes:
         chunks: how many; each takes as many slots as it has tokens.
-        every: they are chosen at the prompt's end, whenever a chunk is compressed and at every multiple of so many
-            tokens of a row.
+        every: they are chosen at the prompt's end, every so many tokens behind it, and whenever a chunk is compressed.
         scorer: says which ones matter; None: `OverlapScorer`, words and phrases shared with the last tokens.
 
     Raises:

@@ -201,6 +201,14 @@ class TestModes:
         static = run(host, ids, mask, logits_processor=[history], cache_implementation="static")
         torch.testing.assert_close(torch.stack(greedy.logits), torch.stack(static.logits), atol=1e-4, rtol=0)
 
+    def test_rows_of_a_batch_choose_in_the_same_step(self, host, crouter):
+        history = make(host, crouter, retrieve_every=7)
+        run(host, *prompt(70, 70 - CHUNK), new=30, logits_processor=[history])
+        steps = [set(), set()]
+        for record in history.report().retrievals:
+            steps[record.row].add(record.length - (70, 70 - CHUNK)[record.row])
+        assert steps[0] == steps[1] and {0, 7, 14, 21, 28} <= steps[0]
+
     @pytest.mark.parametrize("extra", [0, 3, 25, 110])
     def test_a_later_turn_equals_from_scratch(self, host, crouter, history, extra):
         first = run(host, *prompt(70), new=20, logits_processor=[history])
