@@ -169,12 +169,13 @@ class StepMasks(LayerMasks):
 
     Args:
         host: the plain host; without sliding layers.
-        cache: a dynamic one, whose `layout` already holds the first token's slot.
+        cache: whose `layout` already holds the first token's slot.
         device: of the host's inputs.
     """
 
     def __init__(self, host: Any, cache: CompressedCache, device: torch.device):
         self.rows, self.device, self.first = cache.rows, device, cache.layout.shape[1]
+        self.at = self.first  # slots that stand now
         self.floats = host.dtype if _implementation(host) == EAGER else None
         positions = slot_positions(cache.rows, cache.layout, cache.places is not None, key_positions(host))
         self.positions = positions[:, -1:].to(device)
@@ -184,6 +185,7 @@ class StepMasks(LayerMasks):
         self.padded = bool(self.leading.any())
         self.known: dict[tuple[int, int], torch.Tensor | None] = {}
         self.real: torch.Tensor | None = None
+        self.all: torch.Tensor | None = None  # of all layers of a static cache
         if cache.places is not None:
             self.places, self.slides = cache.places, ()
             self.seen = _seen(cache.rows, cache.layout[:, -1:])
@@ -193,18 +195,18 @@ class StepMasks(LayerMasks):
         """Whether the rows are still what they were."""
         return cache.rows is self.rows and cache.layout.shape[1] >= self.first
 
-    def positions_at(self, slots: int) -> torch.Tensor:
-        """Position of each row's last token, `[B, 1]`, where so many slots stand."""
-        found = self.positions + (slots - self.first)
+    def positions_now(self) -> torch.Tensor:
+        """Position of each row's last token, `[B, 1]`."""
+        found = self.positions + (self.at - self.first)
         return found if self.most is None else torch.minimum(found, self.most)
 
-    def slots(self, slots: int) -> torch.Tensor | None:
+    def slots(self) -> torch.Tensor | None:
         """The mask `[B, slots]`, int64, of a cache without pairs; None without padding."""
         if not self.padded:
             return None
-        if self.real is None or self.real.shape[1] < slots:
-            self.real = self._raw(slots + ROOM).long()
-        return self.real[:, :slots]
+        if self.real is None or self.real.shape[1] < self.at:
+            self.real = self._raw(self.at + ROOM).long()
+        return self.real[:, : self.at]
 
     def _raw(self, slots: int) -> torch.Tensor:
         return torch.arange(slots, device=self.device) >= self.leading.to(self.device)[:, None]
@@ -220,19 +222,41 @@ class StepMasks(LayerMasks):
         return torch.ones(len(self.rows), 1, 1, 1, dtype=torch.bool, device=self.device)
 
     def of(self, layer: int, keys: int) -> torch.Tensor | None:
-        """See `LayerMasks.of`."""
+        """See `LayerMasks.of`; of a dynamic cache."""
         owner = self.places.owners[layer] if layer < self.places.layers else None
         if self.open and (owner is None or self.places.is_whole(layer)):
             return None
         key = id(owner), 0
         if key not in self.known or self.known[key].shape[3] < keys:  # pyright: ignore[reportOptionalMemberAccess]
             count = owner.shape[1] if owner is not None else 0
-            mask = self._raw(keys - count + ROOM)
-            if owner is not None and count:
-                pairs = self.seen[:, 0].gather(1, owner.clamp(min=0)) & (owner >= 0)
-                mask = torch.cat([pairs.to(self.device), mask], 1)
+            mask = torch.cat([self._pairs_seen(owner), self._raw(keys - count + ROOM)], 1)
             self.known[key] = _in_dtype(mask[:, None, None], self.floats)
         return self.known[key][..., :keys]  # pyright: ignore[reportOptionalSubscript]
+
+    def _pairs_seen(self, owner: torch.Tensor | None) -> torch.Tensor:
+        """Whether a row's last token sees each pair of a layer, `[B, columns]`."""
+        if owner is None:
+            return torch.empty(len(self.rows), 0, dtype=torch.bool, device=self.device)
+        return (self.seen[:, 0].gather(1, owner.clamp(min=0)) & (owner >= 0)).to(self.device)
+
+    def stacked(self, sizes: list[int]) -> torch.Tensor:
+        """See `LayerMasks.stacked`: of a static cache, in whose buffers each step opens one slot more a layer."""
+        if self.all is None:
+            made = {}
+            for owner in self.places.owners:
+                if id(owner) not in made:
+                    mask = torch.cat([self._pairs_seen(owner), self._raw(self.at)], 1)
+                    made[id(owner)] = F.pad(mask, (0, max(sizes) - mask.shape[1]))
+            mask = torch.stack([made[id(owner)] for owner in self.places.owners], 1)[:, :, None]
+            self.all = _in_dtype(mask, self.floats)
+            firsts = [self.places.width(layer) + self.first - 1 for layer in range(len(sizes))]
+            self.firsts = torch.tensor(firsts, device=self.device)[None, :, None, None].expand(len(mask), -1, 1, 1)
+            self.opened = self.at
+        for slots in range(self.opened, self.at):
+            seen = True if self.floats is None else 0.0
+            self.all.scatter_(3, self.firsts + (slots + 1 - self.first), seen)
+        self.opened = self.at
+        return self.all
 
 
 class PieceMasks:
@@ -297,12 +321,12 @@ def mask_and_positions(
         Mask of all slots `[B, S]`, None without padding, or with pairs one a layer; and positions `[B, columns]`.
     """
     pairs = cache.places is not None
-    if columns == 1 and not isinstance(cache, StaticCache) and not any(sliding_layers(host)):
+    if columns == 1 and not any(sliding_layers(host)):
         step = cache.step_masks
         if not isinstance(step, StepMasks) or not step.holds(cache):
             step = cache.step_masks = StepMasks(host, cache, device)
-        slots = cache.layout.shape[1]
-        return step if pairs else step.slots(slots), step.positions_at(slots)
+        step.at = cache.layout.shape[1]
+        return step if pairs else step.slots(), step.positions_now()
     positions = slot_positions(cache.rows, cache.layout, pairs, key_positions(host))
     some = positions[:, positions.shape[1] - columns :]
     some = some.clone(memory_format=torch.contiguous_format).to(device)  # a changing stride would recompile every step
