@@ -138,6 +138,8 @@ class CompressedHistory(HistoryProcessor):
             changed = state.step(call.cache, input_ids, changed)
         if changed is raw:
             return scores
+        if raw is scores:  # no other processor came before
+            return changed  # pyright: ignore[reportReturnType]
         # what processors before this one did to a token's score they do to the changed one too
         done = torch.where(raw.isfinite(), scores - raw, scores)
         return torch.where(scores == -torch.inf, scores, changed + done)  # pyright: ignore[reportReturnType]

@@ -71,7 +71,7 @@ class Call:
         steps: of the host, prepared so far.
         read: columns that the first of them read, drafts left out.
         states: changes of the scores, once something is compressed.
-        raw_scores: of the step in hand, before any processor, `[B, V]`.
+        raw_scores: of the step in hand, before any processor, `[B, V]`; None where none comes before the history's.
         ended: columns at which each row met its end, `[B]`, 0 while it goes on; None where rows end together.
         open: what ends with the call.
         masks: of the forward in hand, layer by layer; None where the host makes its own.
@@ -162,5 +162,7 @@ class EndsNoted(StoppingCriteriaList):
 
 
 def with_raw_scores(processors: LogitsProcessorList, call: Call) -> LogitsProcessorList:
-    """The processors of a call, behind one that keeps the raw scores for its history."""
+    """The processors of a call, behind one that keeps the raw scores for its history where others come before it."""
+    if processors and processors[0] is call.processor:
+        return processors
     return LogitsProcessorList([RawScores(call), *processors])
