@@ -6,7 +6,7 @@ import argparse
 import sys
 
 from eval import demo, reconstruction
-from eval.cost import compaction, copy_step, prefill, retrieval_choice, suffix_index, training
+from eval.cost import compaction, copy_step, prefill, retrieval_choice, speed, suffix_index, training
 from eval.hgr import experiment as hgr
 from eval.questions import answers, retrieval, ruler
 from eval.reading import experiment as reading
@@ -18,6 +18,7 @@ from hf_crouter.errors import InputError
 EXPERIMENTS = {
     "demo": demo,
     "tra-mini": reconstruction,
+    "speed": speed,
     "compaction": compaction,
     "compress-cpu": prefill,
     "suffix-index": suffix_index,

@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable
 from itertools import cycle
-from pathlib import Path
 
 import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from eval.cost.timing import long_text, seconds
 from eval.results import write_result
 from hf_crouter.crouter.loading import load_crouter
 from hf_crouter.hosts.fetch import resolve_host
@@ -41,27 +40,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--result", default="compress-cpu")
-
-
-def long_text(tokenizer, tokens: int) -> torch.Tensor:
-    """The first `tokens` ids `[tokens]` of the standard library's source, file by file in order of name."""
-    ids: list[int] = []
-    for path in sorted(Path(argparse.__file__).parent.glob("*.py")):
-        ids += tokenizer(path.read_text(encoding="utf-8"), add_special_tokens=False)["input_ids"]
-        if len(ids) >= tokens:
-            break
-    return torch.tensor(ids[:tokens])
-
-
-def seconds(work: Callable[[], object]) -> float:
-    """Wall-clock seconds of one call, from an empty queue of the device to an empty one."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    work()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
 
 
 @torch.inference_mode()
