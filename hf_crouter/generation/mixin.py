@@ -155,6 +155,8 @@ class CompressedGenerationMixin:
         keep = cache.compressed or not call.own_positions
         main, kept = prefill(self, policy, cache, input_ids, verified, main, call.ends, keep=keep)
         policy.serve(cache.experts[:, -main:])
+        for state in call.states or ():
+            state.ahead(cache, input_ids)
         if not cache.compressed and kept == held:
             inputs = host_inputs(cache=cache)
             call.own_positions |= "position_ids" in kwargs and inputs.get("position_ids") is None

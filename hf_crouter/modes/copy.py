@@ -135,6 +135,7 @@ class Copier:
         self._receipts: Receipts = GrowingReceipts() if grows else BranchingReceipts(prompts)
         self._sources: dict[Hashable, tuple[int, int | None]] = {}
         self._searched: DeviceSearch | None = None
+        self._ahead: tuple[int, Proposals | None] = 0, None  # columns of a step, and what is proposed behind them
 
     def look(self, cache: CacheView, input_ids: torch.Tensor, columns: Sequence[int]) -> list[Evidence]:
         """What is known before each of some columns of `input_ids`, row after row: `rows * len(columns)` of them."""
@@ -167,10 +168,21 @@ class Copier:
         return mix(scores, proposals, self.gate.to(scores.device), self.strength)
 
     @torch.no_grad()
+    def ahead(self, cache: CacheView, input_ids: torch.Tensor) -> None:
+        """See `ScoreState.ahead`: an accelerator searches before it is given the host's forward."""
+        if self._searched is not None and self.grows:
+            self._receipts.chosen(input_ids)
+            self._ahead = input_ids.shape[1], self._proposed(cache, input_ids, self._searched.device)
+
+    @torch.no_grad()
     def step(self, cache: CacheView, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """The scores `[B, V]` of one step with copying mixed in; the same ones where nothing matches."""
-        self._receipts.chosen(input_ids)
-        mixture = self.mix(self._proposed(cache, input_ids, scores.device), scores)
+        if self._ahead[0] == input_ids.shape[1] and self.grows:
+            proposals = self._ahead[1]
+        else:
+            self._receipts.chosen(input_ids)
+            proposals = self._proposed(cache, input_ids, scores.device)
+        mixture = self.mix(proposals, scores)
         if mixture is None:
             return scores
         mixed, brought = mixture.with_sources(scores)

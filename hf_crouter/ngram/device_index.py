@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 from ..types import Row
 from .archive import ORDERS, Archive
-from .gate import SOURCES
+from .gate import ARCHIVE_FEATURES, FROM_ORDER, INDEX_FEATURES
 from .grid import GridCandidates
 from .suffix_index import LATEST, LONGEST, SURE
 
@@ -44,7 +44,7 @@ class _Tables:
         usable: `[B, P]`, uint8: 1 where it may be proposed.
         weights: `[B, P]`, int32: confidence in 255ths where it may be.
         tokens: `[B, U]`, int64: distinct ids of each archive, ascending.
-        sizes: `[B]`, int64: tokens of each archive.
+        sizes: `[B, 1]`, int64: tokens of each archive.
         lengths: `[B, P]`, uint8: tokens before each position that agree with the row's last ones.
         pattern: `[B, LONGEST]`, int64: the row's last ids, the newest first, those behind a stop id are none.
         text: `[B, R]`, int64: what the host reads raw, a break behind each part before the window.
@@ -75,7 +75,7 @@ class _Tables:
             usable=full(rows, positions, dtype=torch.uint8),
             weights=full(rows, positions, dtype=torch.int32),
             tokens=full(rows, tokens),
-            sizes=full(rows),
+            sizes=full(rows, 1),
             lengths=full(rows, positions, dtype=torch.uint8),
             pattern=full(rows, LONGEST, value=_END),
             text=full(rows, text, value=_NOTHING),
@@ -130,8 +130,7 @@ class DeviceSearch:
 
     def __init__(self, device: torch.device, grows: bool):
         self.device, self.grows = device, grows
-        reached = np.searchsorted(np.array(ORDERS), np.arange(LONGEST + 1), side="right")
-        self._reached = torch.from_numpy(reached).to(device)  # [LONGEST + 1], orders within a match of each length
+        self._constants = _Constants(device)
         self._stops: torch.Tensor | None = None
         self._tables: _Tables | None = None
         self._archives: list[Archive] = []
@@ -150,7 +149,7 @@ class DeviceSearch:
         self._follow(archives, rows, input_ids)
         assert self._tables is not None
         sure = all(archive.confidences is None for archive in archives)
-        return _candidates(self._tables, self._reached, sure)
+        return _candidates(self._tables, self._constants, sure)
 
     def _follow(self, archives: Sequence[Archive], rows: Sequence[Row], input_ids: torch.Tensor) -> None:
         """Brings the tables behind the last column."""
@@ -196,7 +195,7 @@ class DeviceSearch:
 
 @dataclass(frozen=True, eq=False)
 class _RawMatches:
-    """What `raw_text.RawMatch` says, `[B]` each."""
+    """What `raw_text.RawMatch` says, `[B, 1]` each."""
 
     length: torch.Tensor
     token: torch.Tensor
@@ -207,96 +206,113 @@ class _RawMatches:
     def of(cls, text: torch.Tensor, pattern: torch.Tensor) -> _RawMatches:
         """The longest match of a pattern `[B, LONGEST]` in texts `[B, R]`, behind each of which something follows."""
         lengths = match_lengths(text, pattern).masked_fill_(text < 0, 0)
-        length = lengths.amax(1)
-        found = (lengths == length[:, None]) & (lengths > 0)
-        count = found.sum(1)
-        last = torch.where(found, torch.arange(text.shape[1], device=text.device), 0).amax(1)
-        token = torch.where(length > 0, text.gather(1, last[:, None])[:, 0], -1)
-        same = (found & (text == token[:, None])).sum(1)
+        length = lengths.amax(1, keepdim=True)
+        found = (lengths == length) & (lengths > 0)
+        count = found.sum(1, keepdim=True)
+        last = torch.where(found, torch.arange(text.shape[1], device=text.device), 0).amax(1, keepdim=True)
+        token = torch.where(length > 0, text.gather(1, last), -1)
+        same = (found & (text == token)).sum(1, keepdim=True)
         return cls(length.long(), token, count, same / count.clamp(min=1))
 
 
-def _candidates(tables: _Tables, reached: torch.Tensor, sure: bool) -> GridCandidates:
-    """What follows the rows' last tokens.
+def _candidates(tables: _Tables, constants: _Constants, sure: bool) -> GridCandidates:
+    """What follows the rows' last tokens; features as `candidates.collect` gives them.
 
     Args:
         tables: behind the last token.
-        reached: `[LONGEST + 1]`, how many orders a match of each length reaches.
+        constants: on their device.
         sure: all that is archived is certain.
     """
     text, raw = tables.text, _RawMatches.of(tables.text, tables.pattern)
-    rows, slots, orders = len(text), tables.tokens.shape[1], len(ORDERS)
+    rows, slots = len(text), tables.tokens.shape[1]
     lengths = (tables.lengths * tables.usable).long()
-    cells = reached[lengths] * slots + tables.slots
+    cells = constants.reached[lengths] * slots + tables.slots
     counts = _by_order(cells, tables.usable.int(), rows, slots)
     weights = counts * SURE if sure else _by_order(cells, tables.weights, rows, slots)
-    occurrences, whole = counts.sum(2), weights.sum(2)
-    distinct = (counts > 0).sum(2)
+    occurrences, whole, distinct = counts.sum(2), weights.sum(2), (counts > 0).sum(2)
     places = torch.arange(slots, device=lengths.device)
     best = (weights.long() * slots + (slots - 1 - places)).argmax(2)  # of equal ones the smallest token
     available = whole > 0
     shares = weights / whole.clamp(min=1)[..., None]
-    length = lengths.amax(1)
-    found = (lengths == length[:, None]) & (lengths > 0)
-    latest = torch.where(found, torch.arange(lengths.shape[1], device=lengths.device), 0).amax(1)
-    latest_slot = tables.slots.gather(1, latest[:, None]).long()
-    latest_weight = torch.where(length > 0, tables.weights.gather(1, latest[:, None])[:, 0] / SURE, 0.0)
-    some = available.sum(1)  # orders
-    last = (some - 1).clamp(min=0)[:, None]
+    length = lengths.amax(1, keepdim=True)
+    found = (lengths == length) & (lengths > 0)
+    latest = torch.where(found, torch.arange(lengths.shape[1], device=lengths.device), 0).amax(1, keepdim=True)
+    latest_slot = tables.slots.gather(1, latest).long()
+    some = available.sum(1, keepdim=True)  # orders
+    matched, last = some > 0, (some - 1).clamp(min=0)
+    latest_weight = tables.weights.gather(1, latest) / SURE * matched
+    certain = latest_weight > 0
     tops = tables.tokens.gather(1, best)
-    chosen = torch.where(some > 0, tops.gather(1, last)[:, 0], -1)
-    certain = (latest_weight > 0) & (some > 0)
-    one = (places == latest_slot).float() * certain[:, None]
-    confidence = whole / (SURE * occurrences.clamp(min=1))
-    of_last = shares.gather(1, last[..., None].expand(-1, -1, slots))[:, 0]
-    by_order = torch.stack(
-        [
-            available.float(),
-            occurrences.log1p() / 8,
-            distinct.log1p() / 8,
-            shares.gather(2, best[..., None])[..., 0],
-        ],
-        2,
-    )
-    by_order = by_order * available[..., None]
-    agree = ((tops == chosen[:, None]) & available).sum(1) / some.clamp(min=1)
+    chosen = torch.where(matched, tops.gather(1, last), -1)
     latest_token = tables.tokens.gather(1, latest_slot)
-    length, matched = length.long(), some > 0
-    features = torch.stack(
+    of_last = shares.gather(1, last[..., None].expand(-1, -1, slots))[:, 0]
+    logs = torch.cat([occurrences, distinct, raw.occurrences, found.sum(1, keepdim=True).clamp(max=LATEST)], 1)
+    powers = torch.cat([length, raw.length, tables.sizes - latest], 1)
+    same = torch.cat([raw.token, latest_token, raw.token], 1) == torch.cat([chosen, chosen, latest_token], 1)
+    flags = [available, same, raw.length > 0, raw.length >= length, length >= 32, distinct.gather(1, last) > 1,
+             (text == chosen).any(1, keepdim=True)]  # fmt: skip
+    features = torch.cat(
         [
-            (1 + length).log2() / 6,
-            agree,
-            (length >= 32).float(),
-            (raw.length > 0).float(),
-            (1 + raw.length).log2() / 6,
-            (raw.length >= length).float(),
+            torch.cat(flags, 1).float(),
+            logs.log1p() * constants.logs,
+            (1 + powers).log2() * constants.powers,
+            shares.gather(2, best[..., None])[..., 0],
+            ((tops == chosen) & available).sum(1, keepdim=True) / some.clamp(min=1),
             ((raw.length - length) / 8).clamp(-1, 1),
-            (raw.token == chosen).float(),
-            ((raw.length > 0) & (raw.token != chosen)).float(),
-            raw.occurrences.log1p() / 6,
             raw.share,
-            (text == chosen[:, None]).any(1).float(),
-            (latest_token[:, 0] == chosen).float(),
-            of_last.gather(1, latest_slot)[:, 0],
-            (1 + tables.sizes - latest).log2() / 20,
-            found.sum(1).clamp(max=LATEST).log1p() / 4,
-            (distinct.gather(1, last)[:, 0] > 1).float(),
-            torch.where(tables.tokens == raw.token[:, None], of_last, 0).sum(1),
-            (raw.token == latest_token[:, 0]).float(),
+            of_last.gather(1, latest_slot),
+            torch.where(tables.tokens == raw.token, of_last, 0).sum(1, keepdim=True),
         ],
         1,
-    )
-    features = torch.cat([by_order.flatten(1), features], 1) * matched[:, None]
-    assert confidence.shape[1] == orders == SOURCES - 1
+    )[:, constants.order]
+    # told apart by where they stand: an order that is not available, and rows without a match, have none
+    features[:, : FROM_ORDER * len(ORDERS)] *= available.repeat_interleave(FROM_ORDER, 1)
+    features[:, DISAGREES] -= features[:, AGREES]
+    confidence = torch.where(available, whole / (SURE * occurrences.clamp(min=1)), 1.0)
     return GridCandidates(
         tables.tokens,
-        torch.cat([shares, one[:, None]], 1),
-        torch.cat([available, certain[:, None]], 1),
-        torch.cat([torch.where(available, confidence, 1.0), torch.where(certain, latest_weight, 1.0)[:, None]], 1),
+        torch.cat([shares, ((places == latest_slot) * certain)[:, None]], 1),
+        torch.cat([available, certain], 1),
+        torch.cat([confidence, torch.where(certain, latest_weight, 1.0)], 1),
         torch.cat([best, latest_slot], 1),
-        chosen,
-        features,
+        chosen[:, 0],
+        features * matched,
     )
+
+
+class _Constants:
+    """What every search needs on the device.
+
+    Attributes:
+        reached: `[LONGEST + 1]`, how many orders a match of each length reaches.
+        logs: factors of natural logarithms.
+        powers: of binary ones.
+        order: where each feature stands among the parts of `_candidates`.
+    """
+
+    def __init__(self, device: torch.device):
+        orders = len(ORDERS)
+        reached = np.searchsorted(np.array(ORDERS), np.arange(LONGEST + 1), side="right")
+        self.reached = torch.from_numpy(reached).to(device)
+        self.logs = torch.tensor([1 / 8] * (2 * orders) + [1 / 6, 1 / 4], device=device)
+        self.powers = torch.tensor([1 / 6, 1 / 6, 1 / 20], device=device)
+        sizes = {"available": orders, "raw_top": 1, "latest_top": 1, "raw_latest": 1, "raw": 1, "raw_longer": 1,
+                 "long": 1, "differ": 1, "raw_holds": 1, "occurrences": orders, "distinct": orders, "raw_count": 1,
+                 "positions": 1, "length": 1, "raw_length": 1, "distance": 1, "top": orders, "agree": 1, "beyond": 1,
+                 "raw_share": 1, "latest_share": 1, "raw_token_share": 1}  # fmt: skip
+        starts = dict(zip(sizes, np.cumsum([0, *sizes.values()]).tolist(), strict=False))
+        wanted = [starts[name] + k for k in range(orders) for name in ("available", "occurrences", "distinct", "top")]
+        wanted += [starts[name] for name in (
+            "length", "agree", "long", "raw", "raw_length", "raw_longer", "beyond", "raw_top", "raw", "raw_count",
+            "raw_share", "raw_holds", "latest_top", "latest_share", "distance", "positions", "differ",
+            "raw_token_share", "raw_latest",
+        )]  # fmt: skip
+        assert len(wanted) == ARCHIVE_FEATURES
+        self.order = torch.tensor(wanted, device=device)
+
+
+AGREES = INDEX_FEATURES + 4  # feature: the raw text goes on with the chosen token
+DISAGREES = AGREES + 1  # with another one
 
 
 def _by_order(cells: torch.Tensor, values: torch.Tensor, rows: int, slots: int) -> torch.Tensor:

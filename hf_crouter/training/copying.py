@@ -94,6 +94,9 @@ class _Recording:
     def __init__(self, examples: list[GateExamples], copier: ScoreState):
         self.examples, self.copier = examples, copier
 
+    def ahead(self, cache: CacheView, input_ids: torch.Tensor) -> None:
+        """See `ScoreState.ahead`."""
+
     def step(self, cache: CacheView, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """See `ScoreState.step`."""
         return scores

@@ -238,6 +238,13 @@ class CacheView(Protocol):
 class ScoreState(Protocol):
     """A mode's change of the scores in one call. Asked only once something is compressed."""
 
+    def ahead(self, cache: CacheView, input_ids: torch.Tensor) -> None:
+        """Called before the host's forward whose scores `step` is given, with what stands there, `[B, T]`.
+
+        What does not depend on the scores can begin here; it may never be asked for.
+        """
+        ...
+
     def step(self, cache: CacheView, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Scores `[B, V]` of the next token; the same object where there is nothing to change.
 
