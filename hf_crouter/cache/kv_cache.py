@@ -180,6 +180,19 @@ class CompressedCache(Cache):
         self._cut(columns)
         return columns
 
+    @property
+    def in_rows(self) -> bool:
+        """Whether its rows can be read in parts."""
+        return False
+
+    def part(self, first: int, end: int) -> CompressedCache:
+        """Some rows with what stands there; a copy."""
+        raise NotImplementedError
+
+    def take(self, parts: Sequence[CompressedCache], columns: int) -> None:
+        """Takes the slots behind the first `columns` from parts with all rows, which are given up."""
+        raise NotImplementedError
+
     def append(self, input_ids: torch.Tensor) -> None:
         """Takes the tokens behind those that the slots stand for, each row's in the window, as `input_ids [B, T]`."""
         pads = torch.tensor([row.pad for row in self.rows])[:, None]
@@ -347,6 +360,34 @@ class CompressedDynamicCache(CompressedCache, DynamicCache):
         self.layers = DynamicCache(config=self._config).layers
         if recording:
             self.activate_past_recording()
+
+    @property
+    def in_rows(self) -> bool:
+        """See `CompressedCache.in_rows`: where layers keep nothing but keys and values, of every token."""
+        plain = bool(self.layers) and all(type(layer) is DynamicLayer for layer in self.layers)
+        return plain and not is_recording(self)
+
+    def part(self, first: int, end: int) -> CompressedDynamicCache:
+        """See `CompressedCache.part`."""
+        some, span = CompressedDynamicCache(config=self._config), slice(first, end)
+        some.rows, some.layout, some.experts = self.rows[span], self.layout[span], self.experts[span]
+        if self.places is not None:
+            some.places = self.places.selected(torch.arange(len(self.rows))[span])
+        for number, layer in enumerate(cast(list[Any], self.layers)):
+            if layer.is_initialized and layer.keys.numel():
+                Cache.update(some, layer.keys[span], layer.values[span], number)
+        return some
+
+    def take(self, parts: Sequence[CompressedCache], columns: int) -> None:
+        """See `CompressedCache.take`; layer after layer, so that no more than one layer's slots are held twice."""
+        for number in range(len(self.layers)):
+            layers = [cast(list[Any], part.layers)[number] for part in parts]
+            before = self.pairs_before(number) + columns
+            keys, values = (torch.cat([getattr(layer, kind)[:, :, before:] for layer in layers])
+                            for kind in ("keys", "values"))  # fmt: skip
+            for layer in layers:
+                layer.keys = layer.values = None
+            Cache.update(self, keys, values, number)
 
     def _start_anew(self) -> list[Layer | None]:
         """See `CompressedCache._start_anew`; what goes on being referred to is dropped layer by layer."""

@@ -22,6 +22,7 @@ from .policy import ContextPolicy, ids_key
 from .reads import pairs_by_reading
 
 ENCODE_BATCH = 8  # chunks
+READ_TOKENS = 8 * 2048  # of all rows in one forward, where rows can be read in parts: activations grow with them
 
 
 @torch.no_grad()
@@ -93,19 +94,16 @@ def prefill(
         main = min(raw, slots - kept)
         if slots - kept - main == 1 and main > width - verified + 1 and cache.is_recurrent:
             main -= 1  # recurrent layers take one column for a decoding step, and its padding for a token
+        if compressed and len(rows) * main > READ_TOKENS and cache.in_rows:
+            main = width - verified + 1
     else:
         kept = min(common, slots - main)
     cache.rows = tuple(rows)
     kept = cache.keep_columns(kept)
     if kept < slots - main:
         cache.layout, cache.experts = layout[:, : slots - main], experts[:, : slots - main]
-        inputs = slot_inputs(host, cache, input_ids, kept)
-        mask, positions = mask_and_positions(host, cache, slots - main - kept, input_device(host))
-        mask = over_buffers(host, cache, mask)
-        with policy.serving(cache.experts[:, kept:]), given_to(host, mask) as given, rotated_as_of(host, longest):
-            host.base_model(
-                **inputs, past_key_values=cache, attention_mask=given, position_ids=positions, use_cache=True
-            )
+        with rotated_as_of(host, longest):
+            _read_slots(host, policy, cache, input_ids, kept)
         cache.check_filled()
         if is_recording(cache):
             cache.crop(0)  # sliding layers expect it between two forwards
@@ -116,6 +114,24 @@ def prefill(
         changes = (row.pad + policy.changes_at(row) for row in rows if row.end is None)
         cache.quiet = min(*changes, width + left + 1, sys.maxsize)
     return main, kept
+
+
+def _read_slots(host: Any, policy: ContextPolicy, cache: CompressedCache, input_ids: torch.Tensor, kept: int) -> None:
+    """Reads the slots from column `kept` on, of a few rows at a time where there are many tokens."""
+    columns, rows = cache.layout.shape[1] - kept, len(cache.rows)
+    some = max(1, READ_TOKENS // columns)
+    if some < rows and cache.in_rows:
+        parts = []
+        for first in range(0, rows, some):
+            parts.append(cache.part(first, first + some))
+            _read_slots(host, policy, parts[-1], input_ids[first : first + some], kept)
+        cache.take(parts, kept)
+        return
+    inputs = slot_inputs(host, cache, input_ids, kept)
+    mask, positions = mask_and_positions(host, cache, columns, input_device(host))
+    mask = over_buffers(host, cache, mask)
+    with policy.serving(cache.experts[:, kept:]), given_to(host, mask) as given:
+        host.base_model(**inputs, past_key_values=cache, attention_mask=given, position_ids=positions, use_cache=True)
 
 
 def _codes(

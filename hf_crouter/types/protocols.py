@@ -148,7 +148,7 @@ class Retriever(Protocol):
 
     @property
     def every(self) -> int:
-        """They are chosen anew at every multiple of so many tokens of a row."""
+        """They are chosen anew every so many tokens behind a row's prompt."""
         ...
 
     @property

@@ -201,6 +201,24 @@ class TestModes:
         static = run(host, ids, mask, logits_processor=[history], cache_implementation="static")
         torch.testing.assert_close(torch.stack(greedy.logits), torch.stack(static.logits), atol=1e-4, rtol=0)
 
+    @pytest.mark.parametrize("options", [{}, {"soft_prompts": False}, {"soft_prompts": False, "compact": 4}], ids=str)
+    def test_many_rows_are_read_in_parts(self, host, crouter, options, monkeypatch):
+        prompts, sizes = prompt(90, 64, 77, 90, 33), []
+        handle = host.model.register_forward_pre_hook(
+            lambda module, args, kwargs: sizes.append(kwargs["position_ids"].numel()), with_kwargs=True
+        )
+        whole = run(host, *prompts, new=20, logits_processor=[make(host, crouter, **options)])
+        most = max(sizes)
+        sizes.clear()
+        monkeypatch.setattr("hf_crouter.cache.prefill.READ_TOKENS", 100)
+        history = make(host, crouter, **options)
+        parts = run(host, *prompts, new=20, logits_processor=[history])
+        handle.remove()
+        torch.testing.assert_close(torch.stack(parts.logits), torch.stack(whole.logits), atol=1e-4, rtol=0)
+        if "compact" not in options:  # pairs are made in reads of their own
+            assert max(sizes) <= 100 < most
+        assert parts.past_key_values.layout.equal(whole.past_key_values.layout)
+
     def test_rows_of_a_batch_choose_in_the_same_step(self, host, crouter):
         history = make(host, crouter, retrieve_every=7)
         run(host, *prompt(70, 70 - CHUNK), new=30, logits_processor=[history])
