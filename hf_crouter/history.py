@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from .cache.kv_cache import CompressedCache
+from .cache.memory import bytes_of
 from .cache.policy import ContextPolicy
 from .cache.positions import key_positions
 from .cache.prefix import FirstTurn
@@ -23,13 +24,17 @@ from .generation.mixin import always_on, mix_in, mix_out
 from .generation.report import HistoryReport, RowRecord
 from .generation.trace import Trace
 from .hosts.families import check_family
+from .hosts.positions import max_positions
 from .hosts.tokenizers import local_tokenizer
 from .hosts.unwrap import unwrap
-from .modes import BoundModes, bound_modes, resolve_modes
+from .modes import BoundModes, Compact, bound_modes, resolve_modes
+from .modes.budget import Chosen, fitted_choice
 from .scoring import score_last
 from .types import Mode, Opening, ScoreState, Setting
 
 CHUNK_LENGTH = 512  # where no crouter says otherwise
+WINDOW = 512
+PREFIX, LONGEST = 64, 32768  # tokens that a budget reckons with where a prompt, or the host, will tell
 Modes = str | Sequence[Mode | str]
 
 
@@ -48,7 +53,12 @@ class CompressedHistory(HistoryProcessor):
             that has a gate for this host or a twin of it. Hosts whose key-value pairs cannot be compacted are read by
             `Retrieve(2)`, and by `SoftPrompts()` where the crouter has a projector. "fast": `Retrieve(2)`. An empty
             list drops what leaves the window.
-        window: fewest raw tokens kept at the end.
+        window: fewest raw tokens kept at the end; None: 512, or what fits the budget.
+        budget: memory that a call may take beyond the host's weights, in bytes or as "2GiB". The longest window that
+            fits is chosen, and with `modes="auto"` the number of pairs that `Compact` keeps, for rows of `longest`
+            tokens; a call that takes more is refused before it begins.
+        longest: tokens of a row, those to come counted, that the budget is for; None: as many as the host has
+            positions.
         keep_first: raw tokens kept at the start; "auto": the chat template's system turn, or else 4 (attention sinks).
         tokenizer: of the host; looked for beside the host (never on the network) where it is needed.
         crouter_tokenizer: of the crouter; the same.
@@ -69,15 +79,21 @@ class CompressedHistory(HistoryProcessor):
         crouter: CRouterModel | None = None,
         *,
         modes: Modes = "auto",
-        window: int = 512,
+        window: int | None = None,
+        budget: int | str | None = None,
+        longest: int | None = None,
         keep_first: int | Literal["auto"] = "auto",
         tokenizer: Any = None,
         crouter_tokenizer: Any = None,
     ):
         self.host = unwrap(host)
         check_family(self.host)
-        if not isinstance(window, int) or window < 1:
+        if window is not None and (not isinstance(window, int) or window < 1):
             raise InputError(f"window: expected at least 1 token, got {window}")
+        if budget is not None and window is not None:
+            raise InputError(f"budget: expected no window beside it, since it chooses one, got {window}")
+        if longest is not None and (budget is None or not isinstance(longest, int) or longest < 1):
+            raise InputError(f"longest: expected at least 1 token, beside a budget, got {longest}")
         if keep_first != "auto" and (not isinstance(keep_first, int) or keep_first < 0):
             raise InputError(f"keep_first: expected a number of tokens or 'auto', got {keep_first!r}")
         if tokenizer is None:
@@ -88,7 +104,7 @@ class CompressedHistory(HistoryProcessor):
         bound = bound_modes(self.modes, setting)
         try:
             self.policy = ContextPolicy(
-                window=window,
+                window=window or WINDOW,
                 chunker=_chunker(setting, bound.tokenizers),
                 prefix=FirstTurn(tokenizer) if keep_first == "auto" else lambda ids: keep_first,
                 compressor=bound.compressor,
@@ -98,6 +114,8 @@ class CompressedHistory(HistoryProcessor):
                 adapters_key=bound.adapters_key,
                 positions=key_positions(self.host),
             )
+            if budget is not None:
+                self._fit(bytes_of(budget), longest, keep_first, setting, slots=modes == "auto")
         except BaseException:
             bound.close()
             raise
@@ -112,6 +130,19 @@ class CompressedHistory(HistoryProcessor):
         # what `detach` does, for a history that is dropped without it as well
         self._detach = weakref.finalize(self, _release, self.host, hooked, bound)
         self._detach.atexit = False
+
+    def _fit(self, budget: int, longest: int | None, keep_first: int | str, setting: Setting, *, slots: bool) -> None:
+        """Sets the modes and the policy that fit a budget; see there."""
+
+        def policy_of(chosen: Chosen) -> ContextPolicy:
+            compact = next((mode for mode in chosen[1] if isinstance(mode, Compact)), None)
+            compressor = compact.bind(setting).compressor if compact is not None else self.policy.compressor
+            return replace(self.policy, window=chosen[0], compressor=compressor, budget=budget)
+
+        prefix = keep_first if isinstance(keep_first, int) else PREFIX
+        tokens = longest or max_positions(self.host) or LONGEST
+        chosen = fitted_choice(self.host, policy_of, self.modes, budget, tokens, prefix, slots=slots)
+        self.modes, self.policy = tuple(chosen[1]), policy_of(chosen)
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         """Scores `[B, V]` as the modes change them, as log-probabilities; a token at -inf stays there.

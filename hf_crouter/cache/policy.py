@@ -30,6 +30,7 @@ class ContextPolicy:
         adapters: the experts' adapters of the host, in the router's order.
         adapters_key: what tells these experts from others.
         positions: that the host has for keys; a longer row with pairs is compact. None: every row stays at true ones.
+        budget: bytes that a call may take beyond the host's weights; None: any number.
     """
 
     window: int
@@ -41,6 +42,7 @@ class ContextPolicy:
     adapters: Adapters | None = None
     adapters_key: tuple[str, ...] = ()
     positions: int | None = None
+    budget: int | None = None
 
     @property
     def most_entries(self) -> int:

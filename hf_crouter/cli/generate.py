@@ -35,8 +35,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
     prompt.add_argument("--prompt-file", metavar="FILE", help="UTF-8 file that holds the prompt")
     prompt.add_argument("stdin", nargs="?", choices=["-"], help="read the prompt from stdin")
     parser.add_argument("--max-new-tokens", type=positive, default=128, metavar="N", help="default: 128")
-    parser.add_argument("--window", type=positive, default=512, metavar="N",
+    parser.add_argument("--window", type=positive, metavar="N",
                         help="fewest raw tokens kept at the end (default: 512)")  # fmt: skip
+    parser.add_argument("--budget", metavar="SIZE", help="memory to take beyond the host's weights, such as 2GiB: the "
+                        "window, and how many pairs Compact keeps, are chosen so that it suffices")  # fmt: skip
     parser.add_argument("--chat", action="store_true", help="wrap the prompt in the host's chat template")
     add_modes(parser)
     parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default)")
@@ -58,7 +60,8 @@ def run(args: argparse.Namespace) -> int:
     inputs = encode(tokenizer, text, chat=args.chat)
     crouter, crouter_tokenizer = load_crouter(args.crouter, device=where)
     history = CompressedHistory(
-        host, crouter, modes=modes, window=args.window, tokenizer=tokenizer,
+        host, crouter, modes=modes, window=args.window, budget=args.budget,
+        longest=inputs.shape[1] + args.max_new_tokens if args.budget else None, tokenizer=tokenizer,
         crouter_tokenizer=crouter_tokenizer,
     )  # fmt: skip
     sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
@@ -101,13 +104,16 @@ def run(args: argparse.Namespace) -> int:
                 note(f"  tokens {copy}")
     else:
         note(f"nothing was compressed: the text is shorter than the window and one chunk together, "
-             f"{args.window} + {crouter.config.chunk_length} tokens")  # fmt: skip
+             f"{history.policy.window} + {crouter.config.chunk_length} tokens")  # fmt: skip
     for record in report.retrievals:
         note(f"retrieved at {record.length:,} tokens: chunk {record.chunk} ({record.reason})")
     for route in report.routes:
         note(f"window from token {route.length:,} on: {route.expert or 'the plain host'} ({route.route_status})")
     if report.modes:
         note(f"read by: {', '.join(report.modes)}")
+    if args.budget:
+        note(f"chosen for {args.budget}: window {history.policy.window:,}, "
+             f"{', '.join(map(str, history.modes)) or 'nothing beside it'}")  # fmt: skip
     note(f"{len(new)} new tokens after {inputs.shape[1]:,}, {seconds:.1f} s")
     return 0
 

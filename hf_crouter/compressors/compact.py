@@ -32,6 +32,7 @@ class PairSelector:
     """
 
     reads = True
+    tile = TILE
 
     def __init__(self, most_by_layer: tuple[int, ...], block: int | None, far: int = 256, queries: int = 512):
         self.most_by_layer, self.size, self.far, self.queries = most_by_layer, block, far, queries

@@ -16,6 +16,7 @@ from transformers.generation.configuration_utils import GenerationMode
 
 from ..cache.capacity import check_length
 from ..cache.kv_cache import CompressedCache
+from ..cache.memory import check_budget
 from ..cache.policy import ContextPolicy
 from ..errors import InputError
 from ..hosts.pair_probe import check_pairs
@@ -65,6 +66,11 @@ def decide(host: Any, call: Call, config: GenerationConfig, inputs: dict[str, An
     call.ends_apart = not call.plain and call.grows and len(rows) * (config.num_return_sequences or 1) > 1
     if serves:
         check_reading(host)
+    if policy.budget is not None and not call.plain:
+        copies = len(rows) * (config.num_return_sequences or 1) * (config.num_beams or 1)
+        most = max(length + new for length, _ in rows)
+        prefix = max(_prefix(policy, length, ids) for length, ids in rows)
+        check_budget(host, policy, prefix, most, copies, copies=call.processor.changes_scores)
     if call.compresses:
         if policy.true_positions:
             check_pairs(host)
