@@ -365,7 +365,7 @@ class CompressedDynamicCache(CompressedCache, DynamicCache):
     def in_rows(self) -> bool:
         """See `CompressedCache.in_rows`: where layers keep nothing but keys and values, of every token."""
         plain = bool(self.layers) and all(type(layer) is DynamicLayer for layer in self.layers)
-        return plain and not is_recording(self)
+        return plain and not self.offloading and not is_recording(self)
 
     def part(self, first: int, end: int) -> CompressedDynamicCache:
         """See `CompressedCache.part`."""

@@ -138,6 +138,7 @@ class DeviceSearch:
         self._raw: list[tuple] = []  # what each row's raw text is made of
         self._ends: list[int] = []  # tokens of it
         self._width = 0  # columns of the ids at the latest search
+        self._sure = True  # all that is archived is certain
 
     @property
     def nbytes(self) -> int:
@@ -148,15 +149,13 @@ class DeviceSearch:
         """What follows the last column of `input_ids [B, T]`."""
         self._follow(archives, rows, input_ids)
         assert self._tables is not None
-        sure = all(archive.confidences is None for archive in archives)
-        return _candidates(self._tables, self._constants, sure)
+        return _candidates(self._tables, self._constants, self._sure)
 
     def _follow(self, archives: Sequence[Archive], rows: Sequence[Row], input_ids: torch.Tensor) -> None:
         """Brings the tables behind the last column."""
         if self._stops is None:
-            flags = torch.zeros(archives[0].vocab_size, dtype=torch.bool)
-            flags[sorted(archives[0].stop_ids)] = True
-            self._stops = flags.to(self.device)
+            ids = torch.arange(archives[0].vocab_size)
+            self._stops = torch.isin(ids, torch.tensor(sorted(archives[0].stop_ids), dtype=torch.long)).to(self.device)
         raw = [(row.pad, row.prefix, row.raw_start, row.retrieved) for row in rows]
         width, tables = input_ids.shape[1], self._tables
         on = tables is not None and self.grows and width == self._width + 1 and len(raw) == len(self._raw)
@@ -179,6 +178,8 @@ class DeviceSearch:
             tables.advance(input_ids[:, -1], self._stops)
         elif pads is not None:
             tables.pattern.copy_(_pattern(input_ids, pads, self._stops))
+        if wanted:
+            self._sure = all(archive.confidences is None for archive in archives)
         for n in wanted:
             tables.set_archive(n, made.get(id(archives[n])) or self._of(archives[n]), len(archives[n]))
         for n in read:

@@ -11,6 +11,7 @@ from hf_crouter import Compact, CompressedHistory, Copy, Retrieve
 from tests.histories import make, run
 from tests.tiny import prompt, tiny_crouter, tiny_host
 
+from . import copying
 from .test_key_values import FAMILIES, make_host
 from .test_key_values import make as make_pairs
 from .test_key_values import run as run_pairs
@@ -42,6 +43,23 @@ def test_soft_prompts_copying_and_retrieval(family):
         found.append(run(host, ids, mask, new=30, logits_processor=[history]))
         assert history.score(ids, last=20, attention_mask=mask).shape == (2, 20)
     torch.testing.assert_close(torch.stack(found[0].logits), torch.stack(found[1].logits).cpu(), atol=2e-3, rtol=0)
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"prompt_lookup_num_tokens": 4}], ids=str)
+@pytest.mark.parametrize("ways", [{}, {"retrieve": 2, "retrieve_every": 5}, {"copy_source": "rebuilt"}], ids=str)
+def test_archives_are_searched_there_as_on_a_cpu(options, ways):
+    found = []
+    for device in ("cpu", "cuda"):
+        host, crouter = tiny_host().to(device), tiny_crouter().to(device)
+        lengths = (120,) if "prompt_lookup_num_tokens" in options else (120, 77)
+        ids, mask = (part.to(device) for part in copying.repetitive(*lengths))
+        history = copying.make(host, crouter, **ways)
+        out = copying.run(host, ids, mask, logits_processor=[history], **options)
+        found.append((out, history.report(measure=False).copies))
+    (one, copies), (two, there) = found
+    assert torch.equal(one.sequences, two.sequences.cpu()) and copies == there
+    for a, b in zip(one.scores, two.scores, strict=True):
+        torch.testing.assert_close(a.log_softmax(-1), b.cpu().log_softmax(-1), atol=2e-3, rtol=0)
 
 
 @pytest.mark.parametrize("positions", [512, 192], ids=["true", "compact"])
