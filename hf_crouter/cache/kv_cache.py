@@ -189,8 +189,12 @@ class CompressedCache(Cache):
         """Some rows with what stands there; a copy."""
         raise NotImplementedError
 
-    def take(self, parts: Sequence[CompressedCache], columns: int) -> None:
-        """Takes the slots behind the first `columns` from parts with all rows, which are given up."""
+    def shed(self, columns: int) -> None:
+        """Of a part: leaves nothing but the slots behind the first `columns`."""
+        raise NotImplementedError
+
+    def take(self, parts: Sequence[CompressedCache]) -> None:
+        """Takes the slots that parts with all rows hold, which are given up."""
         raise NotImplementedError
 
     def append(self, input_ids: torch.Tensor) -> None:
@@ -378,13 +382,17 @@ class CompressedDynamicCache(CompressedCache, DynamicCache):
                 Cache.update(some, layer.keys[span], layer.values[span], number)
         return some
 
-    def take(self, parts: Sequence[CompressedCache], columns: int) -> None:
+    def shed(self, columns: int) -> None:
+        """See `CompressedCache.shed`."""
+        for number, layer in enumerate(cast(list[Any], self.layers)):
+            before = self.pairs_before(number) + columns
+            layer.keys, layer.values = (kind[:, :, before:].clone() for kind in (layer.keys, layer.values))
+
+    def take(self, parts: Sequence[CompressedCache]) -> None:
         """See `CompressedCache.take`; layer after layer, so that no more than one layer's slots are held twice."""
         for number in range(len(self.layers)):
             layers = [cast(list[Any], part.layers)[number] for part in parts]
-            before = self.pairs_before(number) + columns
-            keys, values = (torch.cat([getattr(layer, kind)[:, :, before:] for layer in layers])
-                            for kind in ("keys", "values"))  # fmt: skip
+            keys, values = (torch.cat([getattr(layer, kind) for layer in layers]) for kind in ("keys", "values"))
             for layer in layers:
                 layer.keys = layer.values = None
             Cache.update(self, keys, values, number)

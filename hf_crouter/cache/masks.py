@@ -321,12 +321,6 @@ def mask_and_positions(
         Mask of all slots `[B, S]`, None without padding, or with pairs one a layer; and positions `[B, columns]`.
     """
     pairs = cache.places is not None
-    if columns == 1 and not any(sliding_layers(host)):
-        step = cache.step_masks
-        if not isinstance(step, StepMasks) or not step.holds(cache):
-            step = cache.step_masks = StepMasks(host, cache, device)
-        step.at = cache.layout.shape[1]
-        return step if pairs else step.slots(), step.positions_now()
     positions = slot_positions(cache.rows, cache.layout, pairs, key_positions(host))
     some = positions[:, positions.shape[1] - columns :]
     some = some.clone(memory_format=torch.contiguous_format).to(device)  # a changing stride would recompile every step
@@ -334,6 +328,19 @@ def mask_and_positions(
         return cache_masks(host, cache, positions, columns, device), some
     real = cache.layout != PAD
     return None if bool(real.all()) else real.long().to(device), some
+
+
+def window_masks(
+    host: Any, cache: CompressedCache, columns: int, device: torch.device
+) -> tuple[torch.Tensor | LayerMasks | None, torch.Tensor]:
+    """The same where the last columns are tokens of the window: of one token little is made anew."""
+    if columns > 1 or any(sliding_layers(host)):
+        return mask_and_positions(host, cache, columns, device)
+    step = cache.step_masks
+    if not isinstance(step, StepMasks) or not step.holds(cache):
+        step = cache.step_masks = StepMasks(host, cache, device)
+    step.at = cache.layout.shape[1]
+    return step if cache.places is not None else step.slots(), step.positions_now()
 
 
 @contextlib.contextmanager

@@ -24,7 +24,7 @@ MARGIN = 1.1
 UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 _SCORES = 4  # float32 copies of a step's scores `[B, V]` that `generate` and its processors hold at once
 _COPYING = 4  # and copying besides
-_ARCHIVED = 64  # bytes of a device for an archived token: its tables, and what a search makes of them
+_ARCHIVED = 192  # bytes of a device for an archived token: its tables, and what a search makes of them
 
 
 def bytes_of(size: int | str) -> int:
@@ -140,7 +140,8 @@ def memory(host: Any, policy: ContextPolicy, prefix: int, longest: int, rows: in
         + rows * raw * shapes.layer
         + at_once
         * (
-            columns * shapes.token
+            pairs * shapes.slot
+            + columns * shapes.token
             + slots * (shapes.layer + shapes.wide)
             + masked * columns * slots * (1 + shapes.size)
         )
@@ -179,7 +180,9 @@ def check_budget(host: Any, policy: ContextPolicy, prefix: int, longest: int, ro
     needed = peak(longest)
     if needed <= budget:
         return
-    fits = bisect.bisect_right(range(1, longest + 1), budget, key=peak)
+    chunk = policy.chunker.chunk_length  # between two chunks more tokens take more memory
+    least = next((tokens for tokens in range(longest - chunk, 0, -chunk) if peak(tokens) <= budget), 0)
+    fits = least + bisect.bisect_right(range(least + 1, least + chunk), budget, key=peak)
     instead = f"{fits:,} tokens" if fits else "no call of so many rows"
     a_row = f"{longest:,} tokens" if rows == 1 else f"{rows} rows of {longest:,} tokens"
     raise CapacityError(

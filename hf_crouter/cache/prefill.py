@@ -125,7 +125,8 @@ def _read_slots(host: Any, policy: ContextPolicy, cache: CompressedCache, input_
         for first in range(0, rows, some):
             parts.append(cache.part(first, first + some))
             _read_slots(host, policy, parts[-1], input_ids[first : first + some], kept)
-        cache.take(parts, kept)
+            parts[-1].shed(kept)
+        cache.take(parts)
         return
     inputs = slot_inputs(host, cache, input_ids, kept)
     mask, positions = mask_and_positions(host, cache, columns, input_device(host))

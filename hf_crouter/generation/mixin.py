@@ -19,7 +19,7 @@ import torch
 from transformers import LogitsProcessorList, PreTrainedModel
 
 from ..cache.kv_cache import CompressedCache
-from ..cache.masks import LayerMasks, mask_and_positions, over_buffers
+from ..cache.masks import LayerMasks, over_buffers, window_masks
 from ..cache.policy import ContextPolicy
 from ..cache.prefill import prefill
 from ..errors import InputError
@@ -165,7 +165,7 @@ class CompressedGenerationMixin:
                 if inputs["input_ids"].shape[1] != width:
                     inputs = host_inputs(length=None, cache=cache)
             return {**inputs, "past_key_values": cache}
-        mask, positions = mask_and_positions(self, cache, main, input_ids.device)
+        mask, positions = window_masks(self, cache, main, input_ids.device)
         if "position_ids" in kwargs:
             kwargs["position_ids"] = positions
         if isinstance(mask, LayerMasks):

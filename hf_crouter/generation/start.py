@@ -62,8 +62,9 @@ def decide(host: Any, call: Call, config: GenerationConfig, inputs: dict[str, An
     if obstacle is not None and serves:
         raise InputError(obstacle)
     call.plain = obstacle is not None
-    call.grows = mode in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
-    call.ends_apart = not call.plain and call.grows and len(rows) * (config.num_return_sequences or 1) > 1
+    alone = mode in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
+    call.grows = alone and call.options.get("custom_generate") is None  # which may do to its rows what it likes
+    call.ends_apart = not call.plain and alone and len(rows) * (config.num_return_sequences or 1) > 1
     if serves:
         check_reading(host)
     if policy.budget is not None and not call.plain:

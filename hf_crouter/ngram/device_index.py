@@ -166,7 +166,8 @@ class DeviceSearch:
         texts = {n: _raw_text(rows[n], input_ids[n]) for n in read}
         made = {id(archives[n]): self._of(archives[n]) for n in wanted}
         ends = [len(texts[n]) if n in texts else self._ends[n] for n in range(len(rows))]
-        need = [max(map(len, archives)), max((len(of[4]) for of in made.values()), default=0), max(ends)]
+        longest = max([*ends, *(self._ends if on else ())])  # a text grows before it is written anew
+        need = [max(map(len, archives)), max((len(of[4]) for of in made.values()), default=0), longest]
         have = [tables.ids.shape[1], tables.tokens.shape[1], tables.text.shape[1]] if tables is not None else [0] * 3
         if tables is None or len(tables.ids) != len(rows) or any(a > b for a, b in zip(need, have, strict=True)):
             need[2] += _STEPS

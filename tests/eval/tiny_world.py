@@ -21,7 +21,7 @@ from ..tiny import LATENTS, tiny_crouter, tiny_host, tiny_projector
 from ..trained_crouter import make_tokenizer
 
 CHUNK = 256  # a window of 2,048 more tokens is less than nine of them
-SHAPE = Shape(prefix=4, chunk=CHUNK, chunks=9, window=64, target=120)
+SHAPE = Shape(prefix=4, chunk=CHUNK, chunks=9, window=64, target=140)
 SOURCE = (Path(sysconfig.get_path("stdlib")) / "argparse.py").read_text(encoding="utf-8")
 
 

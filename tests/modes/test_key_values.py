@@ -179,6 +179,20 @@ def test_pairs_of_a_retrieved_chunk_are_not_read(family):
     assert row.retrieved == 2 * CHUNK and row.entries == sum(chunk.slots for chunk in history.report().chunks)
 
 
+@pytest.mark.parametrize("options", [{}, {"cache_implementation": "static", "disable_compile": True}], ids=str)
+@pytest.mark.parametrize(("window", "length"), [(1, 70), (2, 90), (32, 140)])
+def test_a_prefix_of_one_token(window, length, options):
+    """It is read in a forward of one column, as steps are, but is no token of the window."""
+    host = make_host("llama")
+    crouter = tiny_crouter(chunk_length=CHUNK)
+    history = CompressedHistory(host, crouter, modes=[KeptPairs(1, BLOCK)], window=window, keep_first=1)
+    out = run(host, history, *prompt(length), new=20, **options)
+    for step in range(0, 20, 3):
+        row = out.sequences[0, : length + step]
+        expected = next_logits(host, row, length, 1, window, BLOCK)
+        torch.testing.assert_close(out.logits[step][0].double(), expected, atol=1e-6, rtol=0)
+
+
 @pytest.mark.slow
 def test_compiled_static_cache():
     host = make_host("llama")

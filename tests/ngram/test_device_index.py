@@ -130,6 +130,22 @@ def test_step_by_step_as_from_the_start(grows):
     assert search.nbytes > 0
 
 
+def test_a_text_that_fills_its_table_may_shrink():
+    drawn = np.random.default_rng(4)
+    ids, row, past = make_row(drawn, 1200, True, 400, 0)
+    archive, text = make_archive(drawn, past), torch.from_numpy(ids)[None]
+    search = DeviceSearch(CPU, grows=True)
+    search([archive], [row], text[:, :810])
+    width = 810 + search._tables.text.shape[1] - search._ends[0]
+    for column in range(811, width + 1):  # to the last place
+        search([archive], [row], text[:, :column])
+    assert search._ends[0] == search._tables.text.shape[1]
+    shorter = replace(row, chunks=(*row.chunks, Chunk(row.raw_start, row.raw_start + 20, text[0], text[0])))
+    found = search([archive], [shorter], text[:, : width + 1])
+    flat = collect([expected(ids[: width + 1], shorter, archive)])
+    assert_same(found, flat, torch.randn(1, VOCAB))
+
+
 def test_rows_that_change_places_are_searched_anew():
     drawn = np.random.default_rng(2)
     made = [make_row(drawn, 200, True, 40, 0) for _ in range(2)]
