@@ -1,4 +1,4 @@
-"""The README's figure, made from `eval/results/hgr-qwen1.5b.json`: `python -m eval.plots [--check]`.
+"""The figures, made from `eval/results`: `python -m eval.plots [--check]`. This one, of quality, and that of speed.
 
 Needs matplotlib.
 """
@@ -10,9 +10,11 @@ import hashlib
 import json
 import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from eval import speed_plot
 from eval.drawing import drawing, save
 from eval.results import FOLDER
 from hf_crouter.errors import InputError
@@ -89,9 +91,9 @@ def drawn(metrics: dict[str, float]) -> dict[str, list[list[float]]]:
     return points
 
 
-def digest(points: dict[str, list[list[float]]]) -> str:
-    """What the figure says about the result that it was made from."""
-    return f"{RESULT} " + hashlib.sha256(json.dumps(points).encode()).hexdigest()[:16]
+def digest(points: dict[str, list[list[float]]], result: str = RESULT) -> str:
+    """What a figure says about the result that it was made from."""
+    return f"{result} " + hashlib.sha256(json.dumps(points).encode()).hexdigest()[:16]
 
 
 def draw(points: dict[str, list[list[float]]], result: dict[str, Any]) -> Any:
@@ -189,52 +191,91 @@ def _finish(axes: Any, name: str, ticks: list[float]) -> None:
         axes.set_ylim(LOWEST - 0.06, 1.06)
 
 
-def write(folder: Path, png: Path | None = None) -> Path:
-    """Makes the figure anew, the same bytes from the same result; `png` takes another copy, to look at.
+class Picture(NamedTuple):
+    """One figure.
+
+    Attributes:
+        file: its name.
+        result: of the result's.
+        title: of the picture.
+        drawn: every point of a result's metrics.
+        draw: the figure of points and a result.
+        needed: it is an error where the result is missing.
+    """
+
+    file: str
+    result: str
+    title: str
+    drawn: Callable[[dict[str, float]], dict[str, list[list[float]]]]
+    draw: Callable[[dict[str, list[list[float]]], dict[str, Any]], Any]
+    needed: bool = True
+
+
+PICTURES = (
+    Picture(FIGURE, RESULT, "Quality against KV slots", drawn, draw),
+    Picture(speed_plot.FIGURE, speed_plot.RESULT, speed_plot.TITLE, speed_plot.drawn, speed_plot.draw, needed=False),
+)
+
+
+def write(folder: Path, picture: Picture, png: Path | None = None) -> Path | None:
+    """Makes a figure anew, the same bytes from the same result; `png` is a folder that takes another copy to look at.
 
     Raises:
         InputError: no result, or no matplotlib.
     """
-    result = _result(folder)
-    points = drawn(result["metrics"])
-    with drawing("hgr"):
-        figure = draw(points, result)
-        save(figure, folder / FIGURE, Title="Quality against KV slots", Description=digest(points))
+    result = _result(folder, picture)
+    if result is None:
+        return None
+    points = picture.drawn(result["metrics"])
+    name = picture.file.partition(".")[0]
+    with drawing(name):
+        figure = picture.draw(points, result)
+        save(figure, folder / picture.file, Title=picture.title, Description=digest(points, picture.result))
         if png is not None:
-            figure.savefig(png, format="png", dpi=2 * DPI)
-    return folder / FIGURE
+            png.mkdir(parents=True, exist_ok=True)
+            figure.savefig(png / f"{name}.png", format="png", dpi=2 * DPI)
+    return folder / picture.file
 
 
-def stale(folder: Path) -> bool:
-    """Whether the figure is missing or shows another result."""
-    path = folder / FIGURE
-    return not path.is_file() or digest(drawn(_result(folder)["metrics"])) not in path.read_text(encoding="utf-8")
+def stale(folder: Path, picture: Picture) -> bool:
+    """Whether a figure is missing or shows another result."""
+    path, result = folder / picture.file, _result(folder, picture)
+    if result is None:
+        return path.is_file()
+    shown = digest(picture.drawn(result["metrics"]), picture.result)
+    return not path.is_file() or shown not in path.read_text(encoding="utf-8")
 
 
-def _result(folder: Path) -> dict[str, Any]:
+def _result(folder: Path, picture: Picture) -> dict[str, Any] | None:
+    path = folder / picture.result
+    if not picture.needed and not path.is_file():
+        return None
     try:
-        return json.loads((folder / RESULT).read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise InputError(f"{folder / RESULT}: expected a result of eval.run, got {error!r}") from error
+        raise InputError(f"{path}: expected a result of eval.run, got {error!r}") from error
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Writes the figure; with `--check` only says whether it is stale, by status 1. Bad input: 2."""
+    """Writes the figures; with `--check` only says which are stale, by status 1. Bad input: 2."""
     parser = argparse.ArgumentParser(prog="python -m eval.plots", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="change nothing; status 1 where the figure is stale")
-    parser.add_argument("--png", type=Path, help="also as PNG, to look at")
+    parser.add_argument("--check", action="store_true", help="change nothing; status 1 where a figure is stale")
+    parser.add_argument("--png", type=Path, metavar="FOLDER", help="also as PNG, to look at")
     parser.add_argument("--results", type=Path, default=FOLDER, help="folder of the results")
     arguments = parser.parse_args(argv)
+    status = 0
     try:
-        if arguments.check:
-            if old := stale(arguments.results):
-                print(f"{FIGURE} is stale; run python -m eval.plots", file=sys.stderr)
-            return int(old)
-        print(write(arguments.results, arguments.png).name)
+        for picture in PICTURES:
+            if arguments.check:
+                if stale(arguments.results, picture):
+                    print(f"{picture.file} is stale; run python -m eval.plots", file=sys.stderr)
+                    status = 1
+            elif (path := write(arguments.results, picture, arguments.png)) is not None:
+                print(path.name)
     except (InputError, OSError) as error:
         print(f"eval.plots: error: {error}", file=sys.stderr)
         return 2
-    return 0
+    return status
 
 
 if __name__ == "__main__":

@@ -268,7 +268,7 @@ def _candidates(tables: _Tables, constants: _Constants, sure: bool) -> GridCandi
         1,
     )[:, constants.order]
     # told apart by where they stand: an order that is not available, and rows without a match, have none
-    features[:, : FROM_ORDER * len(ORDERS)] *= available.repeat_interleave(FROM_ORDER, 1)
+    features[:, : FROM_ORDER * len(ORDERS)] *= available[..., None].expand(-1, -1, FROM_ORDER).flatten(1)
     features[:, DISAGREES] -= features[:, AGREES]
     confidence = torch.where(available, whole / (SURE * occurrences.clamp(min=1)), 1.0)
     return GridCandidates(

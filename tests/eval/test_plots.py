@@ -39,7 +39,7 @@ def test_the_same_figure_from_the_same_result(tmp_path, capsys):
     (tmp_path / plots.RESULT).write_text(json.dumps(result()))
     words = ["--results", str(tmp_path)]
     assert plots.main([*words, "--check"]) == 1 and "run python -m eval.plots" in capsys.readouterr().err
-    assert plots.main([*words, "--png", str(tmp_path / "x.png")]) == 0 and (tmp_path / "x.png").stat().st_size
+    assert plots.main([*words, "--png", str(tmp_path / "x")]) == 0 and (tmp_path / "x" / "hgr.png").stat().st_size
     first = (tmp_path / plots.FIGURE).read_bytes()
     ElementTree.fromstring(first)
     assert plots.main(words) == 0 and (tmp_path / plots.FIGURE).read_bytes() == first
