@@ -136,6 +136,7 @@ class Copier:
         self._sources: dict[Hashable, tuple[int, int | None]] = {}
         self._searched: DeviceSearch | None = None
         self._ahead: tuple[int, Proposals | None] = 0, None  # columns of a step, and what is proposed behind them
+        self._found: tuple[tuple[Row, ...], list[RowArchive], tuple[int, ...]] = (), [], ()  # of the latest rows
 
     def look(self, cache: CacheView, input_ids: torch.Tensor, columns: Sequence[int]) -> list[Evidence]:
         """What is known before each of some columns of `input_ids`, row after row: `rows * len(columns)` of them."""
@@ -155,11 +156,14 @@ class Copier:
 
     def of_rows(self, cache: CacheView) -> list[RowArchive]:
         """The archive of each row of a cache, made of the ids that the cache stands for: a call's may be made up."""
-        columns = sys.maxsize if self.archived is None else self.archived
-        limits = [columns] * len(cache.rows) if isinstance(columns, int) else columns
-        return self.archives.rows(
-            cache.rows, cache.ids, [n - row.pad for n, row in zip(limits, cache.rows, strict=True)]
-        )
+        if cache.rows is not self._found[0]:  # in most steps they are
+            columns = sys.maxsize if self.archived is None else self.archived
+            limits = [columns] * len(cache.rows) if isinstance(columns, int) else columns
+            found = self.archives.rows(
+                cache.rows, cache.ids, [n - row.pad for n, row in zip(limits, cache.rows, strict=True)]
+            )
+            self._found = cache.rows, found, tuple(len(of_row.archive) for of_row in found)
+        return self._found[1]
 
     def mix(self, proposals: Proposals | None, scores: torch.Tensor) -> Mixture | None:
         """Scores `[N, V]` and the archives together; None where nothing matched."""
@@ -186,20 +190,20 @@ class Copier:
         if mixture is None:
             return scores
         mixed, brought = mixture.with_sources(scores)
-        sizes = [len(found.archive) for found in self.of_rows(cache)]
-        self._receipts.note(mixture.candidates, brought, sizes, input_ids)
+        self.of_rows(cache)
+        self._receipts.note(mixture.candidates, brought, self._found[2], input_ids)
         return mixed.to(scores.dtype)
 
     def _proposed(self, cache: CacheView, input_ids: torch.Tensor, device: torch.device) -> Proposals | None:
         """What the archives propose after the last column; None where nothing matches."""
         if not searched_there(device):
             return proposed(self.look(cache, input_ids, [input_ids.shape[1]]), device)
-        archives = [found.archive for found in self.of_rows(cache)]
-        if not any(map(len, archives)):
+        found = self.of_rows(cache)
+        if not any(self._found[2]):
             return None
         if self._searched is None:
             self._searched = DeviceSearch(device, self.grows)
-        return self._searched(archives, cache.rows, input_ids.to(device))
+        return self._searched([of_row.archive for of_row in found], cache.rows, input_ids.to(device))
 
     def rescore(
         self, cache: CacheView, input_ids: torch.Tensor, columns: Sequence[int], scores: torch.Tensor

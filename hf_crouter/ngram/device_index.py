@@ -137,6 +137,9 @@ class DeviceSearch:
         self._made: dict[int, tuple[torch.Tensor, ...]] = {}  # of an archive, which several rows may share
         self._raw: list[tuple] = []  # what each row's raw text is made of
         self._ends: list[int] = []  # tokens of it
+        self._ends_at = 0  # at how many columns
+        self._room = 0  # tokens for which every text has room
+        self._rows: tuple[Row, ...] = ()  # of the latest search
         self._width = 0  # columns of the ids at the latest search
         self._sure = True  # all that is archived is certain
 
@@ -145,22 +148,32 @@ class DeviceSearch:
         """Bytes on the device."""
         return self._tables.nbytes if self._tables is not None else 0
 
-    def __call__(self, archives: Sequence[Archive], rows: Sequence[Row], input_ids: torch.Tensor) -> GridCandidates:
-        """What follows the last column of `input_ids [B, T]`."""
+    def __call__(self, archives: Sequence[Archive], rows: tuple[Row, ...], input_ids: torch.Tensor) -> GridCandidates:
+        """What follows the last column of `input_ids [B, T]`.
+
+        Args:
+            archives: of the rows.
+            rows: of the cache; the same object as before says that neither they nor their archives have changed.
+            input_ids: what stands there.
+        """
         self._follow(archives, rows, input_ids)
         assert self._tables is not None
         return _candidates(self._tables, self._constants, self._sure)
 
-    def _follow(self, archives: Sequence[Archive], rows: Sequence[Row], input_ids: torch.Tensor) -> None:
+    def _follow(self, archives: Sequence[Archive], rows: tuple[Row, ...], input_ids: torch.Tensor) -> None:
         """Brings the tables behind the last column."""
         if self._stops is None:
             ids = torch.arange(archives[0].vocab_size)
             self._stops = torch.isin(ids, torch.tensor(sorted(archives[0].stop_ids), dtype=torch.long)).to(self.device)
-        raw = [(row.pad, row.prefix, row.raw_start, row.retrieved) for row in rows]
         width, tables = input_ids.shape[1], self._tables
+        if tables is not None and self.grows and rows is self._rows and width == self._width + 1 and self._room:
+            tables.advance(input_ids[:, -1], self._stops)  # nothing else has changed
+            self._width, self._room = width, self._room - 1
+            return
+        raw = [(row.pad, row.prefix, row.raw_start, row.retrieved) for row in rows]
         on = tables is not None and self.grows and width == self._width + 1 and len(raw) == len(self._raw)
         if on:
-            self._ends = [end + 1 for end in self._ends]
+            self._ends = [end + width - self._ends_at for end in self._ends]
         wanted = [n for n, archive in enumerate(archives) if not on or archive is not self._archives[n]]
         read = [n for n, key in enumerate(raw) if not on or key != self._raw[n]]
         texts = {n: _raw_text(rows[n], input_ids[n]) for n in read}
@@ -186,6 +199,7 @@ class DeviceSearch:
         for n in read:
             tables.set_text(n, texts[n] if n in texts else _raw_text(rows[n], input_ids[n]))
         self._archives, self._raw, self._ends, self._width = list(archives), raw, ends, width
+        self._rows, self._ends_at, self._room = rows, width, tables.text.shape[1] - max(ends)
         kept = set() if self.grows else set(map(id, archives))  # rows that go on have theirs in the tables
         self._made = {key: of for key, of in self._made.items() if key in kept}
 
