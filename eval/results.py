@@ -129,6 +129,16 @@ def host_key(name: str) -> str:
     return last.replace("qwen2.5-coder-", "qwen")
 
 
+def size_name(length: int) -> str:
+    """How keys call a number of tokens: "32k" are 32,768."""
+    return f"{length // 1024}k" if length % 1024 == 0 else str(length)
+
+
+def size_of(name: str) -> int:
+    """The number of tokens that keys call so."""
+    return 1024 * int(name[:-1]) if name.endswith("k") else int(name)
+
+
 def host_note(name: str) -> str:
     """What a result's notes say of its host first: a known one's title and what was done to its weights."""
     known = KNOWN_HOSTS.get(Path(name).name)

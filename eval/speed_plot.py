@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any, NamedTuple
 
+from eval.results import size_name, size_of
 from hf_crouter.errors import InputError
 
 FIGURE = "speed.svg"
@@ -44,10 +45,9 @@ def drawn(metrics: dict[str, float]) -> dict[str, list[list[float]]]:
     """
     points: dict[str, list[list[float]]] = {}
     for key, value in metrics.items():
-        found = re.fullmatch(r"[^.]+(?:\.\d+b)?\.(\d+)(k?)\.b1\.(.+_)(ttft_seconds|peak_gib)", key)
-        if found and found[3] in {way.key for way in WAYS}:
-            length = int(found[1]) * (1024 if found[2] else 1)
-            points.setdefault(f"{found[4]}.{found[3]}", []).append([float(length), value])
+        found = re.fullmatch(r"[^.]+(?:\.\d+b)?\.(\d+k?)\.b1\.(.+_)(ttft_seconds|peak_gib)", key)
+        if found and found[2] in {way.key for way in WAYS}:
+            points.setdefault(f"{found[3]}.{found[2]}", []).append([float(size_of(found[1])), value])
     if max(map(len, points.values()), default=0) < 2:
         raise InputError(f"{RESULT}: expected first tokens at two lengths or more, got fewer")
     return {key: sorted(rows) for key, rows in sorted(points.items())}
@@ -70,7 +70,7 @@ def draw(points: dict[str, list[list[float]]], result: dict[str, Any]) -> Any:
         axes.set_xlabel("tokens of the prompt (log)", fontsize=9)
         axes.set_ylabel(f"{label} (log)", fontsize=9)
         axes.minorticks_off()
-        axes.set_xticks(lengths, [_name(length) for length in lengths], fontsize=8)
+        axes.set_xticks(lengths, [size_name(int(length)) for length in lengths], fontsize=8)
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axes.grid(axis="y", color="#dddddd", linewidth=0.6)
         axes.set_axisbelow(True)
@@ -82,7 +82,3 @@ def draw(points: dict[str, list[list[float]]], result: dict[str, Any]) -> Any:
     figure.text(0.01, 0.015, f"{host}. Batch 1. {result['device']}, {result['date']}.", fontsize=7.5, color="#333333")
     figure.tight_layout(rect=(0, 0.17, 1, 1))
     return figure
-
-
-def _name(length: float) -> str:
-    return f"{length / 1024:g}k" if length >= 1024 else f"{length:g}"

@@ -141,8 +141,8 @@ class CompressedHistory(HistoryProcessor):
 
         prefix = keep_first if isinstance(keep_first, int) else PREFIX
         tokens = longest or max_positions(self.host) or LONGEST
-        chosen = fitted_choice(self.host, policy_of, self.modes, budget, tokens, prefix, slots=slots)
-        self.modes, self.policy = tuple(chosen[1]), policy_of(chosen)
+        modes, self.policy = fitted_choice(self.host, policy_of, self.modes, budget, tokens, prefix, slots=slots)
+        self.modes = tuple(modes)
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         """Scores `[B, V]` as the modes change them, as log-probabilities; a token at -inf stays there.

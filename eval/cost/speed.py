@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from eval.cost.timing import GIB, Stamps, generated, in_turns, long_text, read_plain
-from eval.results import host_key, host_note, write_result
+from eval.results import host_key, host_note, size_name, write_result
 from hf_crouter import Compact, CompressedHistory, Copy, Retrieve
 from hf_crouter.errors import InputError
 from hf_crouter.hosts.loading import load_host
@@ -105,11 +105,6 @@ class Bench:
         finally:
             for history in made.values():
                 history.detach()
-
-
-def size_name(length: int) -> str:
-    """How keys call a number of tokens."""
-    return f"{length // 1024}k" if length % 1024 == 0 else str(length)
 
 
 def configure(parser: argparse.ArgumentParser) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+from eval.results import size_of
 from eval.tables.cells import MISSING, Metrics, number, percent, ratio, table
 
 COMPRESSING = ("encode", "reconstruction_nll")  # the second with decoder and loss
@@ -20,9 +21,8 @@ WAYS = {
 def generation_table(metrics: Metrics) -> list[str]:
     """First token, memory and decoding by prompt and way of reading it, and what compaction adds to a read."""
     rows, bounds = [], []
-    found = [match for key in metrics if (match := re.match(r"(.+\.(\d+)(k?)\.b1\.)full_(?:ttft|decode)", key))]
-    keys = {match[1]: (int(match[2]) * (1024 if match[3] else 1), match[2] + match[3]) for match in found}
-    for key, (_, length) in sorted(keys.items(), key=lambda item: item[1]):
+    found = [match for key in metrics if (match := re.match(r"(.+\.(\d+k?)\.b1\.)full_(?:ttft|decode)", key))]
+    for key, length in sorted({match[1]: match[2] for match in found}.items(), key=lambda item: size_of(item[1])):
         for way, label in WAYS.items():
             cells = [("ttft_seconds", 2), ("peak_gib", 2), ("kv_ratio", 1), ("decode_ms", 1)]
             if f"{key}{way}ttft_seconds" in metrics or f"{key}{way}decode_ms" in metrics:
@@ -110,7 +110,7 @@ def compress_table(metrics: Metrics) -> list[str]:
     """Seconds to compress beside the host's own prefill, and where the one becomes cheaper than the other."""
     lengths = {match[1] for key in metrics if (match := re.match(r"(\d+k?)\.encode\.seconds$", key))}
     rows = []
-    for length in sorted(lengths, key=lambda name: int(name.rstrip("k")) * (1024 if name.endswith("k") else 1)):
+    for length in sorted(lengths, key=size_of):
         times = [number(metrics.get(f"{length}.{arm}.seconds"), 2) for arm in ("prefill", *COMPRESSING)]
         ratios = [ratio(metrics.get(f"{length}.{arm}.ratio")) for arm in COMPRESSING]
         rows.append([length, *times, *ratios])

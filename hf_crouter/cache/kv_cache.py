@@ -199,8 +199,7 @@ class CompressedCache(Cache):
 
     def append(self, input_ids: torch.Tensor) -> None:
         """Takes the tokens behind those that the slots stand for, each row's in the window, as `input_ids [B, T]`."""
-        pads = torch.tensor([row.pad for row in self.rows])[:, None]
-        codes = torch.arange(self.width, input_ids.shape[1]) - pads
+        codes = self.layout[:, -1:] + torch.arange(1, input_ids.shape[1] - self.width + 1)
         self.layout = _appended(self.layout, codes)
         self.experts = _appended(self.experts, self.experts[:, -1:].expand_as(codes))
         self.ids, self.peak = input_ids, max(self.peak, self.layout.shape[1] + self.pair_slots)

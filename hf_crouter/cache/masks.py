@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import Any
 
@@ -29,8 +30,30 @@ from .positions import key_positions, slot_positions
 STEP = 64  # most queries of a forward whose masks are kept
 
 
-class LayerMasks:
-    """Masks of one forward over a cache with pairs, made layer by layer when they are asked for.
+class LayerMasks(ABC):
+    """Masks of a forward over a cache with pairs, layer by layer."""
+
+    @property
+    @abstractmethod
+    def queries(self) -> int:
+        """T."""
+
+    @property
+    @abstractmethod
+    def stand_in(self) -> torch.Tensor:
+        """What the host is given for a mask: it takes one of four axes as it is and makes none."""
+
+    @abstractmethod
+    def of(self, layer: int, keys: int) -> torch.Tensor | None:
+        """The mask of a layer with so many keys, `[B, 1, T, keys]`; None where every query sees every key."""
+
+    @abstractmethod
+    def stacked(self, sizes: list[int]) -> torch.Tensor:
+        """All layers' masks in one, `[B, layers, T, most keys]`, given each layer's number of keys."""
+
+
+class ForwardMasks(LayerMasks):
+    """Masks of one forward, made when they are asked for.
 
     Args:
         host: the plain host.
@@ -62,16 +85,16 @@ class LayerMasks:
 
     @property
     def queries(self) -> int:
-        """T."""
+        """See `LayerMasks.queries`."""
         return self.raw.shape[1]
 
     @property
     def stand_in(self) -> torch.Tensor:
-        """What the host is given for a mask: it takes one of four axes as it is and makes none."""
+        """See `LayerMasks.stand_in`."""
         return self.raw[:, None, :, -1:]
 
     def of(self, layer: int, keys: int) -> torch.Tensor | None:
-        """The mask of a layer with so many keys, `[B, 1, T, keys]`; None where every query sees every key."""
+        """See `LayerMasks.of`."""
         owner = self.places.owners[layer] if layer < self.places.layers else None
         slides = layer < len(self.slides) and self.slides[layer]
         key = (-1 if slides else id(owner)), keys
@@ -113,7 +136,7 @@ class LayerMasks:
         return max(0, slots - queries - self.window + 1 if self.fixed else slots - keys)
 
     def stacked(self, sizes: list[int]) -> torch.Tensor:
-        """All layers' masks in one, `[B, layers, T, most keys]`, given each layer's number of keys."""
+        """See `LayerMasks.stacked`."""
         most = max(sizes)
         masks = [self.of(layer, keys) for layer, keys in enumerate(sizes)]
         least = torch.finfo(self.floats).min if self.floats is not None else False
@@ -124,7 +147,7 @@ class LayerMasks:
 
 def cache_masks(
     host: Any, cache: CompressedCache, positions: torch.Tensor, columns: int, device: torch.device
-) -> LayerMasks:
+) -> ForwardMasks:
     """Masks of a forward over the last slots of a cache with pairs.
 
     Args:
@@ -147,7 +170,7 @@ def cache_masks(
     if any(sliding_layers(host)):
         near = (raw & (own[:, :, None] - positions[:, None] < _window(host))) | same
     raw = raw | same  # so that padding sees something
-    return LayerMasks(host, _seen(cache.rows, at), places, raw, near, device, fixed=isinstance(cache, StaticCache))
+    return ForwardMasks(host, _seen(cache.rows, at), places, raw, near, device, fixed=isinstance(cache, StaticCache))
 
 
 def _seen(rows: tuple[Row, ...], at: torch.Tensor) -> torch.Tensor:
@@ -183,11 +206,11 @@ class StepMasks(LayerMasks):
         self.most = torch.tensor(most, device=device)[:, None] - 1 if min(most) < sys.maxsize else None
         self.leading = (cache.layout == PAD).sum(1)
         self.padded = bool(self.leading.any())
-        self.known: dict[tuple[int, int], torch.Tensor | None] = {}
+        self.known: dict[int, torch.Tensor] = {}  # by a layer's owners
         self.real: torch.Tensor | None = None
         self.all: torch.Tensor | None = None  # of all layers of a static cache
         if cache.places is not None:
-            self.places, self.slides = cache.places, ()
+            self.places = cache.places
             self.seen = _seen(cache.rows, cache.layout[:, -1:])
             self.open = not self.padded and bool(self.seen.all())
 
@@ -213,7 +236,7 @@ class StepMasks(LayerMasks):
 
     @property
     def queries(self) -> int:
-        """One."""
+        """See `LayerMasks.queries`."""
         return 1
 
     @property
@@ -226,12 +249,12 @@ class StepMasks(LayerMasks):
         owner = self.places.owners[layer] if layer < self.places.layers else None
         if self.open and (owner is None or self.places.is_whole(layer)):
             return None
-        key = id(owner), 0
-        if key not in self.known or self.known[key].shape[3] < keys:  # pyright: ignore[reportOptionalMemberAccess]
+        known = self.known.get(id(owner))
+        if known is None or known.shape[3] < keys:
             count = owner.shape[1] if owner is not None else 0
             mask = torch.cat([self._pairs_seen(owner), self._raw(keys - count + ROOM)], 1)
-            self.known[key] = _in_dtype(mask[:, None, None], self.floats)
-        return self.known[key][..., :keys]  # pyright: ignore[reportOptionalSubscript]
+            known = self.known[id(owner)] = _in_dtype(mask[:, None, None], self.floats)
+        return known[..., :keys]
 
     def _pairs_seen(self, owner: torch.Tensor | None) -> torch.Tensor:
         """Whether a row's last token sees each pair of a layer, `[B, columns]`."""

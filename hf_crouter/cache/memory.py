@@ -11,10 +11,9 @@ import bisect
 from dataclasses import dataclass
 from typing import Any, cast
 
-import torch
-
 from ..errors import CapacityError, InputError
 from ..hosts.attention import sliding_layers
+from ..hosts.shapes import head_size, layer_kv_bytes
 from ..types import PairCompressor
 from .policy import ContextPolicy
 from .prefill import READ_TOKENS
@@ -94,10 +93,8 @@ class _Shapes:
     @classmethod
     def of(cls, host: Any) -> _Shapes:
         config = host.config.get_text_config(decoder=True)
-        size = torch.empty(0, dtype=host.dtype).element_size()
-        heads = config.num_attention_heads
-        head = getattr(config, "head_dim", None) or config.hidden_size // heads
-        layer = 2 * (getattr(config, "num_key_value_heads", None) or heads) * head * size
+        size, heads, head = host.dtype.itemsize, config.num_attention_heads, head_size(config)
+        layer = layer_kv_bytes(config, host.dtype)
         hidden = config.hidden_size
         inner = getattr(config, "intermediate_size", None) or 4 * hidden
         slides = sliding_layers(host)
@@ -170,23 +167,27 @@ def check_budget(host: Any, policy: ContextPolicy, prefix: int, longest: int, ro
     Raises:
         CapacityError: says how much it takes, and how many tokens a row fit.
     """
-    if policy.budget is None:
-        return
     budget = policy.budget
+    if budget is not None and memory(host, policy, prefix, longest, rows, copies=copies).peak > budget:
+        raise over_budget(host, policy, budget, prefix, longest, rows, copies=copies)
+
+
+def over_budget(
+    host: Any, policy: ContextPolicy, budget: int, prefix: int, longest: int, rows: int, *, copies: bool
+) -> CapacityError:
+    """What is to be raised of a call that takes more than a number of bytes."""
 
     def peak(tokens: int) -> int:
         return memory(host, policy, prefix, tokens, rows, copies=copies).peak
 
-    needed = peak(longest)
-    if needed <= budget:
-        return
     chunk = policy.chunker.chunk_length  # between two chunks more tokens take more memory
     least = next((tokens for tokens in range(longest - chunk, 0, -chunk) if peak(tokens) <= budget), 0)
     fits = least + bisect.bisect_right(range(least + 1, least + chunk), budget, key=peak)
     instead = f"{fits:,} tokens" if fits else "no call of so many rows"
     a_row = f"{longest:,} tokens" if rows == 1 else f"{rows} rows of {longest:,} tokens"
-    raise CapacityError(
-        f"budget: expected at least {_words(needed)} for {a_row}, got {_words(budget)}, which is enough for {instead}"
+    return CapacityError(
+        f"budget: expected at least {_words(peak(longest))} for {a_row}, got {_words(budget)}, "
+        f"which is enough for {instead}"
     )
 
 

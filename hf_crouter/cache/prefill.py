@@ -112,7 +112,7 @@ def prefill(
     cache.quiet = 0
     if (compressed or not cache.places) and rope_switch(host) is None:
         changes = (row.pad + policy.changes_at(row) for row in rows if row.end is None)
-        cache.quiet = min(*changes, width + left + 1, sys.maxsize)
+        cache.quiet = min([*changes, width + left + 1])
     return main, kept
 
 

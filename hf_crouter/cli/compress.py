@@ -9,10 +9,11 @@ from typing import Any
 from ..context import compress_text
 from ..crouter.loading import load_crouter
 from ..hosts.loading import load_host_tokenizer
+from ..hosts.shapes import kv_bytes
 from ..utils.progress import progress
 from .chunks import calibration_of, chunk_record, print_chunks, summary
 from .console import print_json, size
-from .inputs import add_crouter, add_device, add_json, check_output, device, kv_bytes, positive, read_text
+from .inputs import add_crouter, add_device, add_json, check_output, device, positive, read_text
 
 NAME = "compress"
 HELP = "compress a text file, 512 tokens to 8 vectors, and show how well each chunk can be rebuilt"

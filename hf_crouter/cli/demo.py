@@ -19,13 +19,14 @@ from ..generation.report import HistoryReport
 from ..history import CompressedHistory
 from ..hosts.loading import load_host
 from ..hosts.positions import max_positions
+from ..hosts.shapes import kv_bytes
 from ..hosts.unwrap import display_name
 from ..modes import Compact, Copy, Experts, Retrieve, SoftPrompts
 from ..types import Mode, Setting
 from .chunks import calibration_of, chunk_records, print_chunks
 from .console import Column, note, print_json, print_table, size
 from .generate import pad_id
-from .inputs import add_crouter, add_json, device, host_dtype, kv_bytes, positive, read_text
+from .inputs import add_crouter, add_json, device, host_dtype, positive, read_text
 
 NAME = "demo"
 HELP = "let a real language model read a long Python file through compressed history (first run: fetches 93 MB)"

@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 import torch
-from transformers import PretrainedConfig
 
 from ..errors import InputError
 
@@ -96,20 +95,6 @@ def check_output(path: str, source: str) -> None:
         raise InputError(f"{path}: the folder {target.parent} does not exist")
     if not os.access(target.parent, os.W_OK):
         raise InputError(f"{path}: the folder {target.parent} is not writable")
-
-
-def kv_bytes(config: PretrainedConfig, dtype: torch.dtype | None = None) -> int:
-    """Bytes of keys and values that one position takes in a host's cache.
-
-    Args:
-        config: of the host.
-        dtype: of the cache; as the host was saved by default.
-    """
-    text = config.get_text_config(decoder=True)
-    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    saved = dtype or getattr(text, "dtype", None) or torch.bfloat16
-    return 2 * text.num_hidden_layers * heads * head * torch.empty(0, dtype=saved).element_size()
 
 
 def share(word: str) -> float:

@@ -45,7 +45,6 @@ def open_cache(host: Any, call: Call, given: Any, input_ids: torch.Tensor, pads:
         given.made_by = policy.key
         given.follow(input_ids, pads, [verified - pad - policy.window for pad in pads])
         given.rows = tuple(replace(row, prompt=verified - row.pad) for row in given.rows)
-        given.quiet = 0
         given.discard_partial()
         return given
     if isinstance(given, StaticCache):

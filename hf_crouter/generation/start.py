@@ -64,14 +64,14 @@ def decide(host: Any, call: Call, config: GenerationConfig, inputs: dict[str, An
     call.plain = obstacle is not None
     alone = mode in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
     call.grows = alone and call.options.get("custom_generate") is None  # which may do to its rows what it likes
-    call.ends_apart = not call.plain and alone and len(rows) * (config.num_return_sequences or 1) > 1
+    sequences = len(rows) * (config.num_return_sequences or 1)
+    call.ends_apart = not call.plain and alone and sequences > 1
     if serves:
         check_reading(host)
     if policy.budget is not None and not call.plain:
-        copies = len(rows) * (config.num_return_sequences or 1) * (config.num_beams or 1)
-        most = max(length + new for length, _ in rows)
+        most, batch = max(length + new for length, _ in rows), sequences * (config.num_beams or 1)
         prefix = max(_prefix(policy, length, ids) for length, ids in rows)
-        check_budget(host, policy, prefix, most, copies, copies=call.processor.changes_scores)
+        check_budget(host, policy, prefix, most, batch, copies=call.processor.changes_scores)
     if call.compresses:
         if policy.true_positions:
             check_pairs(host)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-from ..cache.memory import check_budget, memory
+from ..cache.memory import memory, over_budget
 from ..cache.policy import ContextPolicy
 from ..types import Mode
 from .compact import Compact
@@ -54,8 +54,8 @@ def fitted_choice(
     prefix: int,
     *,
     slots: bool,
-) -> Chosen:
-    """The choice that keeps the most of those that fit.
+) -> tuple[Sequence[Mode], ContextPolicy]:
+    """Modes and policy of the choice that keeps the most of those that fit.
 
     Args:
         host: the plain host.
@@ -75,7 +75,6 @@ def fitted_choice(
         policy = policy_of(chosen)
         tried.append((memory(host, policy, prefix, longest, 1, copies=copies).peak, policy))
         if tried[-1][0] <= budget:
-            return chosen
+            return chosen[1], policy
     _, least = min(tried, key=lambda one: one[0])
-    check_budget(host, replace(least, budget=budget), prefix, longest, 1, copies=copies)
-    raise AssertionError("unreachable")
+    raise over_budget(host, least, budget, prefix, longest, 1, copies=copies)

@@ -141,12 +141,11 @@ class Copier:
     def look(self, cache: CacheView, input_ids: torch.Tensor, columns: Sequence[int]) -> list[Evidence]:
         """What is known before each of some columns of `input_ids`, row after row: `rows * len(columns)` of them."""
         evidence = []
-        host_ids = input_ids[:, : columns[-1]].cpu()
-        for row, of_row, ids in zip(cache.rows, self.of_rows(cache), host_ids, strict=True):
+        for row, of_row, ids in zip(cache.rows, self.of_rows(cache), input_ids, strict=True):
             begin = row.pad + row.raw_start
             first = max(row.pad, min(begin, columns[0] - LONGEST))
-            recent, archive = ids[first:].numpy(), of_row.archive
-            prefix = ids[row.pad : row.pad + (row.prefix or 0)].numpy()
+            recent, archive = ids[first : columns[-1]].cpu().numpy(), of_row.archive
+            prefix = ids[row.pad : row.pad + (row.prefix or 0)].cpu().numpy()
             chunks = [row.chunks[n].host_ids.numpy() for n in row.retrieved]
             raw = RawText([prefix, *chunks], recent[begin - first :])
             for column in columns:
@@ -156,14 +155,18 @@ class Copier:
 
     def of_rows(self, cache: CacheView) -> list[RowArchive]:
         """The archive of each row of a cache, made of the ids that the cache stands for: a call's may be made up."""
-        if cache.rows is not self._found[0]:  # in most steps they are
+        return self._archived(cache)[0]
+
+    def _archived(self, cache: CacheView) -> tuple[list[RowArchive], tuple[int, ...]]:
+        """The same, and how many tokens each holds; in most steps the rows are those of the step before."""
+        if cache.rows is not self._found[0]:
             columns = sys.maxsize if self.archived is None else self.archived
             limits = [columns] * len(cache.rows) if isinstance(columns, int) else columns
             found = self.archives.rows(
                 cache.rows, cache.ids, [n - row.pad for n, row in zip(limits, cache.rows, strict=True)]
             )
             self._found = cache.rows, found, tuple(len(of_row.archive) for of_row in found)
-        return self._found[1]
+        return self._found[1:]
 
     def mix(self, proposals: Proposals | None, scores: torch.Tensor) -> Mixture | None:
         """Scores `[N, V]` and the archives together; None where nothing matched."""
@@ -181,7 +184,7 @@ class Copier:
     @torch.no_grad()
     def step(self, cache: CacheView, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """The scores `[B, V]` of one step with copying mixed in; the same ones where nothing matches."""
-        if self._ahead[0] == input_ids.shape[1] and self.grows:
+        if self._ahead[0] == input_ids.shape[1]:
             proposals = self._ahead[1]
         else:
             self._receipts.chosen(input_ids)
@@ -190,16 +193,15 @@ class Copier:
         if mixture is None:
             return scores
         mixed, brought = mixture.with_sources(scores)
-        self.of_rows(cache)
-        self._receipts.note(mixture.candidates, brought, self._found[2], input_ids)
+        self._receipts.note(mixture.candidates, brought, self._archived(cache)[1], input_ids)
         return mixed.to(scores.dtype)
 
     def _proposed(self, cache: CacheView, input_ids: torch.Tensor, device: torch.device) -> Proposals | None:
         """What the archives propose after the last column; None where nothing matches."""
         if not searched_there(device):
             return proposed(self.look(cache, input_ids, [input_ids.shape[1]]), device)
-        found = self.of_rows(cache)
-        if not any(self._found[2]):
+        found, sizes = self._archived(cache)
+        if not any(sizes):
             return None
         if self._searched is None:
             self._searched = DeviceSearch(device, self.grows)

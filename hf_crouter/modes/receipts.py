@@ -7,7 +7,7 @@ from typing import Protocol
 
 import torch
 
-from ..ngram.candidates import Candidates, Proposals
+from ..ngram.candidates import Proposals
 from ..ngram.suffix_index import LONGEST
 
 
@@ -102,14 +102,9 @@ class BranchingReceipts:
 
     def note(self, proposals: Proposals, brought: torch.Tensor, sizes: Sequence[int], input_ids: torch.Tensor) -> None:
         """See `Receipts.note`."""
-        if isinstance(proposals, Candidates):
-            which = brought.nonzero()[:, 0]
-            found = proposals.positions[which].tolist(), proposals.tokens[which].tolist()
-        else:
-            rows, slots = brought.nonzero(as_tuple=True)
-            found = rows.tolist(), proposals.tokens[rows, slots].tolist()  # pyright: ignore[reportAttributeAccessIssue]
+        rows, tokens = proposals.named(brought)
         keys: dict[int, Hashable] = {}
-        for row, token in zip(*found, strict=True):
+        for row, token in zip(rows.tolist(), tokens.tolist(), strict=True):
             if row not in keys:
                 keys[row] = _key(row * self.prompts // len(input_ids), input_ids[row])
             self._brought.setdefault(keys[row], {})[token] = sizes[row]

@@ -106,12 +106,9 @@ class Archive:
     @property
     def usable(self) -> np.ndarray:
         """Which tokens may be proposed, bool `[tokens]`."""
-        flags = np.ones(len(self), bool)
-        if self._static and self._static.proposable is not None:
-            flags[: self._sorted] = self._static.proposable
-        if self._proposable is not None:
-            flags[self._sorted :] = self._proposable
-        return flags
+        early, late = self._static.proposable if self._static else None, len(self) - self._sorted
+        flags = _joined(early, self._sorted, self._proposable, late, True, np.bool_)
+        return np.ones(len(self), bool) if flags is None else flags
 
     @property
     def confidences(self) -> np.ndarray | None:

@@ -102,6 +102,10 @@ class Proposals(Protocol):
         """`[N]`: the sum of values `C` at one token a position."""
         ...
 
+    def named(self, flags: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Positions and tokens of the candidates that flags `C` mark; asking waits for the device."""
+        ...
+
     def best(self, own: torch.Tensor, added: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """`[N]` each: the highest log-probability of a candidate and the token that has it; -inf where there is none.
 
@@ -195,6 +199,10 @@ class Candidates:
         """See `Proposals.of`."""
         hit = targets[self.positions] == self.tokens
         return torch.zeros(len(self), device=values.device).index_add_(0, self.positions, values * hit)
+
+    def named(self, flags: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `Proposals.named`."""
+        return self.positions[flags], self.tokens[flags]
 
     def best(self, own: torch.Tensor, added: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """See `Proposals.best`."""

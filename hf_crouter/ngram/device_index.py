@@ -175,29 +175,29 @@ class DeviceSearch:
         if on:
             self._ends = [end + width - self._ends_at for end in self._ends]
         wanted = [n for n, archive in enumerate(archives) if not on or archive is not self._archives[n]]
-        read = [n for n, key in enumerate(raw) if not on or key != self._raw[n]]
-        texts = {n: _raw_text(rows[n], input_ids[n]) for n in read}
-        made = {id(archives[n]): self._of(archives[n]) for n in wanted}
+        texts = {n: _raw_text(rows[n], input_ids[n]) for n, key in enumerate(raw) if not on or key != self._raw[n]}
         ends = [len(texts[n]) if n in texts else self._ends[n] for n in range(len(rows))]
         longest = max([*ends, *(self._ends if on else ())])  # a text grows before it is written anew
-        need = [max(map(len, archives)), max((len(of[4]) for of in made.values()), default=0), longest]
+        tokens = max((len(self._of(archives[n])[4]) for n in wanted), default=0)
+        need = [max(map(len, archives)), tokens, longest]
         have = [tables.ids.shape[1], tables.tokens.shape[1], tables.text.shape[1]] if tables is not None else [0] * 3
         if tables is None or len(tables.ids) != len(rows) or any(a > b for a, b in zip(need, have, strict=True)):
             need[2] += _STEPS
             positions, tokens, text = (max(old, rounded(new)) for new, old in zip(need, have, strict=True))
             tables = self._tables = _Tables.empty(len(rows), positions, tokens, text, self.device)
-            on, wanted, read = False, list(range(len(rows))), list(range(len(rows)))
-        pads = torch.tensor([[row.pad] for row in rows]).to(self.device) if not on else None
+            on, wanted = False, list(range(len(rows)))
+            texts = {n: texts[n] if n in texts else _raw_text(rows[n], input_ids[n]) for n in wanted}
         if on:
             tables.advance(input_ids[:, -1], self._stops)
-        elif pads is not None:
+        else:
+            pads = torch.tensor([[row.pad] for row in rows]).to(self.device)
             tables.pattern.copy_(_pattern(input_ids, pads, self._stops))
         if wanted:
             self._sure = all(archive.confidences is None for archive in archives)
         for n in wanted:
-            tables.set_archive(n, made.get(id(archives[n])) or self._of(archives[n]), len(archives[n]))
-        for n in read:
-            tables.set_text(n, texts[n] if n in texts else _raw_text(rows[n], input_ids[n]))
+            tables.set_archive(n, self._of(archives[n]), len(archives[n]))
+        for n, text in texts.items():
+            tables.set_text(n, text)
         self._archives, self._raw, self._ends, self._width = list(archives), raw, ends, width
         self._rows, self._ends_at, self._room = rows, width, tables.text.shape[1] - max(ends)
         kept = set() if self.grows else set(map(id, archives))  # rows that go on have theirs in the tables

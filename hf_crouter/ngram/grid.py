@@ -64,6 +64,10 @@ class GridCandidates:
         """See `Proposals.of`."""
         return torch.where(self.tokens == targets[:, None], values, 0).sum(1)
 
+    def named(self, flags: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `Proposals.named`."""
+        return flags.nonzero()[:, 0], self.tokens[flags]
+
     def best(self, own: torch.Tensor, added: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """See `Proposals.best`."""
         highest, slot = torch.where(added > 0, torch.logaddexp(own, added.log()), -torch.inf).max(1)
